@@ -1,0 +1,83 @@
+# Everything runs in .venv, which the first target that needs it creates. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev
+WORKERS ?= 2
+DEMO_THREADS ?= 1
+DEMO_CONFIG ?= examples/configs/grpo_mix_testbed.yaml
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q
+CHECKED := trl_blend examples tests
+
+# No test or example may reach for the network or print what it cannot change.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export TRL_EXPERIMENTAL_SILENCE ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow lint format check fresh wheel-test benchmarks reproduce clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv and install the package in editable mode with every development tool
+
+# torch goes first and by its exact version: the later range then finds it installed and pulls no other build.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV)"
+	@$(PIP_INSTALL) "$(TORCH)"
+	@$(PIP_INSTALL) -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: install  ## train a student with its teacher on two CPU cores and print a before/after table (4 minutes)
+	$(BIN)/accelerate launch --config_file examples/accelerate_configs/cpu.yaml \
+		--num_cpu_threads_per_process $(DEMO_THREADS) \
+		examples/grpo_mix.py --config $(DEMO_CONFIG)
+
+test: install  ## run the test suite without the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-slow: install  ## run the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+lint: install  ## ruff, its formatter, and mypy on the pure parts
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+format: install  ## fix what ruff can fix
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+check: lint test  ## lint, then test
+
+fresh:  ## clone HEAD into a temporary folder and run `make test` and `make demo` there, in a new environment
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+		git clone -q . "$$folder/trl_blend" && cd "$$folder/trl_blend" && \
+		$(MAKE) test VENV=.venv && $(MAKE) demo VENV=.venv
+
+wheel-test: install  ## build the wheel, install it in a new environment outside the checkout, import it and train one step
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+		$(BIN)/python -m hatchling build -t wheel -d "$$folder" && \
+		$(PYTHON) -m venv "$$folder/venv" && \
+		"$$folder/venv/bin/python" -m pip install --disable-pip-version-check -q "$(TORCH)" && \
+		"$$folder/venv/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt "$$folder"/*.whl && \
+		cp tests/wheel_check.py "$$folder" && cd "$$folder" && \
+		OMP_NUM_THREADS=1 "$$folder/venv/bin/python" -I wheel_check.py
+
+benchmarks: install  ## measure cost against TRL (examples/benchmarks, ratios within one run)
+	@for script in examples/benchmarks/[a-z]*.py; do echo "== $$script" && $(BIN)/python "$$script" || exit 1; done
+
+reproduce: install  ## repeat the comparisons of the papers (examples/reproduce; hours)
+	$(BIN)/python examples/reproduce/weight_sweep.py
+	$(BIN)/python examples/reproduce/logit_mixing.py
+
+clean:  ## remove the environment, caches and build results
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	find trl_blend examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

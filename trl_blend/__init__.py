@@ -1,0 +1,68 @@
+"""
+Trainers, decoding hooks and tensor operations that put a student and a teacher together at decoding time.
+
+Public names are imported on first use (PEP 562), so `import trl_blend` and `import trl_blend.ops` load neither
+`transformers` nor `trl`.
+
+Example:
+
+```python
+from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer
+
+trainer = LogitMixGRPOTrainer(
+    model="Qwen/Qwen2.5-0.5B-Instruct",
+    teacher_model="Qwen/Qwen2.5-1.5B-Instruct",
+    reward_funcs=reward,
+    args=LogitMixGRPOConfig(output_dir="out", teacher_weight=0.3),
+    train_dataset=dataset,
+)
+trainer.train()
+```
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .generation.hooks import blended_generation
+    from .generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+    from .trainers.logit_mix_grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
+
+try:
+    __version__ = version("trl_blend")
+except PackageNotFoundError:  # a checkout on the path that nobody installed
+    __version__ = "0+unknown"
+
+_MODULE_OF = {
+    "BlendRule": "trl_blend.generation.rules",
+    "LogitMixGRPOConfig": "trl_blend.trainers.logit_mix_grpo",
+    "LogitMixGRPOTrainer": "trl_blend.trainers.logit_mix_grpo",
+    "LogitMixing": "trl_blend.generation.rules",
+    "ProbabilityMixing": "trl_blend.generation.rules",
+    "blended_generation": "trl_blend.generation.hooks",
+}
+
+# Spelled out, not computed, so that type checkers and editors see it; a test holds it equal to `_MODULE_OF`.
+__all__ = [
+    "BlendRule",
+    "LogitMixGRPOConfig",
+    "LogitMixGRPOTrainer",
+    "LogitMixing",
+    "ProbabilityMixing",
+    "__version__",
+    "blended_generation",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # the next access does not come through here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
