@@ -1,0 +1,27 @@
+"""
+Pure tensor operations: tensors in, tensors out.
+
+Nothing here knows a model, a trainer, a tokenizer or a logger, and importing it loads neither transformers nor trl.
+"""
+
+from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
+from trl_blend.ops.mixed_head import LMHead, MixedLogProbs, mixed_log_probs
+from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
+from trl_blend.ops.reduction import masked_mean, masked_sum
+from trl_blend.ops.vocab import align_vocab
+
+
+__all__ = [
+    "ImportanceSums",
+    "LMHead",
+    "MixedLogProbs",
+    "align_vocab",
+    "importance_statistics",
+    "masked_mean",
+    "masked_sum",
+    "mix_logits",
+    "mix_probs",
+    "mixed_log_probs",
+    "summarize_importance",
+    "validate_weights",
+]

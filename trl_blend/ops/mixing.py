@@ -1,0 +1,146 @@
+"""
+Log-linear and probability mixing of a student with frozen partners, on logits that are already in memory.
+
+Both functions mix distributions at temperature 1. For another temperature the caller divides every logits tensor by it
+first. (For [`mix_logits`] dividing the result is the same thing; for [`mix_probs`] it is not.)
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trl_blend.errors import ConfigError
+
+
+# Rounding slack of a weight sum: ten times 0.1 is 0.9999999999999999
+_SUM_TOLERANCE = 1e-9
+
+
+def validate_weights(weights: Sequence[float], name: str = "weights") -> tuple[float, ...]:
+    """
+    Check partner weights: each in `[0, 1]`, together at most 1.
+
+    Args:
+        weights (`Sequence[float]`):
+            One weight per partner. The student has the rest, `1 - sum(weights)`.
+        name (`str`, *optional*, defaults to `"weights"`):
+            Name of the setting, used in the error messages.
+
+    Returns:
+        `tuple[float, ...]`: The weights as Python floats.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a weight is NaN or outside `[0, 1]`, or the sum is above `1 + 1e-9`.
+    """
+    checked = tuple(float(weight) for weight in weights)
+    for index, weight in enumerate(checked):
+        if not 0.0 <= weight <= 1.0:  # also catches NaN
+            raise ConfigError(f"`{name}[{index}]` is {weight}. Set it to a number between 0 and 1.")
+    total = math.fsum(checked)
+    if total > 1.0 + _SUM_TOLERANCE:
+        raise ConfigError(
+            f"`{name}` is {list(checked)}, which sums to {total}. Lower them to at most 1 together: the student "
+            "has the rest."
+        )
+    return checked
+
+
+def student_weight(weights: Sequence[float]) -> float:
+    """
+    Weight left for the student, `1 - sum(weights)`; exactly 0 when the sum is within `1e-9` of 1.
+
+    Args:
+        weights (`Sequence[float]`):
+            Partner weights, checked with [`validate_weights`].
+
+    Returns:
+        `float`: The student's weight, in `[0, 1]`.
+    """
+    rest = 1.0 - math.fsum(weights)
+    return 0.0 if rest <= _SUM_TOLERANCE else rest
+
+
+def mix_logits(student_logits: Tensor, partner_logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    r"""
+    Log-linear mixture, the renormalised geometric mean of the distributions (a product of experts):
+
+    $$
+    z_{mix} = \Bigl(1 - \sum_i w_i\Bigr) z_S + \sum_i w_i z_i, \qquad
+    \mathrm{softmax}(z_{mix}) \propto p_S^{1 - \sum_i w_i} \prod_i p_i^{w_i}
+    $$
+
+    A model of weight exactly 0 is left out, so its `-inf` logits change nothing. Elsewhere a token that one model
+    excludes (`-inf`) is excluded from the mixture. Not done here: normalisation, temperature (divide the result by it)
+    and vocabulary alignment ([`~trl_blend.ops.align_vocab`]).
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Raw logits of the student.
+        partner_logits (`Sequence[torch.Tensor]`, each of shape `(..., V)`):
+            Raw logits of the partners. They are detached: no gradient flows to a partner.
+        weights (`Sequence[float]`):
+            One weight in `[0, 1]` per partner, at most 1 together.
+
+    Returns:
+        `torch.Tensor` of shape `(..., V)`: Mixed logits in float32, or float64 where an input is float64.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If the weights are invalid or their number differs from the partners'.
+    """
+    mixed: Tensor | None = None
+    for logits, weight in _active_models(student_logits, partner_logits, weights):
+        term = logits if weight == 1.0 else logits * weight
+        mixed = term if mixed is None else mixed + term
+    assert mixed is not None  # the weights sum to 1
+    return mixed
+
+
+def mix_probs(student_logits: Tensor, partner_logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    r"""
+    Probability mixture, as normalised log-probabilities:
+
+    $$
+    \log p_{mix} = \log\Bigl[\Bigl(1 - \sum_i w_i\Bigr) p_S + \sum_i w_i p_i\Bigr]
+    = \mathrm{logsumexp}_m\,(\log w_m + \log p_m)
+    $$
+
+    Computed from log-softmaxes, never as the logarithm of a probability, so it stays finite and exact far below the
+    smallest float. A token is excluded (`-inf`) only if every model of positive weight excludes it. The softmaxes are
+    those of the logits as given: divide all of them by the temperature first.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of the student, already divided by the temperature.
+        partner_logits (`Sequence[torch.Tensor]`, each of shape `(..., V)`):
+            Logits of the partners, already divided by the temperature. They are detached: no gradient flows to a
+            partner.
+        weights (`Sequence[float]`):
+            One weight in `[0, 1]` per partner, at most 1 together.
+
+    Returns:
+        `torch.Tensor` of shape `(..., V)`: `log p_mix` in nats, float32 or, where an input is float64, float64.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If the weights are invalid or their number differs from the partners'.
+    """
+    terms = [
+        torch.log_softmax(logits, dim=-1) + math.log(weight)
+        for logits, weight in _active_models(student_logits, partner_logits, weights)
+    ]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).logsumexp(dim=0)
+
+
+def _active_models(
+    student_logits: Tensor, partner_logits: Sequence[Tensor], weights: Sequence[float]
+) -> list[tuple[Tensor, float]]:
+    checked = validate_weights(weights)
+    if len(checked) != len(partner_logits):
+        raise ConfigError(
+            f"`weights` has {len(checked)} entries for {len(partner_logits)} partners. Pass one weight per partner."
+        )
+    models = [(student_logits, student_weight(checked))]
+    models += [(logits.detach(), weight) for logits, weight in zip(partner_logits, checked, strict=True)]
+    # Logits of half precision have too few bits to be averaged in
+    return [(logits if logits.dtype == torch.float64 else logits.float(), w) for logits, w in models if w > 0.0]
