@@ -1,0 +1,110 @@
+"""The logits processor that blends the student with its partners at every decoding step of `generate`."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from trl_blend.generation.partner import PartnerDecoder
+from trl_blend.generation.recording import RolloutRecord, RolloutRecorder
+from trl_blend.generation.rules import BlendRule
+from trl_blend.ops.vocab import align_vocab
+
+
+class BlendLogitsProcessor(LogitsProcessor):
+    r"""
+    Replaces the student's next-token scores by those of a blend rule.
+
+    `generate` runs a caller's processors after its own penalties and constraints and before temperature, top-k and
+    top-p. This one divides all logits by the temperature `τ`, applies the rule, and returns `τ` times the behaviour
+    logits, so that the division by `τ` that follows gives exactly the rule's policy. Partner logits are moved to the
+    student's device and dtype, and truncated or padded with `-inf` to its vocabulary.
+
+    One object serves one `generate` call with plain sampling or greedy search. No gradient flows.
+
+    Args:
+        rule ([`BlendRule`]):
+            Maps student and partner logits to the behaviour policy.
+        partners (`Sequence[PartnerDecoder]`):
+            The partners, in the order of the rule's weights. Each keeps its own cache.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature that `generate` will divide the scores by; 1 when it decodes greedily.
+        keep_forbidden (`bool`, *optional*, defaults to `False`):
+            Whether a token whose incoming score is `-inf` is taken from the partners too. Set it when `generate`
+            itself forbids tokens (`min_new_tokens`, `bad_words_ids`, ...); otherwise a rule could bring them back. The
+            recorded `teacher_logps` remain those of the unrestricted partner.
+        record (`bool`, *optional*, defaults to `False`):
+            Whether to collect a [`RolloutRecord`], see [`finish`][BlendLogitsProcessor.finish].
+    """
+
+    def __init__(
+        self,
+        rule: BlendRule,
+        partners: Sequence[PartnerDecoder],
+        *,
+        temperature: float = 1.0,
+        keep_forbidden: bool = False,
+        record: bool = False,
+    ) -> None:
+        self.rule = rule
+        self.partners = tuple(partners)
+        self.temperature = temperature
+        self.keep_forbidden = keep_forbidden
+        self.recorder = RolloutRecorder() if record else None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """
+        Behaviour logits times the temperature.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, S)`):
+                Prompt and the tokens emitted so far.
+            scores (`torch.Tensor` of shape `(B, V)`):
+                The student's logits of the next token. Not modified.
+
+        Returns:
+            `torch.Tensor` of shape `(B, V)`: Scores for `generate` to go on with.
+        """
+        partner_logits = [
+            align_vocab(partner.step(input_ids).to(scores), scores.shape[-1]) for partner in self.partners
+        ]
+        student_logits = scores
+        if self.temperature != 1.0:
+            student_logits = student_logits / self.temperature
+            partner_logits = [logits / self.temperature for logits in partner_logits]
+        blended = partner_logits
+        if self.keep_forbidden:
+            forbidden = scores == -math.inf
+            blended = [logits.masked_fill(forbidden, -math.inf) for logits in partner_logits]
+        step = self.rule(student_logits, blended)
+        if self.recorder is not None:
+            self.recorder.add(input_ids, step, partner_logits)
+        return step.logits * self.temperature if self.temperature != 1.0 else step.logits
+
+    def finish(self, sequences: Tensor, prompt_length: int) -> RolloutRecord:
+        """
+        Close the record with the sequences that `generate` returned.
+
+        Args:
+            sequences (`torch.Tensor` of shape `(B, prompt_length + T)`):
+                The returned sequences.
+            prompt_length (`int`):
+                Length of the padded prompt.
+
+        Returns:
+            [`RolloutRecord`]: What was recorded.
+
+        Raises:
+            `RuntimeError`: If the processor was built with `record=False`.
+        """
+        if self.recorder is None:
+            raise RuntimeError("Nothing was recorded: build the processor with `record=True`.")
+        return self.recorder.finish(
+            sequences,
+            prompt_length,
+            num_forward_steps=max(partner.num_forward_steps for partner in self.partners),
+            partner_seconds=sum(partner.seconds for partner in self.partners),
+        )

@@ -1,0 +1,106 @@
+"""What one blended `generate` call leaves behind: log-probabilities of the emitted tokens, statistics and cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_blend.generation.rules import BlendStep, log_normalizer
+
+
+@dataclass(frozen=True)
+class RolloutRecord:
+    """
+    Recorded quantities of one blended `generate` call: `B` returned sequences, `T` generated positions.
+
+    Every tensor covers all `T` columns. In columns after a row's end-of-sequence token the values belong to the
+    padding that `generate` emits there: the caller masks them. All policies are at the sampling temperature (1 when
+    decoding is greedy) and before anything that `generate` applies after the blend (top-k, top-p, min-p, the caller's
+    own processors): while one of those is active they are not the policy that tokens were drawn from.
+
+    Args:
+        behavior_logps (`torch.Tensor` of shape `(B, T)`):
+            `log μ(y_t)` of the emitted tokens under the behaviour policy, in nats.
+        teacher_logps (`torch.Tensor` of shape `(n_partners, B, T)`):
+            Log-probability of the emitted tokens under each partner, in nats; `-inf` for a token it does not have.
+        statistics (`dict[str, torch.Tensor]`, each of shape `(B, T)`):
+            Statistics of the blend rule at each prefix.
+        num_forward_steps (`int`):
+            Forward passes of each partner, prefill included.
+        partner_seconds (`float`):
+            Wall time spent in the partners' forward passes. On an asynchronous device (CUDA) this is the time to
+            launch them.
+    """
+
+    behavior_logps: Tensor
+    teacher_logps: Tensor
+    statistics: dict[str, Tensor]
+    num_forward_steps: int
+    partner_seconds: float
+
+
+class RolloutRecorder:
+    """
+    Collects a [`RolloutRecord`] while `generate` runs.
+
+    The token drawn from a step is only known at the next one, so the step's `(B, V)` logits are kept until then;
+    nothing else of that size is. Call [`add`][RolloutRecorder.add] once per decoding step and
+    [`finish`][RolloutRecorder.finish] with the sequences that `generate` returned.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._logps: list[Tensor] = []
+        self._statistics: list[dict[str, Tensor]] = []
+
+    def add(self, input_ids: Tensor, step: BlendStep, partner_logits: Sequence[Tensor]) -> None:
+        """
+        Record one decoding step.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, S)`):
+                Prompt and the tokens emitted so far.
+            step ([`BlendStep`]):
+                Output of the rule at this prefix.
+            partner_logits (`Sequence[torch.Tensor]`, each of shape `(B, V)`):
+                The partners' logits, divided by the sampling temperature.
+        """
+        if self._pending:
+            self._gather(input_ids[:, -1])
+        self._pending = [(logits, log_normalizer(logits)) for logits in (step.logits, *partner_logits)]
+        self._statistics.append(step.statistics)
+
+    def finish(
+        self, sequences: Tensor, prompt_length: int, *, num_forward_steps: int, partner_seconds: float
+    ) -> RolloutRecord:
+        """
+        Close the record with the tokens that `generate` returned.
+
+        Args:
+            sequences (`torch.Tensor` of shape `(B, prompt_length + T)`):
+                The returned sequences.
+            prompt_length (`int`):
+                Length of the padded prompt.
+            num_forward_steps (`int`):
+                Forward passes of each partner.
+            partner_seconds (`float`):
+                Wall time spent in the partners.
+
+        Returns:
+            [`RolloutRecord`]: Tensors of `T` columns.
+        """
+        length = sequences.shape[1] - prompt_length
+        if len(self._logps) < length:
+            self._gather(sequences[:, -1])
+        self._pending = []
+        # `generate` may undo its last step (deferred stop check), so there can be one column too many
+        logps = torch.stack(self._logps[:length], dim=-1)  # (1 + n_partners, B, T)
+        names = self._statistics[0].keys()
+        statistics = {name: torch.stack([s[name] for s in self._statistics[:length]], dim=-1) for name in names}
+        return RolloutRecord(logps[0], logps[1:], statistics, num_forward_steps, partner_seconds)
+
+    def _gather(self, tokens: Tensor) -> None:
+        index = tokens.to(self._pending[0][0].device).unsqueeze(-1)
+        gathered = [logits.gather(-1, index).squeeze(-1) - normalizer for logits, normalizer in self._pending]
+        self._logps.append(torch.stack(gathered))
