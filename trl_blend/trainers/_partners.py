@@ -1,0 +1,156 @@
+"""
+The frozen partners of a student: what can be refused before anything is loaded, then loading and preparation.
+
+Shared by the trainers. A partner is a causal language model with the student's tokenizer, held in full by every
+process (see [`~trl_blend._compat.load_replicated`]).
+"""
+
+from typing import Any
+
+from accelerate.logging import get_logger
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import _compat
+from ..errors import ConfigError, UnsupportedError
+from ..teacher.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
+
+
+logger = get_logger(__name__)
+
+Teacher = str | PreTrainedModel | list[str | PreTrainedModel] | None
+
+
+def as_list(teacher_model: Teacher) -> list[str | PreTrainedModel]:
+    """Partners as a list; empty when the base of a PEFT student is the reference."""
+    if teacher_model is None:
+        return []
+    return list(teacher_model) if isinstance(teacher_model, (list, tuple)) else [teacher_model]
+
+
+def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list[float], args: Any) -> None:
+    """
+    Refuse settings that contradict the teachers given.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If the number of weights is not that of the teachers, or load settings come with a loaded teacher.
+    """
+    num_teachers = max(len(teachers), 1)
+    if len(weights) != num_teachers:
+        raise ConfigError(
+            f"`teacher_weight={weights}` has {len(weights)} value(s) for {num_teachers} teacher(s). Give one weight "
+            "per teacher."
+        )
+    loaded = [teacher for teacher in teachers if not isinstance(teacher, str)]
+    for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
+        value = getattr(args, name)
+        if value and (loaded or not teachers):
+            raise ConfigError(
+                f"`{name}={value!r}` is used when a teacher is loaded from a name or path, but `teacher_model` is "
+                f"{'already instantiated' if loaded else 'not given'}. Drop `{name}`, or pass the teacher's name."
+            )
+    if args.teacher_model_revision and len(teachers) > 1:
+        raise ConfigError(
+            f"`teacher_model_revision={args.teacher_model_revision!r}` is ambiguous for {len(teachers)} teachers. "
+            "Load the teachers yourself and pass them as models."
+        )
+
+
+def check_lm_head_adapter(peft_config: Any) -> None:
+    """Refuse adapters on the LM head and prompt learning: the fused head reads the plain head's weight."""
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise UnsupportedError(
+            f"`peft_config={type(peft_config).__name__}` prepends virtual tokens, so student and teacher positions do "
+            "not line up. Use LoRA or another adapter that leaves the inputs alone."
+        )
+    for name in ("target_modules", "modules_to_save"):
+        modules = getattr(peft_config, name, None) or []
+        modules = [modules] if isinstance(modules, str) else modules
+        if any(module == "lm_head" or module.endswith(".lm_head") for module in modules):
+            raise UnsupportedError(
+                f"`{name}` of `peft_config` includes `lm_head`. The fused log-probabilities read the LM head's own "
+                f"weight and would ignore the adapter. Remove `lm_head` from `{name}`."
+            )
+
+
+def check_names(
+    student: str | PreTrainedModel,
+    teachers: list[str | PreTrainedModel],
+    processing_class: PreTrainedTokenizerBase | None,
+    args: Any,
+) -> None:
+    """
+    Compare tokenizers and configurations of student and teachers, before any weight is loaded.
+
+    A tokenizer that cannot be found (a model built in memory) is not compared: a warning says so.
+
+    Raises:
+        [`~trl_blend.errors.TokenizerMismatchError`]:
+            If one tokenizer maps an id to another token than the other.
+        [`~trl_blend.errors.UnsupportedError`]:
+            If a teacher is an encoder-decoder.
+    """
+    load = {"trust_remote_code": args.trust_remote_code}
+    revision = (args.model_init_kwargs or {}).get("revision")
+    student_tokenizer = processing_class or _find_tokenizer(student, revision=revision, **load)
+    student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
+    student_config = _find_config(student, revision=revision, **load)
+    for index, teacher in enumerate(teachers):
+        name = "teacher_model" if len(teachers) == 1 else f"teacher_model[{index}]"
+        config = _find_config(teacher, revision=args.teacher_model_revision, **load)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedError(
+                f"`{name}` is an encoder-decoder (model_type={config.model_type!r}). A teacher reads the same token "
+                "sequence as the student: pass a causal language model."
+            )
+        tokenizer = _find_tokenizer(teacher, revision=args.teacher_model_revision, **load)
+        if student_tokenizer is None or tokenizer is None:
+            logger.warning(
+                f"No tokenizer could be found for `{name if tokenizer is None else 'model'}`, so it was not compared "
+                "with the other one. Make sure that both map the same ids to the same tokens."
+            )
+            continue
+        check_tokenizers(student_tokenizer, tokenizer, partner_name=name)
+        check_vocab_sizes(_vocab_size(student_config), _vocab_size(config), len(student_tokenizer))
+
+
+def load_partners(teachers: list[str | PreTrainedModel], student: PreTrainedModel, args: Any) -> list[PreTrainedModel]:
+    """Load the teachers that are names, freeze all of them, and switch them to evaluation mode."""
+    partners = []
+    for teacher in teachers:
+        if isinstance(teacher, str):
+            kwargs = dict(args.teacher_model_init_kwargs or {})
+            if args.teacher_model_revision is not None:
+                kwargs.setdefault("revision", args.teacher_model_revision)
+            kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+            kwargs.setdefault("dtype", student.dtype)
+            kwargs.setdefault("attn_implementation", student.config._attn_implementation)
+            kwargs.setdefault("device_map", None)
+            teacher = _compat.load_replicated(teacher, **kwargs)
+        check_partner_model(teacher, "teacher_model")
+        partners.append(teacher.requires_grad_(False).eval())
+    return partners
+
+
+def _vocab_size(config: Any) -> int:
+    return config.get_text_config().vocab_size
+
+
+def _find_config(model: str | PreTrainedModel, **kwargs: Any) -> Any:
+    return AutoConfig.from_pretrained(model, **_given(kwargs)) if isinstance(model, str) else model.config
+
+
+def _find_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    name = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, **_given(kwargs))
+    except (OSError, ValueError):
+        if isinstance(model, str):
+            raise
+        return None
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if value is not None}

@@ -1,0 +1,88 @@
+"""Adaptive teacher weight: Algorithm 2 of the logit-averaging paper (https://huggingface.co/papers/2605.20555)."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import TrainerCallback
+
+
+if TYPE_CHECKING:
+    from .trainer import LogitMixGRPOTrainer
+
+
+class NetGain(NamedTuple):
+    """
+    How much mixing helps on the validation prompts.
+
+    Args:
+        net_gain (`float`):
+            Share of prompts that only the mixed policy answers right, minus the share that only the student does.
+        mixed_accuracy (`float`):
+            Share of prompts that the mixed policy answers right.
+        student_accuracy (`float`):
+            Share of prompts that the student answers right.
+    """
+
+    net_gain: float
+    mixed_accuracy: float
+    student_accuracy: float
+
+
+def net_gain(mixed_right: Sequence[bool], student_right: Sequence[bool]) -> NetGain:
+    r"""
+    `frac(mixed right, student wrong) − frac(student right, mixed wrong)` over the same prompts, Eq. 8 of the paper.
+
+    Args:
+        mixed_right (`Sequence[bool]`):
+            Whether the mixed policy answers each prompt right.
+        student_right (`Sequence[bool]`):
+            Whether the student does.
+    """
+    pairs = list(zip(mixed_right, student_right, strict=True))
+    only_mixed = sum(mixed and not student for mixed, student in pairs) / len(pairs)
+    only_student = sum(student and not mixed for mixed, student in pairs) / len(pairs)
+    return NetGain(only_mixed - only_student, sum(mixed_right) / len(pairs), sum(student_right) / len(pairs))
+
+
+def adaptive_weight(gain: float, scale: float, offset: float) -> float:
+    """`sigmoid(scale · (net_gain − offset))`, Eq. 9 of the paper; `scale` and `offset` are our choice."""
+    return 1 / (1 + math.exp(-scale * (gain - offset)))
+
+
+class AdaptiveWeightCallback(TrainerCallback):
+    """
+    After every `adaptive_interval` optimizer steps, decode the validation prompts with both policies and move the
+    teacher weight. It runs before the checkpoint of that step is written, so the checkpoint holds the new weight.
+    """
+
+    def __init__(self, trainer: "LogitMixGRPOTrainer", validation_rows: list[dict[str, Any]]):
+        self.trainer = trainer
+        self.validation_rows = validation_rows
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.adaptive_interval:
+            return
+        trainer = self.trainer
+        mixed = trainer.greedy_rewards(self.validation_rows, trainer.current_weights())
+        student = trainer.greedy_rewards(self.validation_rows, (0.0,))
+        gain = net_gain(self._right(mixed.rewards), self._right(student.rewards))
+        weight = adaptive_weight(gain.net_gain, args.adaptive_scale, args.adaptive_offset)
+        # Every rank computed it from the same gathered rewards; the broadcast guards against rounding
+        trainer.adaptive_weights = tuple(broadcast_object_list([weight]))
+        metrics = {
+            "adaptive/net_gain": gain.net_gain,
+            "adaptive/mixed_accuracy": gain.mixed_accuracy,
+            "adaptive/student_accuracy": gain.student_accuracy,
+            "adaptive/next_teacher_weight": weight,
+            "adaptive/decoded_tokens": float(mixed.num_tokens + student.num_tokens),
+            "adaptive/seconds": mixed.seconds + student.seconds,
+        }
+        for name, value in metrics.items():
+            trainer._metrics["train"][name].append(value)
+
+    def _right(self, rewards: Tensor) -> list[bool]:
+        total = (rewards * self.trainer.reward_weights.to(rewards.device)).nansum(dim=1)
+        return (total >= self.trainer.args.adaptive_success_threshold).tolist()

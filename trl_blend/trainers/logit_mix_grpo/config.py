@@ -1,0 +1,279 @@
+"""Configuration of [`LogitMixGRPOTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from ...errors import ConfigError
+from ...ops.mixing import validate_weights
+from ...schedules import DECAYING_SCHEDULES
+
+
+_CHOICES = {
+    "teacher_weight_schedule": ("constant", "linear", "cosine", "adaptive"),
+    "mixing_space": ("logits", "probs"),
+    "objective": ("mixed", "student"),
+    "is_clip_mode": ("ppo", "none", "max"),
+    "eval_policy": (None, "mixed", "student", "both"),
+}
+# Losses whose per-token term is the clipped surrogate that `is_clip_mode` reshapes
+_CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+@dataclass
+class LogitMixGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`LogitMixGRPOTrainer`].
+
+    This class includes only the parameters that are specific to logit mixing. For a full list of training arguments,
+    please refer to the [`~trl.GRPOConfig`] and [`~transformers.TrainingArguments`] documentation.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the teacher
+
+        teacher_model_name_or_path (`list[str]`, *optional*):
+            Model id or path of each teacher (the frozen reference). Read by scripts, which pass it on as the
+            `teacher_model` argument of the trainer.
+        teacher_model_revision (`str`, *optional*):
+            Revision of the teacher (branch, tag or commit), used when the teacher is given as a string.
+        teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`] when the teacher is given as a
+            string. `dtype` and `attn_implementation` default to the student's.
+
+        > Parameters that control the mixture
+
+        teacher_weight (`float` or `list[float]`, *optional*, defaults to `0.5`):
+            Weight \\( w \\) of the teacher in the mixed policy, at step 0 if it moves: a number in `[0, 1]`, or one
+            per teacher with a sum of at most 1. `0` reproduces [`~trl.GRPOTrainer`]. The default is the logit-fusion
+            code's starting value; on the test-bed 0.1 to 0.3 works better for `objective="mixed"`.
+        teacher_weight_schedule (`str`, *optional*, defaults to `"constant"`):
+            How the weight moves with the optimizer step: `"constant"`, `"linear"` or `"cosine"` decay to 0 in
+            `teacher_weight_decay_steps` steps, or `"adaptive"` (Algorithm 2 of the logit-averaging paper).
+        teacher_weight_decay_steps (`int`, *optional*):
+            Optimizer steps until the weight is 0. Required by the decaying schedules (the logit-fusion code uses
+            1000).
+        mixing_space (`str`, *optional*, defaults to `"logits"`):
+            `"logits"` mixes logits (a renormalised geometric mean of the policies), `"probs"` mixes probabilities.
+
+        > Parameters that control the objective
+
+        objective (`str`, *optional*, defaults to `"mixed"`):
+            Policy that the GRPO objective is written on. `"mixed"` (logit averaging): the mixed policy, on both sides
+            of the ratio; the mixed policy is also what is meant to be deployed. `"student"` (logit fusion): the
+            student, with the sampling (mixed) policy in the denominator; the student alone is deployed.
+        is_clip_mode (`str`, *optional*, defaults to `"max"`):
+            Treatment of the importance ratio \\( r \\) for `objective="student"` while the weight is positive:
+            `"ppo"` (TRL's clipping), `"none"` (loss \\( -rA \\); the logit-fusion code uses it with
+            sequence-level ratios), `"max"` (loss \\( -\min(r, c)A \\) for either sign of \\( A \\); used there
+            with token-level ratios). Once the weight is 0, ordinary clipping applies.
+        is_clip_max (`float`, *optional*, defaults to `3.0`):
+            The cap \\( c \\) of `is_clip_mode="max"`.
+
+        > Parameters that control the adaptive weight
+
+        adaptive_num_prompts (`int`, *optional*, defaults to `64`):
+            Number of validation prompts, the first ones of `eval_dataset`, decoded twice (mixed policy and student,
+            greedily) for each update of the weight. The paper's number is unknown; this is our choice.
+        adaptive_interval (`int`, *optional*, defaults to `1`):
+            Optimizer steps between two updates of the weight.
+        adaptive_scale (`float`, *optional*, defaults to `5.0`):
+            Scale in `sigmoid(scale * (net_gain - offset))`. Our choice, the paper's value is unknown.
+        adaptive_offset (`float`, *optional*, defaults to `0.1`):
+            Offset in `sigmoid(scale * (net_gain - offset))`. Our choice, the paper's value is unknown.
+        adaptive_success_threshold (`float`, *optional*, defaults to `1.0`):
+            Weighted reward from which a validation response counts as right.
+
+        > Parameters that control the evaluation
+
+        eval_policy (`str`, *optional*):
+            Policy that `evaluate` samples from: `"mixed"`, `"student"` or `"both"`. Defaults to the deployed policy of
+            the objective. Metrics of each policy are logged under `eval_mixed/…` and `eval_student/…`.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    # Parameters that control the teacher
+    teacher_model_name_or_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Model id or path of each teacher (the frozen reference). Read by scripts."},
+    )
+    teacher_model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Revision of the teacher (branch, tag or commit), when it is given as a string."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the teacher is given as a "
+            "string. `dtype` and `attn_implementation` default to the student's."
+        },
+    )
+
+    # Parameters that control the mixture
+    teacher_weight: list[float] = field(
+        default_factory=lambda: [0.5],
+        metadata={
+            "help": "Weight of the teacher in the mixed policy, at step 0 if it moves: a number in [0, 1], or one per "
+            "teacher with a sum of at most 1. 0 reproduces GRPOTrainer."
+        },
+    )
+    teacher_weight_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How the weight moves with the optimizer step: decay to 0 in `teacher_weight_decay_steps` steps, "
+            "or after each step by the net gain of mixing on validation prompts.",
+            "choices": list(_CHOICES["teacher_weight_schedule"]),
+        },
+    )
+    teacher_weight_decay_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps until the weight is 0. Required by the decaying schedules."},
+    )
+    mixing_space: str = field(
+        default="logits",
+        metadata={
+            "help": "Mix logits (a renormalised geometric mean of the policies) or probabilities.",
+            "choices": list(_CHOICES["mixing_space"]),
+        },
+    )
+
+    # Parameters that control the objective
+    objective: str = field(
+        default="mixed",
+        metadata={
+            "help": "Policy that the objective is written on: the mixed policy (logit averaging), or the student with "
+            "the sampling policy in the denominator of the ratio (logit fusion).",
+            "choices": list(_CHOICES["objective"]),
+        },
+    )
+    is_clip_mode: str = field(
+        default="max",
+        metadata={
+            "help": "Treatment of the importance ratio r for `objective='student'` while the weight is positive: "
+            "TRL's clipping, none, or min(r, is_clip_max) for either sign of the advantage.",
+            "choices": list(_CHOICES["is_clip_mode"]),
+        },
+    )
+    is_clip_max: float = field(
+        default=3.0,
+        metadata={"help": "Cap of the importance ratio for `is_clip_mode='max'`."},
+    )
+
+    # Parameters that control the adaptive weight
+    adaptive_num_prompts: int = field(
+        default=64,
+        metadata={"help": "Number of validation prompts decoded twice for each update of the adaptive weight."},
+    )
+    adaptive_interval: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps between two updates of the adaptive weight."},
+    )
+    adaptive_scale: float = field(
+        default=5.0,
+        metadata={"help": "Scale in sigmoid(scale * (net_gain - offset))."},
+    )
+    adaptive_offset: float = field(
+        default=0.1,
+        metadata={"help": "Offset in sigmoid(scale * (net_gain - offset))."},
+    )
+    adaptive_success_threshold: float = field(
+        default=1.0,
+        metadata={"help": "Weighted reward from which a validation response counts as right."},
+    )
+
+    # Parameters that control the evaluation
+    eval_policy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Policy that `evaluate` samples from: mixed, student or both. Defaults to the deployed policy of "
+            "the objective."
+        },
+    )
+
+    def __post_init__(self):
+        # A single name or weight may be given bare; several come as a list
+        if isinstance(self.teacher_model_name_or_path, str):
+            self.teacher_model_name_or_path = [self.teacher_model_name_or_path]
+        weights = self.teacher_weight if isinstance(self.teacher_weight, (list, tuple)) else [self.teacher_weight]
+        self.teacher_weight = list(validate_weights(weights))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                allowed = ", ".join(repr(choice) for choice in choices if choice is not None)
+                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
+        self._check_schedule()
+        if self.eval_policy is None:
+            self.eval_policy = self.objective
+        super().__post_init__()  # also parses the dictionaries that the command line passes as strings
+        self._check_objective()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any step of this run can use a teacher."""
+        return self.teacher_weight_schedule == "adaptive" or any(self.teacher_weight)
+
+    def _check_schedule(self):
+        schedule, steps = self.teacher_weight_schedule, self.teacher_weight_decay_steps
+        if schedule in DECAYING_SCHEDULES and (steps is None or steps <= 0):
+            raise ConfigError(
+                f"`teacher_weight_schedule={schedule!r}` needs a positive `teacher_weight_decay_steps`, got {steps!r}."
+                " Set it to the optimizer step at which the weight should reach 0 (the logit-fusion code uses 1000)."
+            )
+        if schedule not in DECAYING_SCHEDULES and steps is not None:
+            raise ConfigError(
+                f"`teacher_weight_decay_steps={steps}` has no effect with `teacher_weight_schedule={schedule!r}`. "
+                "Set the schedule to 'linear' or 'cosine', or leave `teacher_weight_decay_steps` unset."
+            )
+        for name in ("adaptive_num_prompts", "adaptive_interval"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}={getattr(self, name)}` must be at least 1.")
+        if schedule == "adaptive":
+            if self.adaptive_scale <= 0:
+                raise ConfigError(f"`adaptive_scale={self.adaptive_scale}` must be positive.")
+            if len(self.teacher_weight) > 1:
+                raise ConfigError(
+                    "`teacher_weight_schedule='adaptive'` moves a single weight, got "
+                    f"`teacher_weight={self.teacher_weight}`. Use one teacher, or another schedule."
+                )
+
+    def _check_objective(self):
+        if self.objective != "student" or not self.mixes:
+            return
+        if self.is_clip_mode != "ppo" and self.loss_type not in _CLIPPED_LOSSES:
+            raise ConfigError(
+                f"`is_clip_mode={self.is_clip_mode!r}` reshapes the clipped surrogate, which `loss_type="
+                f"{self.loss_type!r}` does not have. Set `is_clip_mode='ppo'` to keep that loss's own treatment of "
+                f"the ratio, or choose `loss_type` among {', '.join(map(repr, _CLIPPED_LOSSES))}."
+            )
+        if self.is_clip_mode == "max" and self.is_clip_max <= 0:
+            raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")
+        for name, value in self.distribution_warpers().items():
+            raise ConfigError(
+                f"`{name}={value}` changes the distribution that tokens are drawn from, so the importance ratio of "
+                f"`objective='student'` would be wrong. Leave `{name}` at its neutral value, or use "
+                "`objective='mixed'`."
+            )
+
+    def distribution_warpers(self) -> dict[str, Any]:
+        """Sampling settings that make tokens come from another distribution than the tempered (mixed) policy."""
+        neutral = {
+            "top_k": (None, 0),
+            "top_p": (None, 1.0),
+            "min_p": (None, 0.0),
+            "top_h": (None,),
+            "watermarking_config": (None,),
+            "do_sample": (None, True),
+            "repetition_penalty": (None, 1.0),
+            "typical_p": (None, 1.0),
+            "epsilon_cutoff": (None, 0.0),
+            "eta_cutoff": (None, 0.0),
+            "no_repeat_ngram_size": (None, 0),
+            "temperature": (None, self.temperature),
+        }
+        overrides = self.generation_kwargs or {}
+        settings = {name: overrides.get(name, getattr(self, name, None)) for name in neutral}
+        return {name: value for name, value in settings.items() if value not in neutral[name]}

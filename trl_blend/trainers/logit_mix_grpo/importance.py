@@ -1,0 +1,64 @@
+"""The importance ratio of `objective="student"`: how it is clipped, and what is logged of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...ops.importance import ImportanceSums, importance_statistics, summarize_importance
+
+
+if TYPE_CHECKING:
+    from .trainer import LogitMixGRPOTrainer
+
+
+@contextmanager
+def importance_clip(trainer: "LogitMixGRPOTrainer") -> Iterator[None]:
+    r"""
+    Turn TRL's clipped surrogate into \\( -rA \\) (`"none"`) or \\( -\min(r, c)A \\) (`"max"`), by its own
+    bounds: without a lower bound, and with the upper bound and `delta` at \\( c \\), both arms of its minimum are equal.
+
+    Source: logit fusion, reference code. `"ppo"` leaves TRL's clipping as it is.
+    """
+    args = trainer.args
+    if args.is_clip_mode == "ppo":
+        yield
+        return
+    saved = trainer.epsilon_low, trainer.epsilon_high, args.delta
+    cap = args.is_clip_max if args.is_clip_mode == "max" else None
+    trainer.epsilon_low = float("inf")
+    trainer.epsilon_high = float("inf") if cap is None else cap - 1
+    args.delta = cap
+    try:
+        yield
+    finally:
+        trainer.epsilon_low, trainer.epsilon_high, args.delta = saved
+
+
+def log_importance(trainer: "LogitMixGRPOTrainer", inputs: dict[str, Any], logps: Tensor) -> None:
+    """
+    Log mean, maximum, effective sample size and clipped share of the ratio, over the tokens (sequences) of all ranks.
+
+    Args:
+        trainer ([`LogitMixGRPOTrainer`]):
+            Trainer whose metrics receive the values, under `importance/`.
+        inputs (`dict[str, Any]`):
+            Batch with the recorded log-probabilities of the sampling policy as `old_per_token_logps`.
+        logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities under the student, in nats.
+    """
+    args = trainer.args
+    caps = {"ppo": 1 + trainer.epsilon_high, "none": None, "max": args.is_clip_max}
+    sums = importance_statistics(
+        logps - inputs["old_per_token_logps"],
+        inputs["completion_mask"] * inputs.get("tool_mask", 1),
+        level=trainer.importance_sampling_level,
+        clip_max=caps[args.is_clip_mode],
+    )
+    gathered = trainer.accelerator.gather(torch.stack(sums).float()[None])
+    total = ImportanceSums(*gathered.sum(dim=0))._replace(ratio_max=gathered[:, 3].max())
+    mode = "train" if trainer.model.training else "eval"
+    for name, value in summarize_importance(total).items():
+        trainer._metrics[mode][f"importance/{name}"].append(value)

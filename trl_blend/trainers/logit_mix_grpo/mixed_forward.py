@@ -1,0 +1,100 @@
+"""The model that TRL's log-prob code sees when the objective is written on the mixed policy."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import _compat
+from ...ops.mixed_head import LMHead, mixed_log_probs
+
+
+class MixedForward:
+    r"""
+    Stands in for the student in `GRPOTrainer._get_per_token_logps_and_entropies`: same inputs, same outputs, but the
+    log-probabilities and entropies are those of the mixed policy.
+
+    Each partner's forward comes first, without gradient, and leaves its hidden states and LM head; the student's
+    forward then goes through the wrapped module (DDP, FSDP2, DeepSpeed), and where TRL's fused head would compute
+    \\( \log p_S(y_t) \\) it computes \\( \log p_{mix}(y_t) \\) from both. The gradient reaches the student only.
+
+    Left out on purpose: the partners' router losses, and image features (the trainer refuses vision-language models).
+
+    Args:
+        student (`nn.Module`):
+            The (wrapped) student.
+        partners (`Sequence[nn.Module]`):
+            The frozen partners; empty when the base of a PEFT student is the reference.
+        weights (`Sequence[float]`):
+            Weight of each partner.
+        space (`str`):
+            `"logits"` or `"probs"`.
+        unwrapped_student (`nn.Module`):
+            The PEFT model inside `student`, whose adapters are disabled when there are no partners.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        partners: Sequence[nn.Module],
+        weights: Sequence[float],
+        space: str,
+        unwrapped_student: nn.Module,
+    ):
+        self.student = student
+        self.partners = partners
+        self.weights = weights
+        self.space = space
+        self.unwrapped_student = unwrapped_student
+
+    def __call__(self, **inputs: Any) -> Any:
+        frozen = {key: value for key, value in inputs.items() if key != "output_router_logits"}
+        if self.partners:
+            heads = [self._capture_head(partner, frozen) for partner in self.partners]
+        else:
+            with base_policy(self.unwrapped_student):
+                heads = [self._capture_head(self.student, frozen)]
+
+        def mix(head: LMHead, targets: Tensor, temperature: float, outputs: tuple[str, ...]) -> tuple:
+            mixed = mixed_log_probs(
+                head,
+                heads,
+                self.weights,
+                targets,
+                temperature=temperature,
+                space=self.space,
+                compute_entropy="entropy" in outputs,
+                gather_parameters=_compat.gather_lm_head,
+            )
+            return mixed.logps, mixed.entropy, None, None, None
+
+        with _compat.fused_log_prob_function(mix):
+            return self.student(**inputs)
+
+    @staticmethod
+    @torch.no_grad()
+    def _capture_head(model: nn.Module, inputs: dict[str, Any]) -> LMHead:
+        captured: list[LMHead] = []
+
+        def keep(head: LMHead, targets: Tensor, temperature: float, outputs: tuple[str, ...]) -> tuple:
+            captured.append(head)
+            placeholder = head.hidden.new_zeros(targets.shape, dtype=torch.float32)
+            return placeholder, placeholder if "entropy" in outputs else None, None, None, None
+
+        with _compat.fused_log_prob_function(keep):
+            model(**inputs)
+        return captured[0]
+
+
+@contextmanager
+def base_policy(model: nn.Module) -> Iterator[None]:
+    """The base of a PEFT model: adapters disabled, dropout off, both restored on exit."""
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,351 @@
+"""GRPO on rollouts that student and teacher decode together."""
+
+import copy
+import json
+import os
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from ... import __version__, _compat
+from ...errors import UnsupportedError
+from ...generation.hooks import blended_generation
+from ...generation.recording import RolloutRecord
+from ...generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from ...schedules import make_schedule
+from .. import _partners
+from .._cards import method_card
+from .._statistics import TokenMeans
+from .adaptive import AdaptiveWeightCallback
+from .checks import check_arguments, check_text_only
+from .config import LogitMixGRPOConfig
+from .greedy import GreedyRewards, greedy_rewards
+from .importance import importance_clip, log_importance
+from .mixed_forward import MixedForward
+
+
+logger = get_logger(__name__)
+
+_STATE_FILE = "logit_mix_state.json"
+# Settings that decide the weight of a step: a resumed run with others does not continue the interrupted one
+_SCHEDULE_FIELDS = ("teacher_weight", "teacher_weight_schedule", "teacher_weight_decay_steps")
+
+
+class LogitMixGRPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for GRPO with a teacher (or frozen SFT reference) mixed into every decoding step.
+
+    Tokens are drawn from \\( p_{mix} = \mathrm{softmax}(z_{mix} / \tau) \\) with
+    \\( z_{mix} = (1 - \sum_i w_i)\, z_S + \sum_i w_i z_i \\) (Eq. 1 of the logit-averaging paper). With
+    `objective="mixed"` the GRPO objective, ratio included, is that of \\( p_{mix} \\), with gradient through
+    \\( z_S \\) only. With `objective="student"` it is that of the student alone, and the denominator of the ratio is
+    the probability that the token was drawn with.
+
+    Every `loss_type` and `importance_sampling_level` of [`~trl.GRPOTrainer`] works: this class changes what
+    log-probabilities are computed, not the loss. At weight 0 it is `GRPOTrainer`, bit for bit.
+
+    Left out on purpose: sampling with vLLM or continuous batching while the weight is positive, and vision-language
+    students, whose partner would need the image features at each step. Both are refused. A partner is held in full by
+    every process, also under FSDP2 and ZeRO-3.
+
+    Example:
+
+    ```python
+    from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer
+
+    trainer = LogitMixGRPOTrainer(
+        model="Qwen/Qwen2.5-1.5B-Instruct",
+        teacher_model="my-org/Qwen2.5-1.5B-SFT",
+        reward_funcs=reward,
+        args=LogitMixGRPOConfig(output_dir="out", teacher_weight=0.3),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student to train, see [`~trl.GRPOTrainer`].
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or a `list` of them, *optional*):
+            Frozen partner(s) with the student's tokenizer. `None` with PEFT means the student's own base, adapters
+            disabled: one set of weights, no second copy.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            See [`~trl.GRPOTrainer`].
+        args ([`LogitMixGRPOConfig`], *optional*):
+            Configuration of this trainer.
+        train_dataset, eval_dataset, processing_class, peft_config, **kwargs:
+            See [`~trl.GRPOTrainer`]. With `teacher_weight_schedule="adaptive"`, `eval_dataset` holds the validation
+            prompts.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If arguments are outside their range or contradict each other.
+        [`~trl_blend.errors.TokenizerMismatchError`]:
+            If a teacher's tokenizer maps an id to another token than the student's.
+        [`~trl_blend.errors.UnsupportedError`]:
+            If a combination would run but not correctly.
+    """
+
+    _tag_names = ["trl", "trl-blend", "logit-mix-grpo"]
+    _name = "LogitMixGRPO"
+    _paper = {
+        "title": "Complementing reinforcement learning with SFT through logit averaging in the post training of LLMs",
+        "id": "2605.20555",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{gan2026complementing,
+                title        = {{Complementing reinforcement learning with SFT through logit averaging in the post
+                                training of LLMs}},
+                author       = {Gan and Zhu},
+                year         = 2026,
+                eprint       = {arXiv:2605.20555},
+            }"""),
+    }
+    _template_name = "logit_mix_grpo.md"
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        teacher_model: "_partners.Teacher" = None,
+        reward_funcs: Any = None,
+        args: LogitMixGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        *,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
+            args = LogitMixGRPOConfig(f"{model_id.split('/')[-1]}-LogitMixGRPO")
+        teachers = _partners.as_list(teacher_model)
+        check_arguments(
+            model,
+            teachers,
+            args,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            rollout_func=kwargs.get("rollout_func"),
+        )
+        self.partners: list[nn.Module] = []
+        self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
+        self._policy_weights: tuple[float, ...] = (0.0,) * len(args.teacher_weight)
+        self._generating = False
+        self._recording = True
+        self._eval_policy: str = args.objective
+        self._rollout_means = TokenMeans()
+        self._latest_logps: Tensor | None = None
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self._schedules = [
+            make_schedule(args.teacher_weight_schedule, weight, args.teacher_weight_decay_steps)
+            for weight in (args.teacher_weight if args.teacher_weight_schedule != "adaptive" else [])
+        ]
+        if not args.mixes:
+            return
+        check_text_only(self._is_vlm)
+        self._prepare_partners(teachers)
+        if args.teacher_weight_schedule == "adaptive":
+            rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
+            self.add_callback(AdaptiveWeightCallback(self, rows))
+
+    def _prepare_partners(self, teachers: list) -> None:
+        if not teachers and self._dist.is_fsdp:
+            raise UnsupportedError(
+                "`teacher_model=None` reads the reference from the student, which FSDP shards: a rank whose sequences "
+                "are finished would leave the others waiting for its shards. Pass the base model as `teacher_model`."
+            )
+        if not teachers and self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
+            raise UnsupportedError(
+                "`teacher_model=None` with ZeRO-3 decodes from gathered weights. Set `ds3_gather_for_generation=True`,"
+                " or pass the base model as `teacher_model`."
+            )
+        for partner in _partners.load_partners(teachers, self.model, self.args):
+            if self.args.objective == "mixed":
+                base = partner.get_base_model() if is_peft_model(partner) else partner
+                _compat.add_fused_lm_head(base, self.temperature, self.args.cast_lm_head_to_fp32)
+            # `device_placement`: under FSDP, `prepare_model` otherwise leaves the model where it is
+            self.partners.append(self.accelerator.prepare_model(partner, device_placement=True, evaluation_mode=True))
+
+    # Weights
+
+    def current_weights(self) -> tuple[float, ...]:
+        """Teacher weights of the next generation batch."""
+        if self.args.teacher_weight_schedule == "adaptive":
+            return self.adaptive_weights
+        return tuple(schedule(self.state.global_step) for schedule in self._schedules)
+
+    def _suffix(self, index: int) -> str:
+        return f"_{index}" if len(self.args.teacher_weight) > 1 else ""
+
+    def _rule(self, weights: tuple[float, ...]) -> BlendRule:
+        return (LogitMixing if self.args.mixing_space == "logits" else ProbabilityMixing)(weights)
+
+    @contextmanager
+    def policy(self, weights: tuple[float, ...], *, generating: bool = False, recording: bool = True) -> Iterator:
+        """Weights that decoding and scoring inside the context use."""
+        saved = self._policy_weights, self._generating, self._recording
+        self._policy_weights, self._generating, self._recording = weights, generating, recording
+        try:
+            yield
+        finally:
+            self._policy_weights, self._generating, self._recording = saved
+
+    # Generation
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.args.mixes:
+            return super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        weights = self.current_weights()
+        if mode == "eval" and self._eval_policy == "student":
+            weights = (0.0,) * len(weights)
+        logged_weight = weights[0] if len(weights) == 1 else list(weights)
+        self._log_completion_extra("teacher_weight", [logged_weight] * len(inputs))
+        with self.policy(weights, generating=True):
+            output = super()._generate_and_score_completions(inputs)
+        output["teacher_weight"] = [weights] * len(inputs)
+        if self.args.objective == "student" and any(weights):
+            output["old_per_token_logps"] = output["sampling_per_token_logps"]
+        for index, weight in enumerate(weights):
+            self._metrics[mode][f"mixing/teacher_weight{self._suffix(index)}"].append(weight)
+        for name, value in self._rollout_means.reduce(self.accelerator).items():
+            self._metrics[mode][f"mixing/{name}"].append(value)
+        return output
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        turn = (prompt_ids, images, multimodal_fields, num_generations)
+        if not any(self._policy_weights):
+            return super()._generate_single_turn(*turn, **kwargs)
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        rule = self._rule(self._policy_weights)
+        with blended_generation(student, self.partners or None, rule, record=self._recording) as session:
+            completion_ids, logps = super()._generate_single_turn(*turn, **kwargs)
+        if not self._recording:
+            return completion_ids, logps
+        record = session.records[-1]
+        lengths = [len(ids) for ids in completion_ids]
+        self._collect_rollout_means(record, lengths)
+        return completion_ids, [row[:n] for row, n in zip(record.behavior_logps.tolist(), lengths, strict=True)]
+
+    def _collect_rollout_means(self, record: RolloutRecord, lengths: list[int]) -> None:
+        logps = record.behavior_logps
+        mask = torch.arange(logps.size(1), device=logps.device) < torch.tensor(lengths, device=logps.device)[:, None]
+        for name, values in record.statistics.items():
+            self._rollout_means.add(name, values, mask)
+        for index, values in enumerate(record.teacher_logps.view(-1, *logps.shape)):
+            self._rollout_means.add(f"teacher_logp{self._suffix(index)}", values, mask & values.isfinite())
+
+    def greedy_rewards(self, rows: list[dict[str, Any]], weights: tuple[float, ...]) -> GreedyRewards:
+        """Decode `rows` greedily at the given teacher weights and reward the completions, see [`greedy_rewards`]."""
+        return greedy_rewards(self, rows, weights)
+
+    # Scoring
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        mixed, weights = self.args.objective == "mixed", self._policy_weights
+        if any(weights) and self._is_student(model):
+            if mixed:
+                unwrapped = self.accelerator.unwrap_model(model)
+                model = MixedForward(model, self.partners, weights, self.args.mixing_space, unwrapped)
+            elif self._generating:
+                # The old log-probs of `objective="student"` are those recorded while decoding: no forward is needed
+                return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
+        output = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        self._latest_logps = output[0].detach()
+        return output
+
+    def _is_student(self, model: nn.Module) -> bool:
+        """Whether `model` is the policy, rather than TRL's KL reference (its own model, or other PEFT adapters)."""
+        if model is self.ref_model:
+            return False
+        unwrapped = self.accelerator.unwrap_model(model)
+        if not is_peft_model(unwrapped):
+            return True
+        layer = next(module for module in unwrapped.modules() if hasattr(module, "disable_adapters"))
+        return not layer.disable_adapters and "ref" not in layer.active_adapters
+
+    def _compute_loss(self, model, inputs):
+        weights = inputs["teacher_weight"][0] if "teacher_weight" in inputs else (0.0,)
+        if self.args.objective == "mixed" or not any(weights):
+            with self.policy(weights):
+                return super()._compute_loss(model, inputs)
+        with self.policy(weights), importance_clip(self):
+            loss = super()._compute_loss(model, inputs)
+        log_importance(self, inputs, self._latest_logps)
+        return loss
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if not self.args.mixes:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        policies = ["mixed", "student"] if self.args.eval_policy == "both" else [self.args.eval_policy]
+        deployed = self.args.objective if self.args.objective in policies else policies[0]
+        collected, result = self._metrics["eval"], None
+        for policy in policies:
+            self._eval_policy, self._metrics["eval"] = policy, defaultdict(list)
+            output = super().prediction_step(model, copy.copy(inputs), prediction_loss_only, ignore_keys)
+            for name, values in self._metrics["eval"].items():
+                collected[f"{policy}/{name}"].extend(values)
+                if policy == deployed:
+                    collected[name].extend(values)
+            result = output if policy == deployed else result
+        self._metrics["eval"] = collected
+        return result
+
+    # Checkpoints and card
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            state = {name: getattr(self.args, name) for name in _SCHEDULE_FIELDS}
+            state["adaptive_weights"] = self.adaptive_weights
+            (folder / _STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not os.path.isfile(path := os.path.join(checkpoint, _STATE_FILE)):
+            return
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+        self.adaptive_weights = tuple(state["adaptive_weights"])
+        for name in _SCHEDULE_FIELDS:
+            if state[name] != getattr(self.args, name):
+                logger.warning(
+                    f"Resuming with `{name}={getattr(self.args, name)!r}`, but the checkpoint was trained with "
+                    f"`{name}={state[name]!r}`. The value given now is used from here on."
+                )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""
+        names = [_compat.get_config_model_id(partner.config) or "an unnamed model" for partner in self.partners]
+        weights = self.current_weights() if self.args.mixes else (0.0,)
+        fields = {"config": self.args, "teachers": names, "last_weights": weights, "version": __version__}
+        with method_card(self._template_name, **fields) as path:
+            self._template_file = path
+            super().create_model_card(*args, **kwargs)
