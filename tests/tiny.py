@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -24,7 +25,7 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=.,:!?()[]{}<>\\'\n"
 VOCAB_SIZE = 64
 PAD_ID, EOS_ID = 0, 1
-ARCHITECTURES = ("qwen3", "llama", "gemma2", "gemma3")
+ARCHITECTURES = ("qwen3", "llama", "gemma2", "gemma3", "gpt2")
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -58,6 +59,7 @@ _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
         {**_SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0, "attn_implementation": "eager"},
     ),
     "gemma3": (Gemma3TextConfig, {**_SLIDING, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}),
+    "gpt2": (GPT2Config, {}),
 }
 
 
@@ -67,7 +69,8 @@ def tiny_model(arch: str = "qwen3", seed: int = 0, vocab_size: int = VOCAB_SIZE,
 
     Args:
         arch (`str`, *optional*, defaults to `"qwen3"`):
-            `"qwen3"`, `"llama"`, `"gemma2"` (sliding window, soft-capped logits) or `"gemma3"` (sliding window).
+            `"qwen3"`, `"llama"`, `"gemma2"` (sliding window, soft-capped logits), `"gemma3"` (sliding window) or
+            `"gpt2"` (learned absolute positions: the only one to notice that all positions are shifted).
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights. The global random state is left as it was.
         vocab_size (`int`, *optional*, defaults to `64`):

@@ -6,6 +6,7 @@ upstream reference and the condition under which the shim goes. `tests/contract/
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.resources import files
 from unittest.mock import patch
 
 import torch
@@ -77,3 +78,13 @@ def load_replicated(model_id: str, **kwargs) -> PreTrainedModel:
         patch.dict(os.environ, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
     ):
         return trl_utils.create_model_from_path(model_id, **kwargs)
+
+
+def card_template(path: str) -> str:
+    """
+    A trainer's `_template_file` for a template outside TRL.
+
+    Upstream: `trl.trainer.utils.generate_model_card` puts the name behind `trl/templates/`, as text, so the path is
+    given relative to that folder. Removal: TRL accepts a path.
+    """
+    return os.path.relpath(path, str(files("trl") / "templates"))

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.tiny import EOS_ID, PAD_ID
+
 
 PROMPT_LENGTHS = (7, 4, 6)
+SAMPLING = {"do_sample": True, "top_k": 0, "max_new_tokens": 6, "pad_token_id": PAD_ID}
+DETAILS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 
 
 def left_padded_prompts(pad_id: int, lengths: tuple[int, ...] = PROMPT_LENGTHS, seed: int = 0) -> dict[str, Tensor]:
@@ -74,3 +78,23 @@ def loop_softmax(logits: list[float]) -> list[float]:
     top = max(logits)
     powers = [math.exp(z - top) for z in logits]
     return [power / math.fsum(powers) for power in powers]
+
+
+def sample(model, prompts, seed=0, **settings):
+    torch.manual_seed(seed)
+    return model.generate(**prompts, **{**SAMPLING, **settings})
+
+
+def recorded_logps(models, output, prompts, weight=0.4, temperature=1.0):
+    """Teacher-forced behaviour log-probabilities of the emitted tokens, and the mask of those before a row's end."""
+    sequences = getattr(output, "sequences", output)
+    logits = [teacher_forced_logits(model, sequences, prompts["attention_mask"]) for model in models]
+    logprobs = mixture_logprobs(logits, [1.0 - weight, weight], temperature, "logits")
+    tokens = sequences[:, -logprobs.shape[1] :]
+    ended = (tokens == EOS_ID).int().cumsum(1)
+    return logprobs.gather(-1, tokens[..., None]).squeeze(-1).float(), (ended == 0) | (ended.cumsum(1) == 1)
+
+
+def assert_recorded(record, models, output, prompts, **settings):
+    expected, valid = recorded_logps(models, output, prompts, **settings)
+    torch.testing.assert_close(record.behavior_logps[valid], expected[valid], rtol=0, atol=1e-5)

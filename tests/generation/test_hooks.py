@@ -2,61 +2,24 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from tests.generation.teacher_forced import left_padded_prompts, mixture_logprobs, teacher_forced_logits
-from tests.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model
+from tests.generation.teacher_forced import (
+    DETAILS,
+    SAMPLING,
+    assert_recorded,
+    mixture_logprobs,
+    recorded_logps,
+    sample,
+    teacher_forced_logits,
+)
+from tests.tiny import EOS_ID, tiny_model
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation import LogitMixing, ProbabilityMixing, blended_generation
 
 
 RULE = LogitMixing(0.4)
-SAMPLING = {"do_sample": True, "top_k": 0, "max_new_tokens": 6, "pad_token_id": PAD_ID}
-DETAILS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-
-
-@pytest.fixture
-def student():
-    return tiny_model("qwen3", seed=1)
-
-
-@pytest.fixture
-def teacher():
-    return tiny_model("llama", seed=2)
-
-
-@pytest.fixture
-def prompts():
-    return left_padded_prompts(PAD_ID)
-
-
-def sample(model, prompts, seed=0, **settings):
-    torch.manual_seed(seed)
-    return model.generate(**prompts, **{**SAMPLING, **settings})
-
-
-def recorded_logps(models, output, prompts, weight=0.4, temperature=1.0):
-    """Teacher-forced behaviour log-probabilities of the emitted tokens, and the mask of those before a row's end."""
-    sequences = getattr(output, "sequences", output)
-    logits = [teacher_forced_logits(model, sequences, prompts["attention_mask"]) for model in models]
-    logprobs = mixture_logprobs(logits, [1.0 - weight, weight], temperature, "logits")
-    tokens = sequences[:, -logprobs.shape[1] :]
-    ended = (tokens == EOS_ID).int().cumsum(1)
-    return logprobs.gather(-1, tokens[..., None]).squeeze(-1).float(), (ended == 0) | (ended.cumsum(1) == 1)
-
-
-def assert_recorded(record, models, output, prompts, **settings):
-    expected, valid = recorded_logps(models, output, prompts, **settings)
-    torch.testing.assert_close(record.behavior_logps[valid], expected[valid], rtol=0, atol=1e-5)
 
 
 # What is sampled
@@ -206,114 +169,6 @@ def test_streamer(student, teacher, prompts):
     assert len(session.records) == 1
 
 
-# PEFT
-
-
-@pytest.mark.parametrize("arch", ["qwen3", "gemma3"])
-@pytest.mark.parametrize("inner", [False, True], ids=["peft_generate", "inner_generate"])
-def test_base_of_a_lora_student_is_the_reference(prompts, arch, inner):
-    base = tiny_model(arch, seed=1)
-    model = tiny_lora(tiny_model(arch, seed=1))
-    model.train()
-    trainable = {name: (parameter.requires_grad, id(parameter)) for name, parameter in model.named_parameters()}
-    with blended_generation(model, None, RULE, record=True) as session:
-        output = sample(model.get_base_model() if inner else model, prompts, **DETAILS)
-    assert {name: (p.requires_grad, id(p)) for name, p in model.named_parameters()} == trainable
-    assert all(module.training for module in model.modules())
-    model.eval()
-    assert_recorded(session.records[0], [model, base], output, prompts)
-    # Only the partner runs without adapters
-    raw = torch.stack(output.logits, dim=1)
-    valid = recorded_logps([model, base], output, prompts)[1]
-    adapted = teacher_forced_logits(model, output.sequences, prompts["attention_mask"])
-    torch.testing.assert_close(raw[valid], adapted[valid], rtol=0, atol=1e-4)
-    assert (adapted - teacher_forced_logits(base, output.sequences, prompts["attention_mask"])).abs().max() > 0.1
-
-
-def test_base_reference_holds_no_second_copy(prompts):
-    model, ran = tiny_lora(tiny_model("qwen3", seed=1)), []
-    model.get_base_model().lm_head.register_forward_hook(
-        lambda module, args, out: ran.append(module.weight.data_ptr())
-    )
-    with blended_generation(model, None, RULE):
-        sample(model, prompts)
-    assert len(ran) % 2 == 0 and set(ran) == {model.get_base_model().lm_head.weight.data_ptr()}
-
-
-def test_base_reference_ignores_trained_modules(prompts):
-    base = tiny_model("llama", seed=1)
-    model = tiny_lora(tiny_model("llama", seed=1), target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model.get_base_model().lm_head.modules_to_save["default"].weight.data.mul_(2.0)
-    with blended_generation(model, None, RULE, record=True) as session:
-        output = sample(model, prompts)
-    assert_recorded(session.records[0], [model, base], output, prompts)
-
-
-def test_adapters_added_through_transformers(prompts):
-    base, model = tiny_model("llama", seed=1), tiny_model("llama", seed=1)
-    model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    with blended_generation(model, None, RULE, record=True) as session:
-        output = sample(model, prompts)
-    assert_recorded(session.records[0], [model, base], output, prompts)
-
-
-def test_base_reference_is_restored_when_its_forward_raises(prompts):
-    model = tiny_lora(tiny_model("qwen3", seed=1))
-    before = sample(model, prompts)
-    calls = []
-
-    def fail(module, args):
-        calls.append(module)
-        if len(calls) == 2:  # the student's prefill is the first call, the base's the second
-            raise ValueError("broken")
-
-    handle = model.get_base_model().lm_head.register_forward_pre_hook(fail)
-    with blended_generation(model, None, RULE, record=True) as session, pytest.raises(ValueError, match="broken"):
-        sample(model, prompts)
-    handle.remove()
-    assert session.records == [] and torch.equal(sample(model, prompts), before)
-
-
-def test_teacher_may_be_a_peft_model(student, prompts):
-    teacher = tiny_lora(tiny_model("llama", seed=2))
-    with blended_generation(student, teacher, RULE, record=True) as session:
-        output = sample(student, prompts)
-    assert_recorded(session.records[0], [student, teacher], output, prompts)
-
-
-@pytest.mark.parametrize("settings", [{"bias": "all"}, {"init_lora_weights": "pissa"}])
-def test_base_that_adapters_changed_is_refused(settings):
-    model = tiny_lora(tiny_model("llama"), **settings)
-    with pytest.raises(UnsupportedError, match=next(iter(settings))), blended_generation(model, None, RULE):
-        pass
-
-
-def test_base_reference_needs_adapters(student):
-    with pytest.raises(UnsupportedError, match="no adapters"), blended_generation(student, None, RULE):
-        pass
-
-
-def test_own_adapted_model_as_teacher_is_refused():
-    model = tiny_lora(tiny_model("llama"))
-    for teacher in (model, model.get_base_model()):
-        with pytest.raises(UnsupportedError, match="teacher=None"), blended_generation(model, teacher, RULE):
-            pass
-
-
-def test_student_as_its_own_teacher(student, prompts):
-    plain = sample(student, prompts)
-    with blended_generation(student, student, ProbabilityMixing(0.5), record=True) as session:
-        assert torch.equal(sample(student, prompts), plain)
-    assert session.records[0].statistics["kl_behavior_student"].max() < 1e-5
-
-
-def test_prompt_learning_is_refused(student):
-    tuned = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    for arguments in ((tuned, student), (student, tuned), (tuned, None)):
-        with pytest.raises(UnsupportedError, match="virtual tokens"), blended_generation(*arguments, RULE):
-            pass
-
-
 # The hook itself
 
 
@@ -382,69 +237,3 @@ def test_compiled_wrapper(student, teacher, prompts):
     with blended_generation(compiled, teacher, LogitMixing(1.0)):
         taught = sample(compiled, prompts, do_sample=False)
     assert torch.equal(taught, sample(teacher, prompts, do_sample=False))
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"num_beams": 2}, "beam"),
-        ({"num_beams": 2, "do_sample": False}, "num_beams=2"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted"),
-        ({"do_sample": False, "top_k": 4, "penalty_alpha": 0.6}, "contrastive"),
-        ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
-        ({"cache_implementation": "paged"}, "paged"),
-        ({"position_ids": torch.zeros(3, 7, dtype=torch.long)}, "position_ids"),
-        ({"token_type_ids": torch.zeros(3, 7, dtype=torch.long)}, "token_type_ids"),
-        ({"inputs_embeds": torch.zeros(3, 7, 32)}, "inputs_embeds"),
-    ],
-)
-def test_decoding_that_would_be_wrong_is_refused(student, teacher, prompts, settings, message):
-    with blended_generation(student, teacher, RULE), pytest.raises(UnsupportedError, match=message):
-        sample(student, prompts, **settings)
-
-
-def test_assistant_model_is_refused(student, teacher, prompts):
-    with blended_generation(student, teacher, RULE), pytest.raises(UnsupportedError, match="assisted"):
-        sample(student, {name: values[:1] for name, values in prompts.items()}, assistant_model=tiny_model("llama"))
-
-
-def test_prompt_that_the_teacher_cannot_see_is_refused(student, teacher, prompts):
-    cache = DynamicCache(config=student.config)
-    student(**prompts, past_key_values=cache, use_cache=True)
-    with blended_generation(student, teacher, RULE):
-        with pytest.raises(UnsupportedError, match="past_key_values"):
-            sample(student, prompts, past_key_values=cache)
-        sample(student, prompts, past_key_values=DynamicCache(config=student.config))  # an empty one is fine
-        with pytest.raises(UnsupportedError, match="attention_mask"):
-            sample(student, {**prompts, "input_ids": prompts["input_ids"][:, -1:]})
-        with pytest.raises(UnsupportedError, match="input_ids"):
-            student.generate(bos_token_id=3)
-        with pytest.raises(UnsupportedError, match="generate_batch"):
-            student.generate_batch([[5, 6]])
-
-
-def test_models_that_cannot_be_blended_are_refused(student):
-    seq2seq = BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=64,
-            d_model=8,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=1,
-            decoder_attention_heads=1,
-        )
-    )
-    for arguments in ((seq2seq, student), (student, seq2seq)):
-        with pytest.raises(UnsupportedError, match="encoder-decoder"), blended_generation(*arguments, RULE):
-            pass
-    wrapped = torch.nn.Sequential(student)
-    for arguments in ((wrapped, student), (student, wrapped), (student, [student.model])):
-        with pytest.raises(UnsupportedError, match="unwrap"), blended_generation(*arguments, RULE):
-            pass
-    with pytest.raises(ConfigError, match="empty"), blended_generation(student, [], RULE):
-        pass
-    with pytest.raises(ConfigError, match="rule"), blended_generation(student, student, 0.5):
-        pass

@@ -14,7 +14,7 @@ from trl_blend.generation.rules import BlendStep, LogitMixing, ProbabilityMixing
 
 NEW_TOKENS = 7
 NO_EOS = 63  # an id that is never drawn below, so that every row runs to the end
-PAIRS = [("qwen3", "llama"), ("llama", "gemma3"), ("gemma3", "gemma2"), ("gemma2", "qwen3")]
+PAIRS = [("qwen3", "llama"), ("llama", "gemma3"), ("gemma3", "gemma2"), ("gemma2", "qwen3"), ("qwen3", "gpt2")]
 RULES = {"logits": LogitMixing, "probs": ProbabilityMixing}
 
 
@@ -253,12 +253,13 @@ def test_a_rule_is_any_callable():
 
     student, partner = tiny_model("qwen3", seed=1), tiny_model("llama", seed=2)
     prompts = left_padded_prompts(PAD_ID)
-    output, record = generate(student, [partner], Sharpen(), prompts, temperature=0.7)
+    output, record = generate(student, [partner], Sharpen(), prompts, temperature=0.7, suppress_tokens=None)
     logits = [teacher_forced_logits(m, output.sequences, prompts["attention_mask"]) / 0.7 for m in (student, partner)]
-    logits[0][..., NO_EOS] = -math.inf
-    assert_policy_equals(output, (logits[0] + 2.0 * logits[1]).double().log_softmax(-1))
-    largest = (logits[0] + 2.0 * logits[1]).amax(-1)
-    torch.testing.assert_close(record.statistics["largest"], largest, rtol=0, atol=1e-4)
+    sharpened = logits[0] + 2.0 * logits[1]
+    expected = sharpened.double().log_softmax(-1)
+    assert_policy_equals(output, expected)
+    torch.testing.assert_close(record.behavior_logps, gathered(expected, output), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(record.statistics["largest"], sharpened.amax(-1), rtol=0, atol=1e-4)
 
 
 def test_record_is_cut_to_the_tokens_that_were_returned():

@@ -31,6 +31,7 @@ def loop_policy(rule, rows):
 def assert_matches_loops(rule, logits, tolerance=1e-5):
     step = rule(logits[0], logits[1:])
     policy = step.logits.softmax(-1)
+    torch.testing.assert_close(step.log_normalizer, step.logits.logsumexp(-1))
     assert step.logits.shape == logits[0].shape
     assert step.statistics["kl_behavior_student"].shape == logits[0].shape[:-1]
     for index in torch.cartesian_prod(*map(torch.arange, logits[0].shape[:-1])).reshape(-1, logits[0].dim() - 1):
@@ -123,6 +124,7 @@ def test_pure_over_leading_dimensions(rule):
             torch.testing.assert_close(values, whole.statistics[name][:, t], rtol=0, atol=1e-7)
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
     assert whole.logits.requires_grad and not whole.statistics["kl_behavior_student"].requires_grad
+    assert not whole.log_normalizer.requires_grad
 
 
 @pytest.mark.parametrize("cls", RULES)

@@ -68,7 +68,9 @@ class RolloutRecorder:
         """
         if self._pending:
             self._gather(input_ids[:, -1])
-        self._pending = [(logits, log_normalizer(logits)) for logits in (step.logits, *partner_logits)]
+        known = step.log_normalizer
+        self._pending = [(step.logits, log_normalizer(step.logits) if known is None else known)]
+        self._pending += [(logits, log_normalizer(logits)) for logits in partner_logits]
         self._statistics.append(step.statistics)
 
     def finish(
@@ -91,11 +93,11 @@ class RolloutRecorder:
             [`RolloutRecord`]: Tensors of `T` columns.
         """
         length = sequences.shape[1] - prompt_length
+        # `generate` may have undone its last step (deferred stop check): then no token belongs to it
         if len(self._logps) < length:
             self._gather(sequences[:, -1])
         self._pending = []
-        # `generate` may undo its last step (deferred stop check), so there can be one column too many
-        logps = torch.stack(self._logps[:length], dim=-1)  # (1 + n_partners, B, T)
+        logps = torch.stack(self._logps, dim=-1)  # (1 + n_partners, B, T)
         names = self._statistics[0].keys()
         statistics = {name: torch.stack([s[name] for s in self._statistics[:length]], dim=-1) for name in names}
         return RolloutRecord(logps[0], logps[1:], statistics, num_forward_steps, partner_seconds)

@@ -31,10 +31,13 @@ class BlendStep(NamedTuple):
             be unnormalised.
         statistics (`dict[str, torch.Tensor]`, each of shape `(...)`):
             Per-prefix quantities to log, without gradient.
+        log_normalizer (`torch.Tensor` of shape `(...)`, *optional*):
+            `logsumexp(logits)` without gradient, where the rule has computed it: recording then saves a softmax.
     """
 
     logits: Tensor
     statistics: dict[str, Tensor]
+    log_normalizer: Tensor | None = None
 
 
 @runtime_checkable
@@ -85,8 +88,7 @@ class LogitMixing:
         return _as_tuple(self.weight)
 
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
-        logits = mix_logits(student_logits, partner_logits, self.weights)
-        return BlendStep(logits, {"kl_behavior_student": _kl_from_logits(logits, student_logits)})
+        return _step_with_kl(mix_logits(student_logits, partner_logits, self.weights), student_logits)
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,7 @@ class ProbabilityMixing:
         return _as_tuple(self.weight)
 
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
-        logits = mix_probs(student_logits, partner_logits, self.weights)
-        return BlendStep(logits, {"kl_behavior_student": _kl_from_logits(logits, student_logits)})
+        return _step_with_kl(mix_probs(student_logits, partner_logits, self.weights), student_logits)
 
 
 def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
@@ -142,17 +143,22 @@ def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
     return logits.amax(dim=-1) - probs.amax(dim=-1).log()
 
 
+def _step_with_kl(behavior_logits: Tensor, student_logits: Tensor) -> BlendStep:
+    divergence, normalizer = _kl_and_normalizer(behavior_logits, student_logits)
+    return BlendStep(behavior_logits, {"kl_behavior_student": divergence}, normalizer)
+
+
 @torch.no_grad()
-def _kl_from_logits(behavior_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """`KL(softmax(behavior_logits) ‖ softmax(student_logits))` in nats, over the last dimension."""
+def _kl_and_normalizer(behavior_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`KL(softmax(behavior_logits) ‖ softmax(student_logits))` in nats and `logsumexp(behavior_logits)`."""
     probs = behavior_logits.softmax(dim=-1)
     normalizer = log_normalizer(behavior_logits, probs)
     # Where the behaviour excludes a token the difference is -inf or NaN, and the term is 0 by the limit of p·log p
     difference = (behavior_logits - student_logits).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
-    divergence = (probs * difference).sum(dim=-1) - normalizer + log_normalizer(student_logits)
+    divergence = difference.mul_(probs).sum(dim=-1) - normalizer + log_normalizer(student_logits)
     # 0·inf: a mass too small for a float on a token the student excludes
     excluded = divergence.isnan() & normalizer.isfinite()
-    return divergence.masked_fill_(excluded, math.inf).clamp_(min=0.0)
+    return divergence.masked_fill_(excluded, math.inf).clamp_(min=0.0), normalizer
 
 
 def _as_tuple(weight: float | Sequence[float]) -> tuple[float, ...]:

@@ -121,8 +121,7 @@ def mixed_log_probs(
     _check_arguments(student, partners, checked, targets, temperature, space)
     share = student_weight(checked)
     active = [(partner, weight) for partner, weight in zip(partners, checked, strict=True) if weight > 0.0]
-    # Partner hidden states are detached; partner weights must stay the parameters that a gather can recognise
-    heads = [student, *(partner._replace(hidden=partner.hidden.detach()) for partner, _ in active)]
+    heads = [student, *(_frozen(partner) for partner, _ in active)]
     alone = len(active) + (share > 0.0) == 1
     plan = Plan(
         heads=tuple((head.logit_scale, head.softcap, projection_dtype(head.hidden)) for head in heads),
@@ -139,6 +138,16 @@ def mixed_log_probs(
     with gather_parameters(*parameters_of(tensors)), tracking:
         logps, entropy = MixedLogProbFunction.apply(plan, targets, *tensors)  # type: ignore[no-untyped-call]
     return MixedLogProbs(logps, entropy)
+
+
+def _frozen(partner: LMHead) -> LMHead:
+    # Only a leaf can be a parameter that a gather recognises; it gets no gradient. Anything else is cut off, because
+    # autograd would run the graph behind it, with zeros.
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_leaf else tensor.detach()
+
+    bias = None if partner.bias is None else cut(partner.bias)
+    return partner._replace(hidden=partner.hidden.detach(), weight=cut(partner.weight), bias=bias)
 
 
 def _check_arguments(

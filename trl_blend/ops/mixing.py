@@ -129,7 +129,12 @@ def mix_probs(student_logits: Tensor, partner_logits: Sequence[Tensor], weights:
         torch.log_softmax(logits, dim=-1) + math.log(weight)
         for logits, weight in _active_models(student_logits, partner_logits, weights)
     ]
-    return terms[0] if len(terms) == 1 else torch.stack(terms).logsumexp(dim=0)
+    if len(terms) == 1:
+        return terms[0]
+    stacked = torch.stack(terms)
+    # The gradient of a log-sum-exp of nothing but -inf would be NaN, for every entry of the row
+    excluded = (stacked == -math.inf).all(dim=0)
+    return stacked.masked_fill(excluded, 0.0).logsumexp(dim=0).masked_fill(excluded, -math.inf)
 
 
 def _active_models(

@@ -1,0 +1,1 @@
+"""The trainers, one folder each: a configuration and a subclass of a TRL trainer."""

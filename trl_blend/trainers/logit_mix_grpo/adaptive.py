@@ -49,7 +49,8 @@ def net_gain(mixed_right: Sequence[bool], student_right: Sequence[bool]) -> NetG
 
 def adaptive_weight(gain: float, scale: float, offset: float) -> float:
     """`sigmoid(scale · (net_gain − offset))`, Eq. 9 of the paper; `scale` and `offset` are our choice."""
-    return 1 / (1 + math.exp(-scale * (gain - offset)))
+    # The sigmoid as a hyperbolic tangent, which has no exponential that can overflow
+    return 0.5 * (1 + math.tanh(0.5 * scale * (gain - offset)))
 
 
 class AdaptiveWeightCallback(TrainerCallback):

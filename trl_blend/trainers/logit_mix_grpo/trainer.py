@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 from ... import __version__, _compat
 from ...errors import UnsupportedError
 from ...generation.hooks import blended_generation
+from ...generation.partner import adapter_layers
 from ...generation.recording import RolloutRecord
 from ...generation.rules import BlendRule, LogitMixing, ProbabilityMixing
 from ...schedules import make_schedule
@@ -283,11 +284,8 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         """Whether `model` is the policy, rather than TRL's KL reference (its own model, or other PEFT adapters)."""
         if model is self.ref_model:
             return False
-        unwrapped = self.accelerator.unwrap_model(model)
-        if not is_peft_model(unwrapped):
-            return True
-        layer = next(module for module in unwrapped.modules() if hasattr(module, "disable_adapters"))
-        return not layer.disable_adapters and "ref" not in layer.active_adapters
+        layers: list[Any] = adapter_layers(self.accelerator.unwrap_model(model))
+        return not any(layer._disable_adapters or "ref" in layer.active_adapters for layer in layers[:1])
 
     def _compute_loss(self, model, inputs):
         weights = inputs["teacher_weight"][0] if "teacher_weight" in inputs else (0.0,)
@@ -347,5 +345,5 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         weights = self.current_weights() if self.args.mixes else (0.0,)
         fields = {"config": self.args, "teachers": names, "last_weights": weights, "version": __version__}
         with method_card(self._template_name, **fields) as path:
-            self._template_file = path
+            self._template_file = _compat.card_template(path)
             super().create_model_card(*args, **kwargs)
