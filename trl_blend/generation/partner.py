@@ -116,9 +116,7 @@ class PartnerDecoder:
         self.seconds = 0.0
         self._attention_mask = attention_mask
         self._model_kwargs: dict[str, Any] = {}
-        self._overrides = [(m, "training", False) for m in self.model.modules() if m.training]
-        if disable_adapters:
-            self._overrides += [(layer, "_disable_adapters", True) for layer in adapter_layers(self.model)]
+        self._overrides = _evaluation_overrides(self.model, disable_adapters)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:
@@ -200,6 +198,25 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
     # PEFT's layers read this flag in their forward. Its public switch, `enable_adapters`, also sets `requires_grad` of
     # every adapter weight, and walking all modules at every decoding step would cost more than a small forward pass.
     return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, *, disable_adapters: bool = False) -> Iterator[None]:
+    """
+    Every module of `model` in evaluation mode and, on request, every adapter disabled; each put back on exit.
+
+    Unlike `model.eval()` followed by `model.train()`, modules that were in evaluation mode stay in it. Unlike PEFT's
+    `disable_adapter()`, no `requires_grad` changes.
+    """
+    with _attributes_set(_evaluation_overrides(model, disable_adapters)):
+        yield
+
+
+def _evaluation_overrides(model: nn.Module, disable_adapters: bool) -> list[tuple[nn.Module, str, bool]]:
+    overrides = [(module, "training", False) for module in model.modules() if module.training]
+    if disable_adapters:
+        overrides += [(layer, "_disable_adapters", True) for layer in adapter_layers(model)]
+    return overrides
 
 
 @contextmanager

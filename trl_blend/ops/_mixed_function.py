@@ -198,8 +198,7 @@ def _logits_gradient(
     at_entropy = None if factors.at_entropy is None else factors.at_entropy[rows]
     center = None if factors.center is None else factors.center[rows]
     if factors.mixes_logits or at_entropy is None:
-        # Without an entropy gradient, mixed probabilities need the student's tile alone: the same code, one model
-        models = models if factors.mixes_logits else models[:1]
+        # Without an entropy gradient, mixed probabilities leave the student as the only model here: the same code
         log_mix = _tiles.mixed_logits_tile(models, factors.log_norms[0], block, rows, scratch, tanh)
         probs = log_mix.exp_() if at_entropy is None else torch.exp(log_mix, out=scratch.take("aux", *shape))
     else:

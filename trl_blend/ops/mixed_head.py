@@ -122,13 +122,12 @@ def mixed_log_probs(
     share = student_weight(checked)
     active = [(partner, weight) for partner, weight in zip(partners, checked, strict=True) if weight > 0.0]
     heads = [student, *(_frozen(partner) for partner, _ in active)]
-    alone = len(active) + (share > 0.0) == 1
     plan = Plan(
         heads=tuple((head.logit_scale, head.softcap, projection_dtype(head.hidden)) for head in heads),
-        weights=(1.0 if alone and share > 0.0 else share, *(1.0 if alone else weight for _, weight in active)),
+        weights=(share, *(weight for _, weight in active)),
         temperature=temperature,
-        # One model left: both spaces are its own softmax, and the logits path needs one pass fewer
-        mixes_logits=space == "logits" or alone,
+        # With one model left both spaces are its own softmax, and the logits path needs one pass fewer
+        mixes_logits=space == "logits" or len(active) + (share > 0.0) == 1,
         computes_entropy=compute_entropy,
         gather_parameters=gather_parameters,
     )

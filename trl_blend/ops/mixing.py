@@ -14,7 +14,7 @@ from torch import Tensor
 from trl_blend.errors import ConfigError
 
 
-# Rounding slack of a weight sum: ten times 0.1 is 0.9999999999999999
+# Rounding slack of a weight sum, on either side of 1
 _SUM_TOLERANCE = 1e-9
 
 

@@ -132,6 +132,12 @@ def load_partners(teachers: list[str | PreTrainedModel], student: PreTrainedMode
     return partners
 
 
+def token_ids_without_partner(student: PreTrainedModel, partners: list[PreTrainedModel]) -> list[int]:
+    """Padding rows of the student's vocabulary that some partner does not have."""
+    sizes = [_vocab_size(partner.config) for partner in partners]
+    return list(range(min(sizes), _vocab_size(student.config))) if sizes else []
+
+
 def _vocab_size(config: Any) -> int:
     return config.get_text_config().vocab_size
 

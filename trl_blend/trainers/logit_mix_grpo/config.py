@@ -241,6 +241,13 @@ class LogitMixGRPOConfig(GRPOConfig):
                 )
 
     def _check_objective(self):
+        for name in ("num_beams", "num_return_sequences"):
+            value = (self.generation_kwargs or {}).get(name)
+            if self.mixes and value not in (None, 1):
+                raise ConfigError(
+                    f"`generation_kwargs` has `{name}={value}`, but blended decoding samples one sequence per prompt "
+                    f"row. Drop `{name}`; the number of completions is `num_generations`."
+                )
         if self.objective != "student" or not self.mixes:
             return
         if self.is_clip_mode != "ppo" and self.loss_type not in _CLIPPED_LOSSES:
@@ -248,6 +255,11 @@ class LogitMixGRPOConfig(GRPOConfig):
                 f"`is_clip_mode={self.is_clip_mode!r}` reshapes the clipped surrogate, which `loss_type="
                 f"{self.loss_type!r}` does not have. Set `is_clip_mode='ppo'` to keep that loss's own treatment of "
                 f"the ratio, or choose `loss_type` among {', '.join(map(repr, _CLIPPED_LOSSES))}."
+            )
+        if self.is_clip_mode != "ppo" and self.delta is not None:
+            raise ConfigError(
+                f"`delta={self.delta}` bounds the ratio of TRL's clipping, which `is_clip_mode={self.is_clip_mode!r}` "
+                "replaces. Drop `delta`, or set `is_clip_mode='ppo'`."
             )
         if self.is_clip_mode == "max" and self.is_clip_max <= 0:
             raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")
@@ -258,22 +270,33 @@ class LogitMixGRPOConfig(GRPOConfig):
                 "`objective='mixed'`."
             )
 
-    def distribution_warpers(self) -> dict[str, Any]:
-        """Sampling settings that make tokens come from another distribution than the tempered (mixed) policy."""
+    def distribution_warpers(self, checkpoint: Any = None) -> dict[str, Any]:
+        """
+        Sampling settings that make tokens come from another distribution than the tempered (mixed) policy.
+
+        Args:
+            checkpoint ([`~transformers.GenerationConfig`], *optional*):
+                Settings that come with the student: `generate` takes from there what is `None` here.
+        """
         neutral = {
             "top_k": (None, 0),
             "top_p": (None, 1.0),
             "min_p": (None, 0.0),
             "top_h": (None,),
-            "watermarking_config": (None,),
-            "do_sample": (None, True),
             "repetition_penalty": (None, 1.0),
             "typical_p": (None, 1.0),
             "epsilon_cutoff": (None, 0.0),
             "eta_cutoff": (None, 0.0),
             "no_repeat_ngram_size": (None, 0),
+            "watermarking_config": (None,),
             "temperature": (None, self.temperature),
+            "do_sample": (True,),
         }
-        overrides = self.generation_kwargs or {}
-        settings = {name: overrides.get(name, getattr(self, name, None)) for name in neutral}
-        return {name: value for name, value in settings.items() if value not in neutral[name]}
+        settings = {name: getattr(self, name, None) for name in neutral} | {"do_sample": True}
+        settings |= self.generation_kwargs or {}
+        found = {}
+        for name, values in neutral.items():
+            value = getattr(checkpoint, name, None) if settings[name] is None else settings[name]
+            if value not in values:
+                found[name] = value
+        return found

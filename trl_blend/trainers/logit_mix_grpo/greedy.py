@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ...generation.partner import evaluation_mode
+
 
 if TYPE_CHECKING:
     from .trainer import LogitMixGRPOTrainer
@@ -42,8 +44,9 @@ def greedy_rewards(
     """
     Decode `rows` greedily at the given teacher weights and reward the completions.
 
-    The rows are split over the ranks. Nothing is drawn from the random generators, no metric or completion is logged,
-    and no token is counted as trained on.
+    The rows are split over the ranks. The student is in evaluation mode, nothing is drawn from the random generators,
+    no metric or completion is logged, and no token is counted as trained on. As always with greedy decoding, models
+    are mixed at temperature 1; for `mixing_space="probs"` the most likely token depends on that.
 
     Args:
         trainer ([`LogitMixGRPOTrainer`]):
@@ -57,7 +60,8 @@ def greedy_rewards(
     per_device = max(trainer.args.generation_batch_size // accelerator.num_processes, 1)
     chunk = per_device * accelerator.num_processes
     rewards, tokens = [], torch.zeros((), dtype=torch.long, device=accelerator.device)
-    with _greedy(trainer), trainer.policy(weights, recording=False):
+    student = accelerator.unwrap_model(trainer.model_wrapped)
+    with _greedy(trainer), trainer.policy(weights, recording=False), evaluation_mode(student):
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
             # Each rank takes a slice of equal length; the last row is repeated to fill it, and dropped again

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @contextmanager
 def importance_clip(trainer: "LogitMixGRPOTrainer") -> Iterator[None]:
     r"""
-    Turn TRL's clipped surrogate into \\( -rA \\) (`"none"`) or \\( -\min(r, c)A \\) (`"max"`), by its own
-    bounds: without a lower bound, and with the upper bound and `delta` at \\( c \\), both arms of its minimum are equal.
+    Turn TRL's clipped surrogate into \\( -rA \\) (`"none"`) or \\( -\min(r, c)A \\) (`"max"`), by its own bounds:
+    without a lower bound, and with the upper bound and `delta` at \\( c \\), both arms of its minimum are equal.
 
     Source: logit fusion, reference code. `"ppo"` leaves TRL's clipping as it is.
     """
@@ -49,16 +49,32 @@ def log_importance(trainer: "LogitMixGRPOTrainer", inputs: dict[str, Any], logps
         logps (`torch.Tensor` of shape `(B, T)`):
             Log-probabilities under the student, in nats.
     """
-    args = trainer.args
-    caps = {"ppo": 1 + trainer.epsilon_high, "none": None, "max": args.is_clip_max}
     sums = importance_statistics(
         logps - inputs["old_per_token_logps"],
         inputs["completion_mask"] * inputs.get("tool_mask", 1),
         level=trainer.importance_sampling_level,
-        clip_max=caps[args.is_clip_mode],
+        clip_max=_ratio_cap(trainer),
     )
-    gathered = trainer.accelerator.gather(torch.stack(sums).float()[None])
-    total = ImportanceSums(*gathered.sum(dim=0))._replace(ratio_max=gathered[:, 3].max())
-    mode = "train" if trainer.model.training else "eval"
+    total = _combine(trainer.accelerator.gather(torch.stack(sums).float()[None]))
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    if "importance/ratio_mean" in metrics:
+        total = _combine(torch.stack([torch.stack(trainer.importance_sums), torch.stack(total)]))
+    trainer.importance_sums = total
+    # One value for everything since the last log: TRL would otherwise average maxima and shares of micro-batches
     for name, value in summarize_importance(total).items():
-        trainer._metrics[mode][f"importance/{name}"].append(value)
+        metrics[f"importance/{name}"] = [value]
+
+
+def _combine(sums: Tensor) -> ImportanceSums:
+    """Sums of several batches, `(n, 5)`, as those of one."""
+    return ImportanceSums(*sums.sum(dim=0))._replace(ratio_max=sums[:, 3].max())
+
+
+def _ratio_cap(trainer: "LogitMixGRPOTrainer") -> float | None:
+    """Ratio above which the loss no longer grows with it; `None` where the loss has no such bound."""
+    args = trainer.args
+    if args.loss_type == "cispo":
+        return trainer.epsilon_high
+    if args.loss_type in ("sapo", "vespo") or args.is_clip_mode == "none":
+        return None
+    return args.is_clip_max if args.is_clip_mode == "max" else 1 + trainer.epsilon_high

@@ -1,13 +1,13 @@
 """The model that TRL's log-prob code sees when the objective is written on the mixed policy."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import _compat
+from ...generation.partner import evaluation_mode
 from ...ops.mixed_head import LMHead, mixed_log_probs
 
 
@@ -54,7 +54,7 @@ class MixedForward:
         if self.partners:
             heads = [self._capture_head(partner, frozen) for partner in self.partners]
         else:
-            with base_policy(self.unwrapped_student):
+            with evaluation_mode(self.unwrapped_student, disable_adapters=True):
                 heads = [self._capture_head(self.student, frozen)]
 
         def mix(head: LMHead, targets: Tensor, temperature: float, outputs: tuple[str, ...]) -> tuple:
@@ -86,15 +86,3 @@ class MixedForward:
         with _compat.fused_log_prob_function(keep):
             model(**inputs)
         return captured[0]
-
-
-@contextmanager
-def base_policy(model: nn.Module) -> Iterator[None]:
-    """The base of a PEFT model: adapters disabled, dropout off, both restored on exit."""
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-            yield
-    finally:
-        model.train(was_training)

@@ -20,17 +20,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ... import __version__, _compat
-from ...errors import UnsupportedError
 from ...generation.hooks import blended_generation
-from ...generation.partner import adapter_layers
+from ...generation.partner import adapter_layers, evaluation_mode
 from ...generation.recording import RolloutRecord
 from ...generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from ...ops.importance import ImportanceSums
 from ...schedules import make_schedule
 from .. import _partners
 from .._cards import method_card
 from .._statistics import TokenMeans
 from .adaptive import AdaptiveWeightCallback
-from .checks import check_arguments, check_text_only
+from .checks import check_arguments, check_student
 from .config import LogitMixGRPOConfig
 from .greedy import GreedyRewards, greedy_rewards
 from .importance import importance_clip, log_importance
@@ -141,6 +141,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
             rollout_func=kwargs.get("rollout_func"),
+            uses_tools=bool(kwargs.get("tools")) or kwargs.get("environment_factory") is not None,
         )
         self.partners: list[nn.Module] = []
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
@@ -150,6 +151,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         self._eval_policy: str = args.objective
         self._rollout_means = TokenMeans()
         self._latest_logps: Tensor | None = None
+        self.importance_sums: ImportanceSums | None = None
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -166,29 +168,24 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         ]
         if not args.mixes:
             return
-        check_text_only(self._is_vlm)
+        check_student(self, teachers)
         self._prepare_partners(teachers)
         if args.teacher_weight_schedule == "adaptive":
             rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
             self.add_callback(AdaptiveWeightCallback(self, rows))
 
     def _prepare_partners(self, teachers: list) -> None:
-        if not teachers and self._dist.is_fsdp:
-            raise UnsupportedError(
-                "`teacher_model=None` reads the reference from the student, which FSDP shards: a rank whose sequences "
-                "are finished would leave the others waiting for its shards. Pass the base model as `teacher_model`."
-            )
-        if not teachers and self._dist.is_zero3 and not self.args.ds3_gather_for_generation:
-            raise UnsupportedError(
-                "`teacher_model=None` with ZeRO-3 decodes from gathered weights. Set `ds3_gather_for_generation=True`,"
-                " or pass the base model as `teacher_model`."
-            )
         for partner in _partners.load_partners(teachers, self.model, self.args):
             if self.args.objective == "mixed":
                 base = partner.get_base_model() if is_peft_model(partner) else partner
                 _compat.add_fused_lm_head(base, self.temperature, self.args.cast_lm_head_to_fp32)
             # `device_placement`: under FSDP, `prepare_model` otherwise leaves the model where it is
             self.partners.append(self.accelerator.prepare_model(partner, device_placement=True, evaluation_mode=True))
+        if self.args.mixing_space == "probs":
+            missing = _partners.token_ids_without_partner(self.model, self.partners)
+            if missing:  # a teacher could not read them back
+                missing += self.generation_kwargs.get("suppress_tokens") or []
+                self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = missing
 
     # Weights
 
@@ -219,6 +216,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if not self.args.mixes:
             return super()._generate_and_score_completions(inputs)
+        self._rollout_means = TokenMeans()  # an earlier call that raised may have left some
         mode = "train" if self.model.training else "eval"
         weights = self.current_weights()
         if mode == "eval" and self._eval_policy == "student":
@@ -242,7 +240,10 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(*turn, **kwargs)
         student = self.accelerator.unwrap_model(self.model_wrapped)
         rule = self._rule(self._policy_weights)
-        with blended_generation(student, self.partners or None, rule, record=self._recording) as session:
+        with (
+            evaluation_mode(student),  # dropout would draw tokens from another policy than the one that is scored
+            blended_generation(student, self.partners or None, rule, record=self._recording) as session,
+        ):
             completion_ids, logps = super()._generate_single_turn(*turn, **kwargs)
         if not self._recording:
             return completion_ids, logps
