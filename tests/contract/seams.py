@@ -1,0 +1,147 @@
+"""
+Every method of TRL, transformers and accelerate that this package overrides or calls although nobody promises to keep
+it, with its parameters and the part of this package that would break.
+
+Parameters are written by name: `name=` has a default, `*` and `**` collect the rest.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Seam(NamedTuple):
+    """
+    Args:
+        parameters (`str`):
+            Parameters of the method when this package was written.
+        users (`str`):
+            Who in this package relies on them.
+    """
+
+    parameters: str
+    users: str
+
+
+_TRAINER = "trainers/logit_mix_grpo/trainer.py (override)"
+_GREEDY = "trainers/logit_mix_grpo/greedy.py"
+_PARTNER = "generation/partner.py (PartnerDecoder)"
+_HOOKS = "generation/hooks.py (_BlendedGenerate)"
+
+SEAMS = {
+    "trl.GRPOTrainer.__init__": Seam(
+        "self, model, reward_funcs=, args=, train_dataset=, eval_dataset=, processing_class=, "
+        "reward_processing_classes=, callbacks=, optimizers=, quantization_config=, peft_config=, tools=, "
+        "rollout_func=, environment_factory=",
+        _TRAINER,
+    ),
+    "trl.GRPOTrainer._generate_and_score_completions": Seam("self, inputs", _TRAINER),
+    "trl.GRPOTrainer._generate_single_turn": Seam(
+        "self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=", _TRAINER
+    ),
+    "trl.GRPOTrainer._generate": Seam("self, prompts", _GREEDY),
+    "trl.GRPOTrainer._calculate_rewards": Seam("self, inputs, prompts, completions, completion_ids_list", _GREEDY),
+    "trl.GRPOTrainer._log_completion_extra": Seam("self, column, values", _TRAINER),
+    "trl.GRPOTrainer._get_per_token_logps_and_entropies": Seam(
+        "self, model, input_ids, attention_mask, logits_to_keep, batch_size=, compute_entropy=, compute_aux_loss=, "
+        "pixel_values=, image_grid_thw=, num_images=, pixel_attention_mask=, spatial_shapes=, num_tiles=, "
+        "image_sizes=, token_type_ids=, mm_token_type_ids=, image_position_ids=",
+        _TRAINER,
+    ),
+    "trl.GRPOTrainer._compute_loss": Seam("self, model, inputs", _TRAINER),
+    "trl.GRPOTrainer.prediction_step": Seam("self, model, inputs, prediction_loss_only, ignore_keys=", _TRAINER),
+    "trl.GRPOTrainer._save_checkpoint": Seam("self, model, trial", _TRAINER),
+    "trl.GRPOTrainer._load_optimizer_and_scheduler": Seam("self, checkpoint", _TRAINER),
+    "trl.GRPOTrainer.create_model_card": Seam("self, model_name=, dataset_name=, tags=", _TRAINER),
+    "trl.GRPOTrainer._get_output_dir": Seam("self, trial", "trainers/logit_mix_grpo/trainer.py (_save_checkpoint)"),
+    "trl.trainer.utils._ChunkedLogProbFunction.forward": Seam(
+        "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=, logit_scale=, "
+        "outputs=",
+        "_compat.py (fused_log_prob_function)",
+    ),
+    "trl.trainer.utils.add_fused_lm_head": Seam("model, temperature=, cast_lm_head_to_fp32=, outputs=", "_compat.py"),
+    "trl.trainer.utils.maybe_gather_lm_head_ctx": Seam("*params", "_compat.py (gather_lm_head)"),
+    "trl.trainer.utils.get_config_model_id": Seam("config", "_compat.py"),
+    "trl.trainer.utils.create_model_from_path": Seam(
+        "model_id, architecture=, **kwargs", "_compat.py (load_replicated)"
+    ),
+    "transformers.GenerationMixin.generate": Seam(
+        "self, inputs=, generation_config=, logits_processor=, stopping_criteria=, prefix_allowed_tokens_fn=, "
+        "synced_gpus=, assistant_model=, streamer=, negative_prompt_ids=, negative_prompt_attention_mask=, "
+        "custom_generate=, **kwargs",
+        _HOOKS,
+    ),
+    "transformers.GenerationMixin._prepare_generation_config": Seam("self, generation_config, **kwargs", _HOOKS),
+    "transformers.GenerationMixin._prepare_special_tokens": Seam(
+        "self, generation_config, kwargs_has_attention_mask=, device=, batch_size=", _HOOKS
+    ),
+    "transformers.GenerationMixin._prepare_attention_mask_for_generation": Seam(
+        "self, inputs_tensor, generation_config, model_kwargs", _HOOKS
+    ),
+    "transformers.GenerationMixin.prepare_inputs_for_generation": Seam(
+        "self, input_ids, next_sequence_length=, past_key_values=, attention_mask=, inputs_embeds=, "
+        "is_first_iteration=, **kwargs",
+        _PARTNER,
+    ),
+    "transformers.GenerationMixin._update_model_kwargs_for_generation": Seam(
+        "self, outputs, model_kwargs, is_encoder_decoder=, num_new_tokens=", _PARTNER
+    ),
+    "transformers.GenerationMixin._prepare_position_ids_for_generation": Seam(
+        "self, inputs_tensor, model_kwargs", _PARTNER
+    ),
+    "transformers.GenerationMixin._supports_logits_to_keep": Seam("self", _PARTNER),
+    "transformers.GenerationMixin._prepare_cache_for_generation": Seam(
+        "self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length", _PARTNER
+    ),
+    "transformers.GenerationConfig.get_generation_mode": Seam(
+        "self, assistant_model=", "generation/hooks.py (_check_decoding)"
+    ),
+    "accelerate.Accelerator.prepare_model": Seam(
+        "self, model, device_placement=, evaluation_mode=", "trainers/logit_mix_grpo/trainer.py (_prepare_partners)"
+    ),
+    "accelerate.utils.broadcast_object_list": Seam(
+        "object_list, from_process=", "trainers/logit_mix_grpo/adaptive.py (AdaptiveWeightCallback)"
+    ),
+}
+
+TRAINER_ATTRIBUTES = {
+    "_dist": "trainers/logit_mix_grpo/trainer.py (_prepare_partners)",
+    "_is_vlm": "trainers/logit_mix_grpo/trainer.py (__init__)",
+    "_metrics": _GREEDY,
+    "_pending_extra_logs": _GREEDY,
+    "_pending_metrics": _GREEDY,
+    "epsilon_high": "trainers/logit_mix_grpo/trainer.py (_importance_clip)",
+    "epsilon_low": "trainers/logit_mix_grpo/trainer.py (_importance_clip)",
+    "generation_config": _GREEDY,
+    "generation_kwargs": _GREEDY,
+    "importance_sampling_level": "trainers/logit_mix_grpo/trainer.py (_log_importance)",
+    "model_wrapped": "trainers/logit_mix_grpo/trainer.py (_generate_single_turn)",
+    "ref_model": "trainers/logit_mix_grpo/trainer.py (_is_student)",
+    "reward_weights": "trainers/logit_mix_grpo/adaptive.py",
+    "temperature": "trainers/logit_mix_grpo/trainer.py (_prepare_partners)",
+}
+"""Attributes of a `GRPOTrainer` instance, and who in this package reads or replaces them."""
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """The object that a dotted path names."""
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[length:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(path)
+
+
+def parameters(function: Callable[..., Any]) -> str:
+    """Parameters of a function in the notation of [`Seam`]."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return ", ".join(
+        stars.get(one.kind, "") + one.name + ("" if one.default is one.empty else "=")
+        for one in inspect.signature(function).parameters.values()
+    )
