@@ -88,3 +88,7 @@ def test_no_gradient():
 def test_unknown_level_is_refused():
     with pytest.raises(ConfigError, match="`level` is 'batch'. Set it to 'token' or 'sequence'"):
         importance_statistics(torch.zeros(1, 1), torch.ones(1, 1), level="batch")
+
+
+def test_a_ratio_at_the_bound_is_not_clipped():
+    assert importance_statistics(torch.zeros(1, 3), torch.ones(1, 3), clip_max=1.0).clipped_count == 0
