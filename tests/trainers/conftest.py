@@ -1,0 +1,44 @@
+"""Fixtures of the trainer tests: tiny models in a folder, made once, and a builder of trainers on them."""
+
+import gc
+import itertools
+import os
+
+
+# wandb's service would otherwise be asked for by every trainer that reports to it
+os.environ.setdefault("WANDB_SILENT", "true")
+
+import pytest  # noqa: E402
+
+from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.trainers import runs  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_imports():
+    """`Trainer.train` collects garbage twice: a third of these tests' time, unless imported modules are left out."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folder with the tiny models `student`, `teacher` and `second`, each beside its tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher", "second")):
+        model = tiny_model(seed=seed)
+        model.generation_config.eos_token_id = list(runs.EOS_IDS)
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def build(models, tmp_path):
+    """`build(**settings)` makes a trainer with an output folder of its own, see [`runs.build`]."""
+    numbers = itertools.count()
+
+    def builder(**kwargs):
+        return runs.build(models, tmp_path / f"run{next(numbers)}", **kwargs)
+
+    return builder

@@ -1,0 +1,120 @@
+"""Partners of another architecture, size or vocabulary than the student's, and conversational prompts."""
+
+import pytest
+from datasets import Dataset
+
+from tests import reference
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.trainers import forced, runs
+
+
+WEIGHT = 0.4
+
+
+def resized(logits, vocab_size):
+    return [[reference.resize(row, vocab_size) for row in rows] for rows in logits]
+
+
+PARTNERS = {
+    "untied": lambda: tiny_model("llama", seed=1),
+    "soft-capped, sliding window": lambda: tiny_model("gemma2", seed=1),
+    "wider": lambda: tiny_model(seed=1, hidden_size=48, num_hidden_layers=1),
+    "padded vocabulary": lambda: tiny_model(seed=1, vocab_size=72),
+}
+
+
+@pytest.mark.parametrize("objective", ["mixed", "student"])
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_loss_with_another_model_as_partner(build, tmp_path, partner, objective):
+    partner = PARTNERS[partner]()
+    # Not the student's: soft-capping needs the eager attention
+    load = {"attn_implementation": partner.config._attn_implementation}
+    partner.save_pretrained(tmp_path / "partner")
+    tiny_tokenizer().save_pretrained(tmp_path / "partner")
+    settings = {"objective": objective, "teacher_weight": WEIGHT, "loss_type": "grpo", "is_clip_mode": "none"}
+    record = runs.train(build(teacher=str(tmp_path / "partner"), teacher_model_init_kwargs=load, **settings))
+    (call,) = record.calls
+    assert_loss(record, call, forced.student_at(call.parameters), partner.double(), objective, 64)
+
+
+@pytest.mark.parametrize("objective", ["mixed", "student"])
+def test_a_student_with_unused_rows(build, tmp_path, objective):
+    """Rows of the student that are no tokens get nothing from the teacher; the mixture leaves them out."""
+    student = tiny_model(seed=5, vocab_size=72)
+    student.generation_config.eos_token_id = list(runs.EOS_IDS)
+    student.save_pretrained(tmp_path / "student")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    settings = {"objective": objective, "teacher_weight": WEIGHT, "loss_type": "grpo", "is_clip_mode": "none"}
+    record = runs.train(build(student=str(tmp_path / "student"), **settings))
+    (call,) = record.calls
+    assert max(max(row) for row in forced.tokens(call.inputs)) < 64
+    assert_loss(record, call, forced.with_parameters(student, call.parameters), forced.frozen(1), objective, 72)
+
+
+def test_probability_mixing_never_draws_a_row_that_the_teacher_lacks(build, tmp_path):
+    """It could, unlike logit mixing, and the teacher would have to read it next."""
+    student = tiny_model(seed=5, vocab_size=96)
+    student.generation_config.eos_token_id = list(runs.EOS_IDS)
+    student.save_pretrained(tmp_path / "student")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    alone = runs.train(build(parent=True, student=str(tmp_path / "student")))
+    assert max(max(row) for row in forced.tokens(alone.calls[0].inputs)) >= 64
+    trainer = build(student=str(tmp_path / "student"), mixing_space="probs", teacher_weight=0.1)
+    record = runs.train(trainer)
+    assert max(max(row) for row in forced.tokens(record.calls[0].inputs)) < 64
+    assert trainer.generation_config.suppress_tokens == list(range(64, 96))
+
+
+def assert_loss(record, call, student, partner, objective, vocab_size):
+    partner.requires_grad_(False)
+    inputs, rows = call.inputs, forced.tokens(call.inputs)
+    student_logits = forced.completion_logits(student, inputs)
+    partner_logits = resized(forced.completion_logits(partner, inputs), vocab_size)
+    advantages = inputs["advantages"].tolist()
+    if objective == "mixed":
+        loss = reference.grpo_mixed_loss(
+            student_logits, [partner_logits], [WEIGHT], rows, forced.ones(rows), advantages, aggregation="grpo"
+        )
+    else:
+        behavior = reference.token_logps([z.detach() for z in student_logits], [partner_logits], [WEIGHT], rows)
+        forced.assert_close_rows(
+            forced.kept(inputs["old_per_token_logps"], inputs), [[x.item() for x in row] for row in behavior], 1e-4
+        )
+        loss = reference.grpo_student_loss(
+            student_logits, rows, forced.ones(rows), advantages, behavior, aggregation="grpo"
+        )
+    loss.backward()
+    assert call.loss == pytest.approx(loss.item(), abs=1e-5)
+    expected = {name: parameter.grad for name, parameter in student.named_parameters()}
+    runs.assert_close_tensors(record.gradients[0], expected, relative=1e-4)
+
+
+def test_conversational_prompts(build):
+    """The partner reads the prompt as the student's chat template renders it."""
+    messages = [[{"role": "user", "content": prompt}] for prompt in runs.PROMPTS]
+    dataset = Dataset.from_dict({"prompt": messages})
+    record = runs.train(build(objective="student", teacher_weight=WEIGHT, train_dataset=dataset))
+    (call,) = record.calls
+    prompt = call.inputs["prompt_ids"][0][call.inputs["prompt_mask"][0].bool()].tolist()
+    assert prompt[0] == 4 and prompt[-1] == 5, "<user> … <assistant>"
+    expected = forced.logps(forced.student_at(call.parameters), [forced.frozen(1)], [WEIGHT], call.inputs)
+    forced.assert_close_rows(forced.kept(call.inputs["old_per_token_logps"], call.inputs), expected, 1e-4)
+
+
+def test_pad_equal_to_eos(build, tmp_path):
+    """As with many tokenizers: the mask of a prompt or completion cannot be read off its ids."""
+    student = tiny_model(seed=0)
+    student.generation_config.eos_token_id = [1]
+    student.save_pretrained(tmp_path / "student")
+    for folder in (tmp_path / "student", tmp_path / "teacher"):
+        tiny_tokenizer(pad_token="<eos>").save_pretrained(folder)
+    tiny_model(seed=1).save_pretrained(tmp_path / "teacher")
+    settings = {"student": str(tmp_path / "student"), "teacher": str(tmp_path / "teacher"), "seed": 3}
+    # Long enough for some rows to end
+    record = runs.train(build(objective="student", teacher_weight=WEIGHT, max_completion_length=40, **settings))
+    (call,) = record.calls
+    rows = forced.tokens(call.inputs)
+    assert any(row[-1] == 1 for row in rows) and any(row[-1] != 1 for row in rows)
+    student = forced.with_parameters(student, call.parameters)
+    expected = forced.logps(student, [forced.frozen(1)], [WEIGHT], call.inputs)
+    forced.assert_close_rows(forced.kept(call.inputs["old_per_token_logps"], call.inputs), expected, 2e-4)

@@ -1,0 +1,152 @@
+"""A LoRA student whose own base is the teacher: one set of weights, and the results of an explicit copy of it."""
+
+import gc
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import Qwen3ForCausalLM
+
+from tests import reference
+from tests.tiny import tiny_lora, tiny_model
+from tests.trainers import forced, runs
+
+
+WEIGHT = 0.4
+TWO_UPDATES = {"teacher_weight": WEIGHT, "num_iterations": 2, "max_steps": 2, "learning_rate": 1e-3}
+
+
+def lora(**settings):
+    # Random rather than zero: otherwise the student is its own base at the first step
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **settings
+    )
+
+
+def build_lora(build, **kwargs):
+    return build(trainer_kwargs={"peft_config": lora()}, **TWO_UPDATES, **kwargs)
+
+
+def adapter_gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters() if "lora" in name}
+
+
+@pytest.mark.parametrize("space", ["logits", "probs"])
+@pytest.mark.parametrize("objective", ["mixed", "student"])
+def test_the_base_as_teacher_equals_a_copy_of_it(build, objective, space):
+    settings = {"objective": objective, "mixing_space": space}
+    own = runs.train(build_lora(build, teacher=None, **settings))
+    copy = runs.train(build_lora(build, teacher="student", **settings))
+    assert own.trainer.partners == [] and len(copy.trainer.partners) == 1
+    for call, other in zip(own.calls, copy.calls, strict=True):
+        assert torch.equal(call.inputs["completion_ids"], other.inputs["completion_ids"])
+    assert own.losses == pytest.approx(copy.losses, abs=1e-6)
+    for gradients, others in zip(own.gradients, copy.gradients, strict=True):
+        runs.assert_close_tensors(gradients, others, relative=1e-4)
+    assert own.logged("mixing/kl_behavior_student") == pytest.approx(copy.logged("mixing/kl_behavior_student"))
+    assert own.logged("mixing/kl_behavior_student")[0] > 0.05
+    assert own.logged("mixing/teacher_logp") == pytest.approx(copy.logged("mixing/teacher_logp"))
+
+
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+def test_loss_and_gradient_equal_the_reference(build, teacher):
+    record = runs.train(build_lora(build, teacher=teacher, loss_type="grpo"))
+    partner = forced.frozen(1 if teacher else 0)
+    old = None
+    for call, gradients in zip(record.calls, record.gradients, strict=True):
+        student = forced.with_parameters(tiny_lora(tiny_model(seed=0)), call.parameters)
+        old = old or forced.logps(student, [partner], [WEIGHT], call.inputs)
+        rows = forced.tokens(call.inputs)
+        loss = reference.grpo_mixed_loss(
+            forced.completion_logits(student, call.inputs),
+            [forced.completion_logits(partner, call.inputs)],
+            [WEIGHT],
+            rows,
+            forced.ones(rows),
+            call.inputs["advantages"].tolist(),
+            old,
+            aggregation="grpo",
+        )
+        loss.backward()
+        assert call.loss == pytest.approx(loss.item(), abs=1e-5)
+        runs.assert_close_tensors(gradients, adapter_gradients(student), relative=1e-4)
+
+
+def live_models():
+    gc.collect()
+    return [module for module in gc.get_objects() if type(module) is Qwen3ForCausalLM]
+
+
+def test_there_is_no_second_copy(build):
+    before = len(live_models())
+    trainer = build_lora(build, teacher=None)
+    counts = [len(live_models())]
+    trainer.reward_funcs[0] = lambda **kwargs: counts.append(len(live_models())) or runs.reward(**kwargs)
+    trainer.train()
+    assert counts == [before + 1] * 2
+    base = sum(parameter.numel() for parameter in tiny_model(seed=0).parameters())
+    adapter = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora" in name)
+    assert sum(parameter.numel() for parameter in trainer.model.parameters()) == base + adapter
+    assert trainer.partners == [] and trainer.ref_model is None
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("objective", ["mixed", "student"])
+def test_only_the_adapter_is_trained_and_stays_trainable(build, objective, beta):
+    trainer = build_lora(build, teacher=None, objective=objective, beta=beta)
+    before = {name: parameter.requires_grad for name, parameter in trainer.model.named_parameters()}
+    initial = runs.snapshot(trainer.model)
+    assert {name for name, trainable in before.items() if trainable} == {name for name in before if "lora" in name}
+    record = runs.train(trainer)
+    assert {name: parameter.requires_grad for name, parameter in trainer.model.named_parameters()} == before
+    final = runs.snapshot(trainer.model)
+    moved = {name for name in final if not torch.equal(final[name], initial[name])}
+    assert moved == {name for name, trainable in before.items() if trainable}
+    for gradients in record.gradients:
+        assert gradients.keys() == moved
+    assert trainer.model.active_adapter == "default"
+    assert not any(layer.disable_adapters for layer in lora_layers(trainer.model))
+
+
+def lora_layers(model):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers
+    return layers
+
+
+def test_dropout_of_the_adapter_does_not_reach_the_base(build):
+    """The student is in training mode in the forward pass of the loss only, and stays in it afterwards."""
+    trainer = build(teacher=None, trainer_kwargs={"peft_config": lora(lora_dropout=0.5)}, **TWO_UPDATES)
+    modes = []
+    layer = lora_layers(trainer.model)[0]
+    layer.register_forward_pre_hook(
+        lambda module, args: modes.append((module.disable_adapters, torch.is_grad_enabled(), module.training))
+    )
+    trainer.train()
+    assert {training for disabled, _, training in modes if disabled} == {False}
+    assert {training for disabled, graded, training in modes if not disabled and graded} == {True}
+    assert trainer.model.training and layer.training
+
+
+def test_dropout_does_not_reach_the_rollouts(build):
+    """The tokens are drawn from the policy that their recorded log-probabilities are of."""
+    settings = {"objective": "student", "teacher_weight": WEIGHT}
+    trainer = build(teacher=None, trainer_kwargs={"peft_config": lora(lora_dropout=0.5)}, **settings)
+    (call,) = runs.train(trainer).calls
+    student = forced.with_parameters(tiny_lora(tiny_model(seed=0)), call.parameters)
+    expected = forced.logps(student, [forced.frozen(0)], [WEIGHT], call.inputs)
+    forced.assert_close_rows(forced.kept(call.inputs["old_per_token_logps"], call.inputs), expected, 1e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_gradients_accumulate(build, loss_type):
+    """The same generation batch in one micro-batch, or in two."""
+    settings = {"teacher": None, "trainer_kwargs": {"peft_config": lora()}, "teacher_weight": WEIGHT}
+    settings["loss_type"] = loss_type
+    whole = runs.train(build(per_device_train_batch_size=8, **settings))
+    halves = runs.train(build(per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings))
+    assert len(whole.calls) == 1 and len(halves.calls) == 2
+    assert sum(halves.losses) == pytest.approx(whole.losses[0], abs=1e-6)
+    runs.assert_close_tensors(halves.gradients[0], whole.gradients[0], relative=1e-4)

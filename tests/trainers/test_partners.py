@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from tests.tiny import tiny_model
+from tests.trainers import runs
+from trl_blend import _compat
+from trl_blend.errors import UnsupportedError
+from trl_blend.trainers import _partners
+
+
+@pytest.mark.parametrize(
+    ("given", "listed"), [(None, []), ("a", ["a"]), (["a", "b"], ["a", "b"]), (("a",), ["a"]), ([], [])]
+)
+def test_as_list(given, listed):
+    assert _partners.as_list(given) == listed
+
+
+def test_a_model_is_one_teacher():
+    model = tiny_model()
+    assert _partners.as_list(model) == [model]
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """What is asked of the loader, for each teacher given by name."""
+    calls = []
+
+    def load(name, **kwargs):
+        calls.append((name, kwargs))
+        return tiny_model(seed=1)
+
+    monkeypatch.setattr(_compat, "load_replicated", load)
+    return calls
+
+
+def test_a_named_teacher_is_loaded_like_the_student(loads, tmp_path):
+    student = tiny_model().to(torch.bfloat16)
+    _partners.load_partners(["some/teacher"], student, runs.config(tmp_path, trust_remote_code=True))
+    ((name, kwargs),) = loads
+    assert name == "some/teacher"
+    assert kwargs == {
+        "dtype": torch.bfloat16,
+        "attn_implementation": student.config._attn_implementation,
+        "trust_remote_code": True,
+        "device_map": None,
+    }
+
+
+def test_load_settings_have_the_last_word(loads, tmp_path):
+    settings = {"dtype": "float32", "attn_implementation": "eager"}
+    args = runs.config(tmp_path, teacher_model_init_kwargs=settings, teacher_model_revision="v2")
+    _partners.load_partners(["some/teacher"], tiny_model().to(torch.bfloat16), args)
+    ((_, kwargs),) = loads
+    assert kwargs["dtype"] == "float32" and kwargs["attn_implementation"] == "eager" and kwargs["revision"] == "v2"
+    assert args.teacher_model_init_kwargs == settings
+
+
+def test_partners_are_frozen_and_keep_their_order(loads, tmp_path):
+    given = tiny_model(seed=2).train()
+    partners = _partners.load_partners(["some/teacher", given], tiny_model(), runs.config(tmp_path))
+    assert partners[1] is given and len(partners) == 2
+    for partner in partners:
+        assert not partner.training
+        assert not any(parameter.requires_grad for parameter in partner.parameters())
+
+
+def test_a_model_without_generation_is_refused(tmp_path):
+    backbone = tiny_model().model
+    with pytest.raises(UnsupportedError, match="`teacher_model` is a Qwen3Model"):
+        _partners.load_partners([backbone], tiny_model(), runs.config(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_trainer_loads_the_teacher_in_the_students_dtype(build, dtype):
+    trainer = build(model_init_kwargs={"dtype": dtype})
+    assert trainer.model.dtype == getattr(torch, dtype)
+    assert trainer.partners[0].dtype == getattr(torch, dtype)
+    explicit = build(model_init_kwargs={"dtype": dtype}, teacher_model_init_kwargs={"dtype": "float32"})
+    assert explicit.partners[0].dtype == torch.float32

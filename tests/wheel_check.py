@@ -1,0 +1,135 @@
+"""
+What a user of the wheel does first: import everything, train one step, read the card, decode with the teacher.
+
+Not a pytest module. `make wheel-test` runs it as `python -I wheel_check.py` in an environment that holds the wheel and
+its required dependencies only, from a folder outside the checkout. It writes to a temporary folder.
+"""
+
+import importlib
+import math
+import os
+import pkgutil
+import sys
+import tempfile
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config  # noqa: E402
+
+import trl_blend  # noqa: E402
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+def check_imports() -> None:
+    home = Path(trl_blend.__file__).resolve().parent
+    assert home.is_relative_to(Path(sys.prefix).resolve()), f"imported {home}, not the installed wheel"
+    assert (home / "py.typed").is_file()
+    for name in trl_blend.__all__:
+        getattr(trl_blend, name)
+    modules = [module.name for module in pkgutil.walk_packages([str(home)], "trl_blend.")]
+    for module in modules:
+        importlib.import_module(module)
+    print(f"trl_blend {trl_blend.__version__}: {len(trl_blend.__all__)} names, {len(modules)} modules")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def code_point_reward(completions: list, **kwargs) -> list[float]:
+    return [float(sum(map(ord, completion[0]["content"]))) for completion in completions]  # no two are equal
+
+
+def train_one_step(folder: Path) -> None:
+    tokenizer = build_tokenizer()
+    for seed, name in enumerate(("student", "teacher")):
+        build_model(seed, tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    prompts = [[{"role": "user", "content": text}] for text in ("one", "two plus two", "3", "four?")]
+    trainer = trl_blend.LogitMixGRPOTrainer(
+        model=str(folder / "student"),
+        teacher_model=str(folder / "teacher"),
+        reward_funcs=code_point_reward,
+        args=trl_blend.LogitMixGRPOConfig(
+            output_dir=str(folder / "run"),
+            teacher_weight=0.3,
+            max_steps=1,
+            learning_rate=1e-3,
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=8,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+    )
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "mixing/teacher_weight" in entry)
+    assert logged["mixing/teacher_weight"] == 0.3
+    assert math.isfinite(logged["loss"]) and logged["grad_norm"] > 0
+    assert any(not torch.equal(before[name], weight) for name, weight in trainer.model.named_parameters())
+    trainer.save_model(str(folder / "run"))
+    trainer.create_model_card()
+    card = (folder / "run" / "README.md").read_text()
+    assert "LogitMixGRPO" in card and "[[" not in card and "{{ " not in card
+    print(f"trained one step: loss {logged['loss']:.4f}, gradient norm {logged['grad_norm']:.4f}; card written")
+
+
+def decode(folder: Path) -> None:
+    student = AutoModelForCausalLM.from_pretrained(folder / "run")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    inputs = AutoTokenizer.from_pretrained(folder / "run")("one", return_tensors="pt")
+
+    def greedy(model: torch.nn.Module) -> list[int]:
+        return model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()
+
+    alone = greedy(student)
+    with trl_blend.blended_generation(student, teacher, trl_blend.LogitMixing(1.0)):
+        blended = greedy(student)
+    assert blended == greedy(teacher) != alone, "weight 1 must decode the teacher"
+    assert greedy(student) == alone, "the student must be itself again after the block"
+    print("blended decoding works")
+
+
+if __name__ == "__main__":
+    check_imports()
+    with tempfile.TemporaryDirectory() as temporary:
+        train_one_step(Path(temporary))
+        decode(Path(temporary))
