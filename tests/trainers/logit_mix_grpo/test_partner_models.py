@@ -2,6 +2,7 @@
 
 import pytest
 from datasets import Dataset
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests import reference
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -99,6 +100,33 @@ def test_conversational_prompts(build):
     assert prompt[0] == 4 and prompt[-1] == 5, "<user> … <assistant>"
     expected = forced.logps(forced.student_at(call.parameters), [forced.frozen(1)], [WEIGHT], call.inputs)
     forced.assert_close_rows(forced.kept(call.inputs["old_per_token_logps"], call.inputs), expected, 1e-4)
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss(build, tmp_path):
+    """With a copy of the student as teacher the parent's loss comes out, router loss and its gradient included."""
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    special = {"pad_token_id": 0, "eos_token_id": list(runs.EOS_IDS), "bos_token_id": None}
+    student = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, initializer_range=0.4, **shape, **experts, **special))
+    student.save_pretrained(tmp_path / "moe")
+    tiny_tokenizer().save_pretrained(tmp_path / "moe")
+    name = str(tmp_path / "moe")
+    settings = {"student": name, "router_aux_loss_coef": 0.5, "loss_type": "grpo"}
+    parent = runs.train(build(parent=True, **settings))
+    alone = runs.train(build(parent=True, **{**settings, "router_aux_loss_coef": 0.0}))
+    ours = runs.train(build(teacher=name, teacher_weight=WEIGHT, **settings))
+    assert ours.losses == pytest.approx(parent.losses, abs=1e-5)
+    assert ours.logged("aux_loss") == pytest.approx(parent.logged("aux_loss"), abs=1e-5) != []
+    # The policy's part of the gradient is scaled by 1 - w, the router's is not
+    policy = alone.gradients[0]
+    expected = {n: g - policy[n] + (1 - WEIGHT) * policy[n] for n, g in parent.gradients[0].items()}
+    runs.assert_close_tensors(ours.gradients[0], expected, relative=1e-3)
 
 
 def test_pad_equal_to_eos(build, tmp_path):

@@ -74,6 +74,7 @@ def checkpoint(models, tmp_path_factory):
             "teacher_weight_schedule='cosine'",
             "teacher_weight_schedule='linear'",
         ),
+        ({"mixing_space": "probs"}, "mixing_space='probs'", "mixing_space='logits'"),
         ({"teacher_weight_decay_steps": 9}, "teacher_weight_decay_steps=9", "teacher_weight_decay_steps=5"),
     ],
 )

@@ -1,8 +1,6 @@
 """GRPO on rollouts that student and teacher decode together."""
 
 import copy
-import json
-import os
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,13 +33,10 @@ from .config import LogitMixGRPOConfig
 from .greedy import GreedyRewards, greedy_rewards
 from .importance import importance_clip, log_importance
 from .mixed_forward import MixedForward
+from .state import load_state, save_state
 
 
 logger = get_logger(__name__)
-
-_STATE_FILE = "logit_mix_state.json"
-# Settings that decide the weight of a step: a resumed run with others does not continue the interrupted one
-_SCHEDULE_FIELDS = ("teacher_weight", "teacher_weight_schedule", "teacher_weight_decay_steps")
 
 
 class LogitMixGRPOTrainer(GRPOTrainer):
@@ -323,22 +318,12 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            state = {name: getattr(self.args, name) for name in _SCHEDULE_FIELDS}
-            state["adaptive_weights"] = self.adaptive_weights
-            (folder / _STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            save_state(self, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not os.path.isfile(path := os.path.join(checkpoint, _STATE_FILE)):
-            return
-        state = json.loads(Path(path).read_text(encoding="utf-8"))
-        self.adaptive_weights = tuple(state["adaptive_weights"])
-        for name in _SCHEDULE_FIELDS:
-            if state[name] != getattr(self.args, name):
-                logger.warning(
-                    f"Resuming with `{name}={getattr(self.args, name)!r}`, but the checkpoint was trained with "
-                    f"`{name}={state[name]!r}`. The value given now is used from here on."
-                )
+        if checkpoint is not None:
+            load_state(self, Path(checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""

@@ -1,0 +1,75 @@
+"""Tools come with the parent: every turn of the conversation is decoded by both models, and tool output is not trained."""
+
+import itertools
+from importlib.resources import files
+
+import pytest
+import torch
+import trl.trainer.grpo_trainer as grpo
+from datasets import Dataset
+
+from testbed.tokenizer import build_tokenizer
+from tests.tiny import tiny_model
+from tests.trainers.runs import train
+
+
+def add(a: int, b: int) -> int:
+    """
+    Add two numbers.
+
+    Args:
+        a: First number.
+        b: Second number.
+    """
+    return a + b
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+
+
+@pytest.mark.parametrize("objective", ["mixed", "student"])
+def test_log_probs_of_every_turn_are_those_of_the_behavior_policy(build, monkeypatch, objective):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text()
+    counter = itertools.count()
+
+    def parse(tokenizer, ids, **kwargs):
+        # A random model writes no tool calls: every other completion of the first turn gets one
+        message = {"role": "assistant", "content": "x"}
+        turn = next(counter)
+        return message | ({"tool_calls": [CALL]} if turn < 8 and turn % 2 else {})
+
+    monkeypatch.setattr(grpo, "parse_response", parse)
+    models = [tiny_model(seed=seed, vocab_size=264, max_position_embeddings=1024) for seed in range(2)]
+    models[0].generation_config.eos_token_id = list(range(100, 130))  # most rows end early
+    prompts = [[{"role": "user", "content": text}] for text in ("1+2", "what is 3+4?")]
+    trainer = build(
+        student=models[0],
+        teacher=models[1],
+        teacher_weight=0.4,
+        objective=objective,
+        learning_rate=0.0,
+        max_completion_length=200,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        trainer_kwargs={"processing_class": tokenizer, "tools": [add]},
+    )
+    inputs = train(trainer).calls[0].inputs
+    tool_mask, mask = inputs["tool_mask"].bool(), inputs["completion_mask"].bool()
+    assert (mask & ~tool_mask).any(), "no tool output in the batch: this would test nothing"
+    after_tool = (~tool_mask & mask).int().cumsum(1).bool() & tool_mask & mask
+    assert after_tool.any(), "no second turn in the batch: this would test nothing"
+
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    length = mask.size(1)
+    with torch.no_grad():
+        student, teacher = (
+            model.eval()(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1].double()
+            for model in models
+        )
+    expected = (0.6 * student + 0.4 * teacher).log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    drawn = mask & tool_mask
+    recorded = inputs["sampling_per_token_logps"].double()
+    torch.testing.assert_close(recorded[drawn], expected[drawn], atol=1e-4, rtol=0)
+    if objective == "student":
+        torch.testing.assert_close(inputs["old_per_token_logps"], inputs["sampling_per_token_logps"])
