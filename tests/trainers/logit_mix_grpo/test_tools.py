@@ -1,4 +1,4 @@
-"""Tools come with the parent: every turn of the conversation is decoded by both models, and tool output is not trained."""
+"""Tools come with the parent: both models decode every turn of a conversation, and tool output is not trained on."""
 
 import itertools
 from importlib.resources import files

@@ -34,7 +34,7 @@ def save_state(trainer: "LogitMixGRPOTrainer", checkpoint: Path) -> None:
 
 
 def load_state(trainer: "LogitMixGRPOTrainer", checkpoint: Path) -> None:
-    """Restore the adaptive weight; warn, with both values, of settings that differ. A checkpoint of GRPO has neither."""
+    """Restore the adaptive weight; warn, with both values, of settings that differ. GRPO checkpoints hold neither."""
     path = checkpoint / _FILE
     if not path.is_file():
         return
