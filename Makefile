@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP_INSTALL) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: install  ## train a student with its teacher on two CPU cores and print a before/after table (4 minutes)
+demo: install  ## train a student with its teacher on two CPU cores and print a before/after table (about 3 minutes)
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/cpu.yaml \
 		--num_cpu_threads_per_process $(DEMO_THREADS) \
 		examples/grpo_mix.py --config $(DEMO_CONFIG)

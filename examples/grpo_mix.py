@@ -186,6 +186,7 @@ def main(script_args, training_args, model_args, dataset_args):
     after = evaluate_policies(trainer, rows) if rows else {}
 
     trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
     if trainer.accelerator.is_main_process and rows:
         print_table(before, after, trainer.reward_func_names, len(rows))
         results = {"rewards": trainer.reward_func_names, "prompts": len(rows), "before": before, "after": after}

@@ -1,0 +1,80 @@
+"""The README against the files it speaks of: links resolve, numbers are those of the result files."""
+
+import ast
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "examples" / "reproduce" / "results"
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/testbed/README.md", "examples/benchmarks/results/README.md"]
+
+
+def rows(text, first_cell):
+    """Rows of the Markdown table whose header starts with `first_cell`, as dictionaries."""
+    lines = iter(text.splitlines())
+    header = next(line for line in lines if line.startswith(f"| {first_cell} |"))
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    next(lines)
+    table = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        table.append(dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")), strict=True)))
+    return table
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_local_links_resolve(page):
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    for link in links:
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+    assert links or page != "README.md"
+
+
+def test_the_results_table_is_that_of_the_runs():
+    full = {(row["arm"], row["policy"]): row for row in rows((RESULTS / "logit_mixing.md").read_text(), "arm")}
+    shown = rows(README, "arm")
+    assert len(shown) == len(full)
+    for row in shown:
+        expected = full[row["arm"], row["policy"]]
+        assert row == {name: expected[name] for name in row}
+
+
+def test_the_sweep_numbers_are_those_of_the_sweep():
+    with open(RESULTS / "weight_sweep.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for space in ("logits", "probs"):
+        best = max(table, key=lambda row: float(row[f"{space}_solve"]))
+        assert float(best["weight"]) == 0.5 and f"{float(best[f'{space}_solve']):.3f}" in README
+
+
+def test_the_cost_table_is_that_of_the_benchmarks():
+    measured = {
+        row["quantity"]: row for row in rows((ROOT / "examples/benchmarks/results/README.md").read_text(), "quantity")
+    }
+    shown = rows(README, "quantity")
+    assert shown
+    for row in shown:
+        assert row == {name: measured[row["quantity"]][name] for name in row}
+
+
+def test_python_blocks_parse():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        ast.parse(block)
+
+
+def test_runs_have_three_seeds_each():
+    seeds = {}
+    for path in (RESULTS / "runs").glob("*-seed*.json"):
+        run = json.loads(path.read_text())
+        seeds.setdefault(run["arm"], set()).add(run["seed"])
+    assert len(seeds) == 11 and all(len(found) >= 3 for found in seeds.values())
