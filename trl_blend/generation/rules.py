@@ -60,7 +60,23 @@ class BlendRule(Protocol):
 
 
 @dataclass(frozen=True)
-class LogitMixing:
+class _WeightedMixing:
+    """Partner weights, held as given and checked once. See [`LogitMixing`]."""
+
+    weight: float | tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        checked = validate_weights(_as_tuple(self.weight), name="weight")
+        object.__setattr__(self, "weight", checked if isinstance(self.weight, Sequence) else checked[0])
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One weight per partner."""
+        return _as_tuple(self.weight)
+
+
+@dataclass(frozen=True)
+class LogitMixing(_WeightedMixing):
     r"""
     Samples from the log-linear mixture `softmax((1 - Σ w_i)·z_S + Σ w_i·z_i)`, a product of experts.
 
@@ -77,47 +93,17 @@ class LogitMixing:
             their number differs from the partners'.
     """
 
-    weight: float | tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        _freeze_weight(self)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """One weight per partner."""
-        return _as_tuple(self.weight)
-
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
         return _step_with_kl(mix_logits(student_logits, partner_logits, self.weights), student_logits)
 
 
 @dataclass(frozen=True)
-class ProbabilityMixing:
+class ProbabilityMixing(_WeightedMixing):
     r"""
     Samples from the probability mixture `(1 - Σ w_i)·p_S + Σ w_i·p_i`; its logits are normalised log-probabilities.
 
-    Statistic `kl_behavior_student` (nats, shape `(...)`): the exact `KL(μ‖p_S)` of the behaviour policy `μ` against
-    the student, over the whole vocabulary; infinite where `μ` gives mass to a token the student excludes.
-
-    Args:
-        weight (`float` or `tuple[float, ...]`):
-            Weight of each partner, in `[0, 1]`; one number for a single partner. The student has the rest. A model of
-            weight 0 is left out.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: If a weight is outside `[0, 1]` or they sum to more than 1; when called, if
-            their number differs from the partners'.
+    Argument, statistic and errors are those of [`LogitMixing`].
     """
-
-    weight: float | tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        _freeze_weight(self)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """One weight per partner."""
-        return _as_tuple(self.weight)
 
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
         return _step_with_kl(mix_probs(student_logits, partner_logits, self.weights), student_logits)
@@ -163,8 +149,3 @@ def _kl_and_normalizer(behavior_logits: Tensor, student_logits: Tensor) -> tuple
 
 def _as_tuple(weight: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(weight) if isinstance(weight, Sequence) else (weight,)
-
-
-def _freeze_weight(rule: LogitMixing | ProbabilityMixing) -> None:
-    checked = validate_weights(_as_tuple(rule.weight), name="weight")
-    object.__setattr__(rule, "weight", checked if isinstance(rule.weight, Sequence) else checked[0])
