@@ -9,7 +9,8 @@ Any Hub ids, with LoRA:
 
     accelerate launch examples/grpo_mix.py \
         --model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --teacher_model_name_or_path my-org/my-sft-model \
-        --dataset_name my-org/my-prompts --reward_funcs rewards.boxed_accuracy_reward \
+        --dataset_name my-org/my-prompts --prompt_column problem --answer_column answer \
+        --reward_funcs rewards.boxed_accuracy_reward \
         --teacher_weight 0.3 --use_peft --lora_target_modules all-linear --output_dir out
 """
 
@@ -45,7 +46,8 @@ class GRPOMixScriptArguments(ScriptArguments):
         system_prompt (`str`, *optional*):
             System message put before each question of `prompt_column`.
         num_test_prompts (`int`, *optional*, defaults to `200`):
-            Prompts of the test split for the before/after table. 0 skips it.
+            Prompts of the test split for the before/after table. 0 skips it. Without a test split, up to a tenth of
+            the data is held out.
     """
 
     reward_funcs: list[str] | None = field(
@@ -94,19 +96,28 @@ def load_prompts(script_args, dataset_args):
         dataset = load_dataset("json", data_files={script_args.dataset_train_split: name})
     else:
         dataset = load_dataset(name, name=script_args.dataset_config)
+    columns = next(iter(dataset.values())).column_names
+    for option in ("prompt_column", "answer_column"):
+        column = getattr(script_args, option)
+        if column and column not in columns:
+            raise ValueError(f"`{option}={column}` is not a column of the dataset. It has {', '.join(columns)}.")
+    if not script_args.prompt_column and "prompt" not in columns:
+        raise ValueError(f"The dataset has no column `prompt` but {', '.join(columns)}. Set `prompt_column`.")
     if script_args.prompt_column:
         system = [{"role": "system", "content": script_args.system_prompt}] if script_args.system_prompt else []
         dataset = dataset.map(
             lambda row: {"prompt": [*system, {"role": "user", "content": row[script_args.prompt_column]}]}
         )
     if script_args.answer_column and script_args.answer_column != "solution":
-        if "solution" in next(iter(dataset.values())).column_names:
+        if "solution" in columns:
             dataset = dataset.remove_columns("solution")
         dataset = dataset.rename_column(script_args.answer_column, "solution")
     train = dataset[script_args.dataset_train_split]
     if script_args.dataset_test_split in dataset:
         return train, dataset[script_args.dataset_test_split]
-    held_out = train.train_test_split(test_size=min(max(script_args.num_test_prompts, 1), len(train) // 10), seed=0)
+    # Without a test split, up to a tenth of the data is held out
+    num_test = max(1, min(script_args.num_test_prompts, len(train) // 10))
+    held_out = train.train_test_split(test_size=num_test, seed=0)
     return held_out["train"], held_out["test"]
 
 
@@ -118,7 +129,8 @@ def evaluate_policies(trainer, rows):
         mixed = trainer.adaptive_weights if trainer.args.teacher_weight_schedule == "adaptive" else weights
         policies[f"mixed, weight {'/'.join(f'{w:.2f}' for w in mixed)}"] = mixed
         for index in range(len(weights)):
-            name = "teacher alone" if len(weights) == 1 else f"teacher {index} alone"
+            name = "teacher alone" if len(trainer.partners) == 1 else f"teacher {index} alone"
+            name = name if trainer.partners else "base alone"
             policies[name] = tuple(float(index == other) for other in range(len(weights)))
     table = {}
     for name, policy in policies.items():
@@ -158,7 +170,19 @@ def main(script_args, training_args, model_args, dataset_args):
     ]
     if not script_args.reward_funcs and training_args.reward_weights is None:
         training_args.reward_weights = [1.0, 0.0, 0.0]
+    given = training_args.reward_weights
+    if given is not None and len(given) != len(reward_funcs):
+        raise ValueError(
+            f"`reward_weights` has {len(given)} values for the {len(reward_funcs)} reward(s) {reward_funcs}. Give one "
+            "weight per reward; the settings file may hold weights for its own rewards."
+        )
     train_dataset, test_dataset = load_prompts(script_args, dataset_args)
+    needs_solution = {"accuracy_reward", "rewards.boxed_accuracy_reward"} & set(reward_funcs)
+    if needs_solution and "solution" not in train_dataset.column_names:
+        raise ValueError(
+            f"{', '.join(needs_solution)} reads the column `solution`, which the dataset lacks. Name the column of "
+            "reference answers with `answer_column`."
+        )
 
     model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -182,7 +206,9 @@ def main(script_args, training_args, model_args, dataset_args):
 
     rows = list(test_dataset.select(range(min(script_args.num_test_prompts, len(test_dataset)))))
     before = evaluate_policies(trainer, rows) if rows else {}
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    # On the command line "true" means the latest checkpoint of `output_dir`
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     after = evaluate_policies(trainer, rows) if rows else {}
 
     trainer.save_model(training_args.output_dir)

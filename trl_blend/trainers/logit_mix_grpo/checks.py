@@ -129,6 +129,12 @@ def _check_validation_prompts(eval_dataset: Any, uses_tools: bool) -> None:
         )
 
 
+def warn_of_few_prompts(found: int, wanted: int) -> None:
+    """Say when the adaptive weight is measured on fewer prompts than asked for."""
+    if found < wanted:
+        logger.warning(f"`adaptive_num_prompts={wanted}`, but `eval_dataset` has {found} rows: those are used.")
+
+
 def check_text_only(is_vision_language: bool) -> None:
     """Refuse vision-language students. One given by name is known as such only when its processor is loaded."""
     if is_vision_language:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -28,15 +27,12 @@ from .. import _partners
 from .._cards import method_card
 from .._statistics import TokenMeans
 from .adaptive import AdaptiveWeightCallback
-from .checks import check_arguments, check_student
+from .checks import check_arguments, check_student, warn_of_few_prompts
 from .config import LogitMixGRPOConfig
 from .greedy import GreedyRewards, greedy_rewards
 from .importance import importance_clip, log_importance
 from .mixed_forward import MixedForward
 from .state import load_state, save_state
-
-
-logger = get_logger(__name__)
 
 
 class LogitMixGRPOTrainer(GRPOTrainer):
@@ -104,7 +100,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             @article{gan2026complementing,
                 title        = {{Complementing reinforcement learning with SFT through logit averaging in the post
                                 training of LLMs}},
-                author       = {Gan and Zhu},
+                author       = {Xingwei Gan and Ying Zhu},
                 year         = 2026,
                 eprint       = {arXiv:2605.20555},
             }"""),
@@ -167,6 +163,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         self._prepare_partners(teachers)
         if args.teacher_weight_schedule == "adaptive":
             rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
+            warn_of_few_prompts(len(rows), args.adaptive_num_prompts)
             self.add_callback(AdaptiveWeightCallback(self, rows))
 
     def _prepare_partners(self, teachers: list) -> None:
@@ -329,6 +326,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""
         names = [_compat.get_config_model_id(partner.config) or "an unnamed model" for partner in self.partners]
         weights = self.current_weights() if self.args.mixes else (0.0,)
+        weights = weights[0] if len(weights) == 1 else weights
         fields = {"config": self.args, "teachers": names, "last_weights": weights, "version": __version__}
         with method_card(self._template_name, **fields) as path:
             self._template_file = _compat.card_template(path)
