@@ -10,7 +10,9 @@ from typing import Any
 from trl_blend.errors import TokenizerMismatchError, UnsupportedError
 
 
-def check_tokenizers(student_tokenizer: Any, partner_tokenizer: Any, *, partner_name: str = "teacher_model") -> None:
+def check_tokenizers(
+    student_tokenizer: Any, partner_tokenizer: Any, *, partner_name: str = "teacher_model", remedy: str = ""
+) -> None:
     """
     Check that two tokenizers map the same tokens to the same ids, added tokens included.
 
@@ -24,11 +26,12 @@ def check_tokenizers(student_tokenizer: Any, partner_tokenizer: Any, *, partner_
             Tokenizer of the partner, or a processor that holds it.
         partner_name (`str`, *optional*, defaults to `"teacher_model"`):
             Name of the argument that holds the partner, for the error message.
+        remedy (`str`, *optional*, defaults to `""`):
+            Sentence to end the error message with.
 
     Raises:
         [`~trl_blend.errors.TokenizerMismatchError`]: If an id is a different token in the two maps, or is a token in
-        only
-            one of them. The message names the first such id and both tokens.
+            only one of them. The message names the first such id and both tokens.
     """
     student_vocab, partner_vocab = _vocab(student_tokenizer), _vocab(partner_tokenizer)
     if student_vocab == partner_vocab:
@@ -43,6 +46,7 @@ def check_tokenizers(student_tokenizer: Any, partner_tokenizer: Any, *, partner_
         f"for the student and {_name(partner_tokens.get(first))} for `{partner_name}` ({len(differing)} of "
         f"{len(student_tokens | partner_tokens)} ids differ). Use a `{partner_name}` with the student's tokenizer, "
         "usually a model of the same family; if only added tokens differ, add the same ones to both in the same order."
+        f"{remedy and ' ' + remedy}"
     )
 
 

@@ -7,11 +7,14 @@ process (see [`~trl_blend._compat.load_replicated`]).
 
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import _compat
 from ..errors import ConfigError, UnsupportedError
+from ..generation.partner import check_adapters_can_be_disabled
 from ..teacher.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
 
 
@@ -78,11 +81,21 @@ def check_names(
     teachers: list[str | PreTrainedModel],
     processing_class: PreTrainedTokenizerBase | None,
     args: Any,
-) -> None:
+    remedy: str = "",
+) -> int:
     """
     Compare tokenizers and configurations of student and teachers, before any weight is loaded.
 
     A tokenizer that cannot be found (a model built in memory) is not compared: a warning says so.
+
+    Args:
+        student, teachers, processing_class, args:
+            Arguments of the trainer.
+        remedy (`str`, *optional*, defaults to `""`):
+            Sentence to add to the error of two different tokenizers.
+
+    Returns:
+        `int`: Number of vocabulary rows that all models have.
 
     Raises:
         [`~trl_blend.errors.TokenizerMismatchError`]:
@@ -92,9 +105,10 @@ def check_names(
     """
     load = {"trust_remote_code": args.trust_remote_code}
     revision = (args.model_init_kwargs or {}).get("revision")
-    student_tokenizer = processing_class or _find_tokenizer(student, revision=revision, **load)
+    student_tokenizer = processing_class or find_tokenizer(student, revision=revision, **load)
     student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
     student_config = _find_config(student, revision=revision, **load)
+    rows = [_vocab_size(student_config)]
     for index, teacher in enumerate(teachers):
         name = "teacher_model" if len(teachers) == 1 else f"teacher_model[{index}]"
         config = _find_config(teacher, revision=args.teacher_model_revision, **load)
@@ -103,19 +117,33 @@ def check_names(
                 f"`{name}` is an encoder-decoder (model_type={config.model_type!r}). A teacher reads the same token "
                 "sequence as the student: pass a causal language model."
             )
-        tokenizer = _find_tokenizer(teacher, revision=args.teacher_model_revision, **load)
+        rows.append(_vocab_size(config))
+        tokenizer = find_tokenizer(teacher, revision=args.teacher_model_revision, **load)
         if student_tokenizer is None or tokenizer is None:
             logger.warning(
                 f"No tokenizer could be found for `{name if tokenizer is None else 'model'}`, so it was not compared "
                 "with the other one. Make sure that both map the same ids to the same tokens."
             )
             continue
-        check_tokenizers(student_tokenizer, tokenizer, partner_name=name)
+        check_tokenizers(student_tokenizer, tokenizer, partner_name=name, remedy=remedy)
         check_vocab_sizes(_vocab_size(student_config), _vocab_size(config), len(student_tokenizer))
+    return min(rows)
 
 
-def load_partners(teachers: list[str | PreTrainedModel], student: PreTrainedModel, args: Any) -> list[PreTrainedModel]:
-    """Load the teachers that are names, freeze all of them, and switch them to evaluation mode."""
+def load_partners(
+    teachers: list[str | PreTrainedModel], args: Any, defaults: dict[str, Any] | None = None
+) -> list[PreTrainedModel]:
+    """
+    Load the teachers that are names, freeze all of them, and switch them to evaluation mode.
+
+    Args:
+        teachers (`list[str | PreTrainedModel]`):
+            The teachers.
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `teacher_model_init_kwargs` and `teacher_model_revision`.
+        defaults (`dict[str, Any]`, *optional*):
+            What to load with unless `teacher_model_init_kwargs` says otherwise. By default the checkpoint decides.
+    """
     partners = []
     for teacher in teachers:
         if isinstance(teacher, str):
@@ -123,13 +151,64 @@ def load_partners(teachers: list[str | PreTrainedModel], student: PreTrainedMode
             if args.teacher_model_revision is not None:
                 kwargs.setdefault("revision", args.teacher_model_revision)
             kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-            kwargs.setdefault("dtype", student.dtype)
-            kwargs.setdefault("attn_implementation", student.config._attn_implementation)
-            kwargs.setdefault("device_map", None)
+            kwargs = {"dtype": None, "device_map": None} | (defaults or {}) | kwargs
             teacher = _compat.load_replicated(teacher, **kwargs)
         check_partner_model(teacher, "teacher_model")
         partners.append(teacher.requires_grad_(False).eval())
     return partners
+
+
+def check_text_only(is_vision_language: bool, off: str) -> None:
+    """
+    Refuse vision-language students. One given by name is known as such only when its processor is loaded.
+
+    Args:
+        is_vision_language (`bool`):
+            Whether the student reads images.
+        off (`str`):
+            Setting that leaves the partner out, for the message.
+    """
+    if is_vision_language:
+        raise UnsupportedError(
+            "Vision-language students cannot be blended: the partner would need the image features at every decoding "
+            f"step. Set {off}, or train the text model."
+        )
+
+
+def check_adapters(model: Any, teachers: list, peft_config: Any, off: str | None = None) -> None:
+    """Refuse adapters that the fused head would ignore, and a missing teacher without adapters."""
+    adapters = [peft_config] if peft_config is not None else []
+    if not isinstance(model, str) and is_peft_model(model):
+        adapters += list(model.peft_config.values())
+    if not teachers and not adapters:
+        raise ConfigError(
+            "`teacher_model=None` means the base of a PEFT student, but there is no `peft_config` and `model` is not "
+            f"a PEFT model. Pass `teacher_model`, or `peft_config`{f', or set {off}' if off else ''}."
+        )
+    for adapter in adapters:
+        check_lm_head_adapter(adapter)
+
+
+def check_base_as_reference(trainer: Any) -> None:
+    """Refuse `teacher_model=None` where the student's weights cannot serve as a partner while it decodes."""
+    check_adapters_can_be_disabled(trainer.model)
+    if trainer._dist.is_fsdp:
+        raise UnsupportedError(
+            "`teacher_model=None` reads the reference from the student, which FSDP shards: a rank whose sequences "
+            "are finished would leave the others waiting for its shards. Pass the base model as `teacher_model`."
+        )
+    if trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation:
+        raise UnsupportedError(
+            "`teacher_model=None` with ZeRO-3 decodes from gathered weights. Set `ds3_gather_for_generation=True`, or "
+            "pass the base model as `teacher_model`."
+        )
+
+
+def prepare_partner(partner: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """Place a partner beside the student, in full on every process, unless its own `device_map` says where it goes."""
+    # `device_placement`: under FSDP, `prepare_model` otherwise leaves the model where it is
+    placed = getattr(partner, "hf_device_map", None) is None
+    return accelerator.prepare_model(partner, device_placement=placed, evaluation_mode=True)
 
 
 def token_ids_without_partner(student: PreTrainedModel, partners: list[PreTrainedModel]) -> list[int]:
@@ -146,7 +225,8 @@ def _find_config(model: str | PreTrainedModel, **kwargs: Any) -> Any:
     return AutoConfig.from_pretrained(model, **_given(kwargs)) if isinstance(model, str) else model.config
 
 
-def _find_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of a name, or of the name a model was loaded from; `None` for a model built in memory."""
     name = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
     if not name:
         return None

@@ -10,6 +10,7 @@ from trl import GRPOConfig, TrlParser
 from tests.trainers.runs import config
 from trl_blend import LogitMixGRPOConfig
 from trl_blend.errors import ConfigError
+from trl_blend.trainers._sampling import distribution_warpers
 
 
 OWN_FIELDS = [f for f in fields(LogitMixGRPOConfig) if f.name not in {p.name for p in fields(GRPOConfig)}]
@@ -185,7 +186,7 @@ def test_student_refuses_settings_that_change_the_sampling_distribution(make, na
         make(objective="student", **setting)
     # Nothing is sampled from a mixture at weight 0, and "mixed" only warns, in the trainer
     make(objective="student", teacher_weight=0.0, **setting)
-    assert make(objective="mixed", **setting).distribution_warpers() == {name: WARPERS[name]}
+    assert distribution_warpers(make(objective="mixed", **setting)) == {name: WARPERS[name]}
 
 
 @pytest.mark.parametrize(
@@ -213,10 +214,10 @@ def test_student_refuses_a_generation_temperature_that_is_not_the_loss_temperatu
 
 def test_neutral_values_are_no_warpers(make):
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert make(objective="student", **neutral).distribution_warpers() == {}
-    assert make(objective="student", generation_kwargs=neutral).distribution_warpers() == {}
+    assert distribution_warpers(make(objective="student", **neutral)) == {}
+    assert distribution_warpers(make(objective="student", generation_kwargs=neutral)) == {}
     # `generation_kwargs` has the last word, as in the trainer
-    assert make(objective="student", top_k=5, generation_kwargs={"top_k": 0}).distribution_warpers() == {}
+    assert distribution_warpers(make(objective="student", top_k=5, generation_kwargs={"top_k": 0})) == {}
 
 
 @pytest.mark.parametrize("objective", ["mixed", "student"])

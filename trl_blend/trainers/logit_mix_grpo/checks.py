@@ -4,12 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...errors import ConfigError, UnsupportedError
-from ...generation.partner import check_adapters_can_be_disabled
 from .. import _partners
+from .._sampling import distribution_warpers
 from .config import LogitMixGRPOConfig
 
 
@@ -46,8 +45,8 @@ def check_arguments(
     _partners.check_teacher_arguments(teachers, args.teacher_weight, args)
     if not args.mixes:
         return
-    check_text_only(isinstance(processing_class, ProcessorMixin))
-    _check_adapters(model, teachers, peft_config)
+    _partners.check_text_only(isinstance(processing_class, ProcessorMixin), "`teacher_weight=0`")
+    _partners.check_adapters(model, teachers, peft_config, "`teacher_weight=0`")
     rollouts_without_teacher = {
         "use_vllm": args.use_vllm,
         "use_transformers_continuous_batching": args.use_transformers_continuous_batching,
@@ -75,11 +74,11 @@ def check_student(trainer: "LogitMixGRPOTrainer", teachers: list) -> None:
         [`~trl_blend.errors.UnsupportedError`]:
             If it is a vision-language model, or its base cannot serve as the reference.
     """
-    check_text_only(trainer._is_vlm)
+    _partners.check_text_only(trainer._is_vlm, "`teacher_weight=0`")
     if not teachers:
-        _check_base_as_reference(trainer)
+        _partners.check_base_as_reference(trainer)
     args = trainer.args
-    if warpers := args.distribution_warpers(trainer.model.generation_config):
+    if warpers := distribution_warpers(args, trainer.model.generation_config):
         message = (
             f"{warpers}, from the configuration or the student's `generation_config.json`, change the distribution "
             "that tokens are drawn from"
@@ -96,20 +95,6 @@ def check_student(trainer: "LogitMixGRPOTrainer", teachers: list) -> None:
         logger.warning(
             "The student has dropout. Rollouts are decoded without it, but the forward passes of the loss use it, so "
             "the importance ratio is noisy. Set `disable_dropout=True`, or `lora_dropout=0` in the PEFT configuration."
-        )
-
-
-def _check_base_as_reference(trainer: "LogitMixGRPOTrainer") -> None:
-    check_adapters_can_be_disabled(trainer.model)
-    if trainer._dist.is_fsdp:
-        raise UnsupportedError(
-            "`teacher_model=None` reads the reference from the student, which FSDP shards: a rank whose sequences "
-            "are finished would leave the others waiting for its shards. Pass the base model as `teacher_model`."
-        )
-    if trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation:
-        raise UnsupportedError(
-            "`teacher_model=None` with ZeRO-3 decodes from gathered weights. Set `ds3_gather_for_generation=True`, or "
-            "pass the base model as `teacher_model`."
         )
 
 
@@ -133,25 +118,3 @@ def warn_of_few_prompts(found: int, wanted: int) -> None:
     """Say when the adaptive weight is measured on fewer prompts than asked for."""
     if found < wanted:
         logger.warning(f"`adaptive_num_prompts={wanted}`, but `eval_dataset` has {found} rows: those are used.")
-
-
-def check_text_only(is_vision_language: bool) -> None:
-    """Refuse vision-language students. One given by name is known as such only when its processor is loaded."""
-    if is_vision_language:
-        raise UnsupportedError(
-            "Vision-language students cannot be mixed: the partner would need the image features at every decoding "
-            "step. Set `teacher_weight=0`, or train the text model."
-        )
-
-
-def _check_adapters(model: Any, teachers: list, peft_config: Any) -> None:
-    adapters = [peft_config] if peft_config is not None else []
-    if not isinstance(model, str) and is_peft_model(model):
-        adapters += list(model.peft_config.values())
-    if not teachers and not adapters:
-        raise ConfigError(
-            "`teacher_model=None` means the base of a PEFT student, but there is no `peft_config` and `model` is not "
-            "a PEFT model. Pass `teacher_model`, or `peft_config`, or set `teacher_weight=0`."
-        )
-    for adapter in adapters:
-        _partners.check_lm_head_adapter(adapter)

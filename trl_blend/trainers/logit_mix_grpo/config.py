@@ -8,6 +8,7 @@ from trl import GRPOConfig
 from ...errors import ConfigError
 from ...ops.mixing import validate_weights
 from ...schedules import DECAYING_SCHEDULES
+from .._sampling import distribution_warpers
 
 
 _CHOICES = {
@@ -264,40 +265,9 @@ class LogitMixGRPOConfig(GRPOConfig):
             )
         if self.is_clip_mode == "max" and self.is_clip_max <= 0:
             raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")
-        for name, value in self.distribution_warpers().items():
+        for name, value in distribution_warpers(self).items():
             raise ConfigError(
                 f"`{name}={value}` changes the distribution that tokens are drawn from, so the importance ratio of "
                 f"`objective='student'` would be wrong. Leave `{name}` at its neutral value, or use "
                 "`objective='mixed'`."
             )
-
-    def distribution_warpers(self, checkpoint: Any = None) -> dict[str, Any]:
-        """
-        Sampling settings that make tokens come from another distribution than the tempered (mixed) policy.
-
-        Args:
-            checkpoint ([`~transformers.GenerationConfig`], *optional*):
-                Settings that come with the student: `generate` takes from there what is `None` here.
-        """
-        neutral = {
-            "top_k": (None, 0),
-            "top_p": (None, 1.0),
-            "min_p": (None, 0.0),
-            "top_h": (None,),
-            "repetition_penalty": (None, 1.0),
-            "typical_p": (None, 1.0),
-            "epsilon_cutoff": (None, 0.0),
-            "eta_cutoff": (None, 0.0),
-            "no_repeat_ngram_size": (None, 0),
-            "watermarking_config": (None,),
-            "temperature": (None, self.temperature),
-            "do_sample": (True,),
-        }
-        settings = {name: getattr(self, name, None) for name in neutral} | {"do_sample": True}
-        settings |= self.generation_kwargs or {}
-        found = {}
-        for name, values in neutral.items():
-            value = getattr(checkpoint, name, None) if settings[name] is None else settings[name]
-            if value not in values:
-                found[name] = value
-        return found

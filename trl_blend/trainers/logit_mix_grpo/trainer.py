@@ -167,12 +167,12 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             self.add_callback(AdaptiveWeightCallback(self, rows))
 
     def _prepare_partners(self, teachers: list) -> None:
-        for partner in _partners.load_partners(teachers, self.model, self.args):
+        like_student = {"dtype": self.model.dtype, "attn_implementation": self.model.config._attn_implementation}
+        for partner in _partners.load_partners(teachers, self.args, like_student):
             if self.args.objective == "mixed":
                 base = partner.get_base_model() if is_peft_model(partner) else partner
                 _compat.add_fused_lm_head(base, self.temperature, self.args.cast_lm_head_to_fp32)
-            # `device_placement`: under FSDP, `prepare_model` otherwise leaves the model where it is
-            self.partners.append(self.accelerator.prepare_model(partner, device_placement=True, evaluation_mode=True))
+            self.partners.append(_partners.prepare_partner(partner, self.accelerator))
         if self.args.mixing_space == "probs":
             missing = _partners.token_ids_without_partner(self.model, self.partners)
             if missing:  # a teacher could not read them back
