@@ -7,14 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.resources import files
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+import trl.trainer.distillation_trainer as trl_distillation
 import trl.trainer.utils as trl_utils
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from .ops.mixed_head import LMHead
+from .ops.reduction import masked_sum
 
 
 FusedLogProbs = Callable[[LMHead, torch.Tensor, float, tuple[str, ...]], tuple[torch.Tensor | None, ...]]
@@ -39,6 +42,121 @@ def fused_log_prob_function(function: FusedLogProbs) -> Iterator[None]:
             return function(head, targets, temperature, outputs)
 
     with patch.object(trl_utils, "_ChunkedLogProbFunction", Redirected):
+        yield
+
+
+class DivergenceInputs(NamedTuple):
+    """
+    What TRL's distillation loss compares: both output layers at the completion positions of a micro-batch.
+
+    Args:
+        student, teacher ([`~trl_blend.ops.LMHead`]):
+            Output layers with hidden states of shape `(B * T, H)`.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Nonzero where a token counts.
+        temperature (`float`):
+            Softmax temperature of both.
+    """
+
+    student: LMHead
+    teacher: LMHead
+    mask: torch.Tensor
+    temperature: float
+
+
+DivergenceResult = tuple[torch.Tensor, torch.Tensor] | None
+"""Per-token loss and student entropy, both `(B * T,)`; `None` for TRL's own divergence."""
+
+
+@contextmanager
+def divergence_function(function: Callable[[DivergenceInputs], DivergenceResult]) -> Iterator[None]:
+    """
+    Let `DistillationTrainer._compute_loss` inside the context hand both output layers to `function`. Where that
+    returns per-token values they replace TRL's divergence, with TRL's reduction; where it returns `None`, TRL's is
+    computed.
+
+    Upstream: `_compute_loss` looks up `trl.trainer.distillation_trainer._chunked_divergence_loss` at each call, after
+    both backbones have run through their wrappers and logit scale and soft-capping are resolved, so that none of it is
+    repeated here. Removal: TRL accepts a divergence.
+    """
+    original = trl_distillation._chunked_divergence_loss
+
+    def redirected(
+        student_hidden_states,
+        teacher_hidden_states,
+        student_lm_head_weight,
+        teacher_lm_head_weight,
+        completion_mask,
+        beta,
+        num_items_in_batch=None,
+        temperature=1.0,
+        **heads,
+    ):
+        def head(role: str, hidden: torch.Tensor, weight: torch.Tensor) -> LMHead:
+            weight, bias = plain_tensor(weight, hidden.dtype), heads.get(f"{role}_lm_head_bias")
+            return LMHead(
+                hidden.reshape(-1, hidden.size(-1)),
+                weight,
+                None if bias is None else plain_tensor(bias, bias.dtype),
+                heads.get(f"{role}_logit_scale", 1.0),
+                heads.get(f"{role}_final_logit_softcapping"),
+            )
+
+        student = head("student", student_hidden_states, student_lm_head_weight)
+        teacher = head("teacher", teacher_hidden_states, teacher_lm_head_weight)
+        result = function(DivergenceInputs(student, teacher, completion_mask, temperature))
+        if result is None:
+            return original(
+                student_hidden_states,
+                teacher_hidden_states,
+                student_lm_head_weight,
+                teacher_lm_head_weight,
+                completion_mask,
+                beta,
+                num_items_in_batch=num_items_in_batch,
+                temperature=temperature,
+                **heads,
+            )
+        per_token, entropy = result
+        count = (completion_mask != 0).sum()
+        denominator = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return masked_sum(per_token, completion_mask.reshape(-1)) / denominator, entropy.sum(), count
+
+    with patch.object(trl_distillation, "_chunked_divergence_loss", redirected):
+        yield
+
+
+def plain_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    All of an FSDP2-sharded tensor, in `dtype`, gathered once; any other tensor as it is.
+
+    Upstream: `_chunked_divergence_loss` does the same before it computes. Removal: with [`divergence_function`].
+    """
+    if isinstance(tensor, torch.distributed.tensor.DTensor):
+        return tensor.full_tensor().to(dtype)
+    return tensor
+
+
+@contextmanager
+def repeated_prompts(num_rollouts: int) -> Iterator[None]:
+    """
+    Let the samplers that `DistillationTrainer` builds inside the context draw every prompt `num_rollouts` times, in
+    generation batches of the same number of rows.
+
+    Upstream: `DistillationTrainer.get_train_dataloader` and `_get_train_sampler` pass `mini_repeat_count=1` to
+    `RepeatSampler` and `repeat_iterable_dataset`. Removal: TRL's distillation has `num_generations`.
+    """
+
+    def repeated(build: Callable) -> Callable:
+        def wrapper(*args, mini_repeat_count, batch_size, **kwargs):
+            return build(*args, mini_repeat_count=num_rollouts, batch_size=batch_size // num_rollouts, **kwargs)
+
+        return wrapper
+
+    with (
+        patch.object(trl_distillation, "RepeatSampler", repeated(trl_distillation.RepeatSampler)),
+        patch.object(trl_distillation, "repeat_iterable_dataset", repeated(trl_distillation.repeat_iterable_dataset)),
+    ):
         yield
 
 
@@ -78,6 +196,11 @@ def load_replicated(model_id: str, **kwargs) -> PreTrainedModel:
         patch.dict(os.environ, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
     ):
         return trl_utils.create_model_from_path(model_id, **kwargs)
+
+
+def get_callable_name(function: Callable) -> str:
+    """Upstream: `trl.trainer.utils.get_callable_name`. Removal: it becomes public."""
+    return trl_utils.get_callable_name(function)
 
 
 def card_template(path: str) -> str:

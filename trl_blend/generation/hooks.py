@@ -22,6 +22,7 @@ from trl_blend.generation.partner import (
 from trl_blend.generation.processor import BlendLogitsProcessor
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.generation.rules import BlendRule
+from trl_blend.ops.vocab import EosMap
 
 
 _GENERATE_SIGNATURE = inspect.signature(GenerationMixin.generate)
@@ -62,6 +63,7 @@ def blended_generation(
     teacher: nn.Module | Sequence[nn.Module] | None,
     rule: BlendRule,
     *,
+    eos: EosMap | None = None,
     record: bool = False,
 ) -> Iterator[BlendSession]:
     """
@@ -90,6 +92,9 @@ def blended_generation(
             `model` with its adapters disabled during the partner's forward passes only; no weights are copied.
         rule ([`BlendRule`]):
             What to sample from, such as `LogitMixing(0.3)`.
+        eos ([`~trl_blend.ops.EosMap`], *optional*):
+            End-of-sequence tokens that are merged into the student's before the rule, for models of one family that
+            stop with different tokens.
         record (`bool`, *optional*, defaults to `False`):
             Whether to record log-probabilities and statistics of every rollout.
 
@@ -121,7 +126,7 @@ def blended_generation(
     partners = _resolve_partners(model, student, teacher)
     session = BlendSession()
     previous = {name: vars(student)[name] for name in ("generate", "generate_batch") if name in vars(student)}
-    student.generate = _BlendedGenerate(student, partners, teacher is None, rule, session if record else None)
+    student.generate = _BlendedGenerate(student, partners, teacher is None, rule, eos, session if record else None)
     student.generate_batch = _refuse_generate_batch
     try:
         yield session
@@ -165,6 +170,7 @@ class _BlendedGenerate:
         partners: Sequence[GenerationMixin],
         disable_adapters: bool,
         rule: BlendRule,
+        eos: EosMap | None,
         session: BlendSession | None,
     ) -> None:
         functools.update_wrapper(self, student.generate)
@@ -173,6 +179,7 @@ class _BlendedGenerate:
         self._partners = partners
         self._disable_adapters = disable_adapters
         self._rule = rule
+        self._eos = eos
         self._session = session
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,6 +212,7 @@ class _BlendedGenerate:
             ],
             temperature=settings.temperature if settings.do_sample and settings.temperature is not None else 1.0,
             keep_forbidden=forbids or any(getattr(settings, name, None) for name in _FORBIDDING_SETTINGS),
+            eos=self._eos,
             record=self._session is not None,
         )
         return prompt, processor

@@ -10,7 +10,7 @@ from transformers import LogitsProcessor
 from trl_blend.generation.partner import PartnerDecoder
 from trl_blend.generation.recording import RolloutRecord, RolloutRecorder
 from trl_blend.generation.rules import BlendRule
-from trl_blend.ops.vocab import align_vocab
+from trl_blend.ops.vocab import EosMap, align_vocab, canonicalize_eos
 
 
 class BlendLogitsProcessor(LogitsProcessor):
@@ -35,6 +35,8 @@ class BlendLogitsProcessor(LogitsProcessor):
             Whether a token whose incoming score is `-inf` is taken from the partners too. Set it when `generate`
             itself forbids tokens (`min_new_tokens`, `bad_words_ids`, ...); otherwise a rule could bring them back. The
             recorded `teacher_logps` remain those of the unrestricted partner.
+        eos ([`~trl_blend.ops.EosMap`], *optional*):
+            End-of-sequence tokens to merge into one, in every model, before the rule and the record.
         record (`bool`, *optional*, defaults to `False`):
             Whether to collect a [`RolloutRecord`], see [`finish`][BlendLogitsProcessor.finish].
     """
@@ -46,12 +48,14 @@ class BlendLogitsProcessor(LogitsProcessor):
         *,
         temperature: float = 1.0,
         keep_forbidden: bool = False,
+        eos: EosMap | None = None,
         record: bool = False,
     ) -> None:
         self.rule = rule
         self.partners = tuple(partners)
         self.temperature = temperature
         self.keep_forbidden = keep_forbidden
+        self.eos = eos
         self.recorder = RolloutRecorder() if record else None
 
     @torch.no_grad()
@@ -75,9 +79,14 @@ class BlendLogitsProcessor(LogitsProcessor):
         if self.temperature != 1.0:
             student_logits = student_logits / self.temperature
             partner_logits = [logits / self.temperature for logits in partner_logits]
+        if self.eos is not None:
+            # After the temperature: it is the tempered policies whose stop events are merged
+            student_logits = canonicalize_eos(student_logits, self.eos)
+            partner_logits = [canonicalize_eos(logits, self.eos) for logits in partner_logits]
         blended = partner_logits
         if self.keep_forbidden:
             forbidden = scores == -math.inf
+            student_logits = student_logits.masked_fill(forbidden, -math.inf)
             blended = [logits.masked_fill(forbidden, -math.inf) for logits in partner_logits]
         step = self.rule(student_logits, blended)
         if self.recorder is not None:

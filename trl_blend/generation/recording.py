@@ -24,6 +24,8 @@ class RolloutRecord:
             `log μ(y_t)` of the emitted tokens under the behaviour policy, in nats.
         teacher_logps (`torch.Tensor` of shape `(n_partners, B, T)`):
             Log-probability of the emitted tokens under each partner, in nats; `-inf` for a token it does not have.
+        teacher_entropies (`torch.Tensor` of shape `(n_partners, B, T)`):
+            Entropy of each partner's policy at each prefix, in nats.
         statistics (`dict[str, torch.Tensor]`, each of shape `(B, T)`):
             Statistics of the blend rule at each prefix.
         num_forward_steps (`int`):
@@ -35,6 +37,7 @@ class RolloutRecord:
 
     behavior_logps: Tensor
     teacher_logps: Tensor
+    teacher_entropies: Tensor
     statistics: dict[str, Tensor]
     num_forward_steps: int
     partner_seconds: float
@@ -52,6 +55,7 @@ class RolloutRecorder:
     def __init__(self) -> None:
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._logps: list[Tensor] = []
+        self._entropies: list[Tensor] = []
         self._statistics: list[dict[str, Tensor]] = []
 
     def add(self, input_ids: Tensor, step: BlendStep, partner_logits: Sequence[Tensor]) -> None:
@@ -70,7 +74,9 @@ class RolloutRecorder:
             self._gather(input_ids[:, -1])
         known = step.log_normalizer
         self._pending = [(step.logits, log_normalizer(step.logits) if known is None else known)]
-        self._pending += [(logits, log_normalizer(logits)) for logits in partner_logits]
+        probs = [logits.softmax(dim=-1) for logits in partner_logits]
+        self._pending += [(z, log_normalizer(z, p)) for z, p in zip(partner_logits, probs, strict=True)]
+        self._entropies.append(torch.stack([torch.special.entr(p).sum(dim=-1) for p in probs]))
         self._statistics.append(step.statistics)
 
     def finish(
@@ -98,9 +104,10 @@ class RolloutRecorder:
             self._gather(sequences[:, -1])
         self._pending = []
         logps = torch.stack(self._logps, dim=-1)  # (1 + n_partners, B, T)
+        entropies = torch.stack(self._entropies[:length], dim=-1)
         names = self._statistics[0].keys()
         statistics = {name: torch.stack([s[name] for s in self._statistics[:length]], dim=-1) for name in names}
-        return RolloutRecord(logps[0], logps[1:], statistics, num_forward_steps, partner_seconds)
+        return RolloutRecord(logps[0], logps[1:], entropies, statistics, num_forward_steps, partner_seconds)
 
     def _gather(self, tokens: Tensor) -> None:
         index = tokens.to(self._pending[0][0].device).unsqueeze(-1)
