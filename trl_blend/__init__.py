@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .generation.hooks import blended_generation
     from .generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+    from .generation.trust_region_rules import SpeculativeKD, TrustRegion
     from .trainers.logit_mix_grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
+    from .trainers.trust_region_opd import TrustRegionOPDConfig, TrustRegionOPDTrainer
 
 try:
     __version__ = version("trl_blend")
@@ -41,6 +43,10 @@ _MODULE_OF = {
     "LogitMixGRPOTrainer": "trl_blend.trainers.logit_mix_grpo",
     "LogitMixing": "trl_blend.generation.rules",
     "ProbabilityMixing": "trl_blend.generation.rules",
+    "SpeculativeKD": "trl_blend.generation.trust_region_rules",
+    "TrustRegion": "trl_blend.generation.trust_region_rules",
+    "TrustRegionOPDConfig": "trl_blend.trainers.trust_region_opd",
+    "TrustRegionOPDTrainer": "trl_blend.trainers.trust_region_opd",
     "blended_generation": "trl_blend.generation.hooks",
 }
 
@@ -51,6 +57,10 @@ __all__ = [
     "LogitMixGRPOTrainer",
     "LogitMixing",
     "ProbabilityMixing",
+    "SpeculativeKD",
+    "TrustRegion",
+    "TrustRegionOPDConfig",
+    "TrustRegionOPDTrainer",
     "__version__",
     "blended_generation",
 ]

@@ -1,0 +1,143 @@
+"""What a [`TrustRegionOPDTrainer`] refuses: as much as possible before a model is loaded, the rest before a step."""
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ...errors import ConfigError, UnsupportedError
+from ...ops.vocab import EosMap, eos_map
+from .. import _partners
+from .._sampling import distribution_warpers
+from .config import TrustRegionOPDConfig
+
+
+if TYPE_CHECKING:
+    from .trainer import TrustRegionOPDTrainer
+
+logger = get_logger(__name__)
+
+_OFF = "`rollout_policy='student'`"
+_GOLD = "To distil between different tokenizers, use TRL's `GOLDTrainer` (`trl.experimental.gold`)."
+
+
+def check_arguments(
+    model: str | PreTrainedModel,
+    teachers: list[str | PreTrainedModel],
+    args: TrustRegionOPDConfig,
+    *,
+    processing_class: Any,
+    peft_config: Any,
+) -> None:
+    """
+    Check the constructor's arguments against each other.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If they contradict each other.
+        [`~trl_blend.errors.TokenizerMismatchError`]:
+            If the teacher has another tokenizer.
+        [`~trl_blend.errors.UnsupportedError`]:
+            If the combination would run but not correctly.
+    """
+    if not isinstance(args, TrustRegionOPDConfig):
+        raise ConfigError(f"`args` is a {type(args).__name__}. Pass a `TrustRegionOPDConfig`.")
+    if len(teachers) > 1:
+        raise ConfigError(f"`teacher_model` has {len(teachers)} models. Pass one: the loss has one target.")
+    _partners.check_teacher_arguments(teachers, [0.0], args)
+    _partners.check_adapters(model, teachers, peft_config)
+    if teachers and teachers[0] is model and not isinstance(model, str):
+        raise ConfigError("`teacher_model` is `model` itself. Pass a frozen copy, or its name.")
+    if args.blends:
+        _partners.check_text_only(isinstance(processing_class, ProcessorMixin), _OFF)
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if batch % args.num_rollouts_per_prompt:
+        raise ConfigError(
+            f"`num_rollouts_per_prompt={args.num_rollouts_per_prompt}` does not divide the generation batch of "
+            f"{batch} rollouts ({args.per_device_train_batch_size} per device x {args.world_size} process(es) x "
+            f"{args.gradient_accumulation_steps} accumulation steps). Change one of them."
+        )
+    rows = _partners.check_names(model, teachers, processing_class, args, remedy=_GOLD)
+    top_k = {"skd_top_k": args.skd_top_k, "kl_top_k": args.kl_top_k if args.kl_support != "full" else None}
+    for name, value in top_k.items():
+        if value is not None and value > rows:
+            raise ConfigError(
+                f"`{name}={value}` is more than the {rows} tokens that both models have. Set it to {rows} or less."
+            )
+
+
+def check_loaded(trainer: "TrustRegionOPDTrainer", teachers: list) -> None:
+    """
+    Check what only the loaded and prepared models show.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If the checkpoint's own sampling settings reshape the blend, the LM heads are on different devices, or a
+            divergence other than the reverse KL would need one of this package's own.
+        [`~trl_blend.errors.UnsupportedError`]:
+            If the student is a vision-language model, its base cannot serve as the teacher, or vLLM could emit tokens
+            that the teacher does not have.
+    """
+    args = trainer.args
+    if not teachers:
+        _partners.check_base_as_reference(trainer)
+    if args.blends:
+        _partners.check_text_only(trainer._is_vlm, _OFF)
+        for name, value in distribution_warpers(args, trainer.model.generation_config).items():
+            raise ConfigError(
+                f"The student's `generation_config.json` has `{name}={value}`, which cuts or reshapes the "
+                f"distribution after the blend, but `rollout_policy={args.rollout_policy!r}` is defined on full "
+                f"distributions. Set `generation_kwargs={{'{name}': ...}}` to its neutral value."
+            )
+    heads = [model.get_output_embeddings().weight.device for model in (trainer.model, trainer.teacher_model)]
+    if heads[0] != heads[1]:
+        raise ConfigError(
+            f"The student's `lm_head` is on {heads[0]} and the teacher's on {heads[1]}, but the loss compares their "
+            "logits tile by tile. Put the teacher's `lm_head` on the student's device in the `device_map` of "
+            "`teacher_model_init_kwargs`; its other layers may be elsewhere."
+        )
+    if args.beta != 1.0 and trainer.uses_own_divergence:
+        raise ConfigError(
+            f"`beta={args.beta}` selects another divergence than the reverse KL, which is not available for two "
+            "models whose vocabulary sizes or end-of-sequence tokens differ, or with ZeRO-3. Set `beta=1.0`, or "
+            "make the models alike (`canonicalize_eos=False` leaves their end-of-sequence tokens as they are)."
+        )
+    if trainer.use_vllm and trainer.missing_token_ids:
+        raise UnsupportedError(
+            f"`use_vllm=True`: the student has {len(trainer.missing_token_ids)} vocabulary rows that the teacher "
+            "lacks, and vLLM cannot be told never to emit them. Set `use_vllm=False`, or resize the "
+            "student's embeddings."
+        )
+
+
+def find_eos_map(trainer: "TrustRegionOPDTrainer", teachers: list) -> EosMap | None:
+    """End-of-sequence tokens to merge, or `None` where both models end with the same ones."""
+    args = trainer.args
+    if not args.canonicalize_eos or not teachers:
+        return None
+    teacher_ids = args.teacher_eos_token_id or _teacher_eos_ids(teachers, trainer.teacher_model, args)
+    if not teacher_ids:
+        logger.warning(
+            "The teacher's end-of-sequence tokens are unknown: it was built in memory and its `generation_config` has "
+            "none. They are taken to be the student's. Set `teacher_eos_token_id` if they are not."
+        )
+        return None
+    merged = eos_map(trainer.eos_token_ids, teacher_ids, target=trainer._tokenizer.eos_token_id)
+    if merged is not None:
+        logger.warning(
+            f"The student ends its sequences with {trainer.eos_token_ids} and the teacher with {teacher_ids}. They "
+            f"are treated as one event, emitted as {merged.target}, while decoding and in the loss. Set "
+            "`canonicalize_eos=False` to compare them as different tokens."
+        )
+    return merged
+
+
+def _teacher_eos_ids(teachers: list, teacher: Any, args: TrustRegionOPDConfig) -> list[int]:
+    # As TRL does for the student: the tokenizer's EOS first, then every id that the checkpoint declares
+    declared = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
+    declared = [declared] if isinstance(declared, int) else list(declared or [])
+    tokenizer = _partners.find_tokenizer(
+        teachers[0], revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
+    )
+    own = getattr(tokenizer, "eos_token_id", None)
+    return declared if own is None or own in declared else [own, *declared]

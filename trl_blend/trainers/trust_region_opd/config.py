@@ -1,0 +1,355 @@
+"""Configuration of [`TrustRegionOPDTrainer`]."""
+
+import math
+from dataclasses import dataclass, field
+
+from trl import DistillationConfig
+
+from ...errors import ConfigError
+from ...schedules import Schedule, constant, make_schedule
+from .._sampling import distribution_warpers
+
+
+_CHOICES = {
+    "rollout_policy": ("trust_region", "fixed_weight", "speculative_kd", "student"),
+    "kl_budget_schedule": ("linear", "constant", "cosine"),
+    "kl_support": ("full", "student_top_k"),
+    "distillation_target": ("teacher", "veto"),
+}
+# Settings that only one value of another setting reads, with what they become there when left at None
+_READ_BY = {
+    "kl_budget": ("rollout_policy", "trust_region", 0.01),
+    "teacher_weight": ("rollout_policy", "fixed_weight", 0.5),
+    "skd_top_k": ("rollout_policy", "speculative_kd", 15),
+    "skd_teacher_temperature": ("rollout_policy", "speculative_kd", 0.2),
+    "veto_weight_start": ("distillation_target", "veto", 0.4),
+    "veto_warmup_steps": ("distillation_target", "veto", 50),
+}
+
+
+@dataclass
+class TrustRegionOPDConfig(DistillationConfig):
+    r"""
+    Configuration class for the [`TrustRegionOPDTrainer`].
+
+    This class includes only the parameters that are specific to trust-region rollouts and to the methods they are
+    compared with. For a full list of training arguments, please refer to the [`~trl.DistillationConfig`] and
+    [`~transformers.TrainingArguments`] documentation.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    A setting that belongs to one method (`kl_budget` to the trust region, `skd_top_k` to speculative KD, ...) is an
+    error with another one, so that no run is labelled with a setting it did not use. Left at `None` it takes the value
+    given below.
+
+    Parameters:
+        > Parameters that control the rollouts
+
+        rollout_policy (`str`, *optional*, defaults to `"trust_region"`):
+            Policy that training rollouts are drawn from: `"trust_region"` (the policy closest to the teacher inside a
+            KL ball around the student), `"fixed_weight"` (the log-linear mixture with a constant weight, fixed-β in
+            the paper), `"speculative_kd"` (student tokens outside the teacher's top-k are replaced by teacher
+            samples), `"student"` (ordinary on-policy distillation).
+        kl_budget (`float`, *optional*):
+            Budget \\( \varepsilon_0 \\) in nats per token: \\( KL(\mu \| p_S) \le \varepsilon \\) at every prefix.
+            `0.01` for the trust region; the paper sweeps .001 to .05. `0` means student rollouts.
+        kl_budget_schedule (`str`, *optional*, defaults to `"linear"`):
+            How the budget moves with the optimizer step: `"linear"` (Eq. 3 of the paper) or `"cosine"` to 0 in
+            `blend_warmup_steps` steps, or `"constant"` (fixed-ε in the paper).
+        blend_warmup_steps (`int`, *optional*):
+            Optimizer steps after which rollouts are the student's own. Required with an annealed `kl_budget`; `50` if
+            that is not given either (the paper sweeps 15, 25, 50). With a constant budget, a fixed weight or
+            speculative KD, `None` means the whole run, as in the paper's baselines.
+        teacher_weight (`float`, *optional*):
+            Weight of the teacher for `rollout_policy="fixed_weight"`, in `[0, 1]`. `0.5` there, which is our choice.
+        skd_top_k (`int`, *optional*):
+            Number of teacher tokens that a student token must be among for `rollout_policy="speculative_kd"`. `15`
+            there; the paper sweeps 15, 25, 50.
+        skd_teacher_temperature (`float`, *optional*):
+            Temperature of the teacher samples for `rollout_policy="speculative_kd"`, on top of `temperature`. `0.2`
+            there; the paper sweeps .2, .6, 1.
+        temperature_warmup_start (`float`, *optional*):
+            Student sampling temperature at step 0, at most `temperature`, for `rollout_policy="student"`. It rises
+            linearly to `temperature` in `temperature_warmup_steps` steps; the loss always uses `temperature`. `0.9`
+            if only the steps are given; the paper sweeps .8, .9, .95.
+        temperature_warmup_steps (`int`, *optional*):
+            Optimizer steps of the temperature warmup. `25` if only the start is given; the paper uses 15 and 25.
+        num_rollouts_per_prompt (`int`, *optional*, defaults to `1`):
+            Rollouts of each prompt in a generation batch, which it must divide. The paper uses 4.
+
+        > Parameters that control the loss
+
+        kl_support (`str`, *optional*, defaults to `"full"`):
+            Tokens the reverse KL is taken over: `"full"` (TRL's chunked divergence) or `"student_top_k"`, the
+            `kl_top_k` most probable tokens of the student (the paper's choice).
+        kl_top_k (`int`, *optional*, defaults to `16`):
+            Number of tokens for `kl_support="student_top_k"`.
+        distillation_target (`str`, *optional*, defaults to `"teacher"`):
+            Distribution the student is trained to match: `"teacher"`, or `"veto"` for
+            \\( Q \propto p_T \cdot \mathrm{sg}[p_S]^{w} \\).
+        veto_weight_start (`float`, *optional*):
+            Exponent \\( w \\) of the student in the Veto target at step 0, in `[0, 1)`. `0.4` for Veto; the paper
+            sweeps .2, .4, .6, .8, and does not say which is best.
+        veto_warmup_steps (`int`, *optional*):
+            Optimizer steps in which the exponent decays linearly to 0. `50` for Veto, which is our choice.
+
+        > Parameters that control the end-of-sequence token
+
+        canonicalize_eos (`bool`, *optional*, defaults to `True`):
+            Whether to treat the end-of-sequence tokens of both models as one event wherever their sets differ (App. D
+            of the paper). Without a difference it does nothing.
+        teacher_eos_token_id (`int` or `list[int]`, *optional*):
+            End-of-sequence tokens of the teacher. Read from its `generation_config` and tokenizer by default.
+
+        > Parameters that control the logging
+
+        log_teacher_statistics (`bool`, *optional*, defaults to `False`):
+            Whether to measure the teacher's entropy and log-probability on the student's own training rollouts too, at
+            the cost of one more pass over the vocabulary per step. Blended rollouts, evaluation and runs with
+            `reward_funcs` have them anyway.
+        success_threshold (`float`, *optional*, defaults to `1.0`):
+            Value of the first reward function from which a rollout counts as right in `blend/auroc`.
+    """
+
+    # Parameters that control the rollouts
+    rollout_policy: str = field(
+        default="trust_region",
+        metadata={
+            "help": "Policy that training rollouts are drawn from: the policy closest to the teacher inside a KL ball "
+            "around the student, a constant log-linear mixture, student tokens with teacher replacements, or the "
+            "student.",
+            "choices": list(_CHOICES["rollout_policy"]),
+        },
+    )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={"help": "KL budget of the trust region at step 0, in nats per token. 0.01 if not given."},
+    )
+    kl_budget_schedule: str = field(
+        default="linear",
+        metadata={
+            "help": "How the KL budget moves with the optimizer step: to 0 in `blend_warmup_steps`, or not at all.",
+            "choices": list(_CHOICES["kl_budget_schedule"]),
+        },
+    )
+    blend_warmup_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps after which rollouts are the student's own. 50 if neither it nor `kl_budget` is "
+            "given; None means the whole run, where nothing is annealed."
+        },
+    )
+    teacher_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the teacher for `rollout_policy='fixed_weight'`. 0.5 if not given."},
+    )
+    skd_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher tokens that a student token must be among for `rollout_policy='speculative_kd'`. 15 if "
+            "not given."
+        },
+    )
+    skd_teacher_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of the teacher samples for `rollout_policy='speculative_kd'`. 0.2 if not given."
+        },
+    )
+    temperature_warmup_start: float | None = field(
+        default=None,
+        metadata={"help": "Student sampling temperature at step 0, rising to `temperature`."},
+    )
+    temperature_warmup_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of the temperature warmup."},
+    )
+    num_rollouts_per_prompt: int = field(
+        default=1,
+        metadata={"help": "Rollouts of each prompt in a generation batch. The paper uses 4."},
+    )
+
+    # Parameters that control the loss
+    kl_support: str = field(
+        default="full",
+        metadata={
+            "help": "Tokens the reverse KL is taken over: all of them, or the student's `kl_top_k` most probable.",
+            "choices": list(_CHOICES["kl_support"]),
+        },
+    )
+    kl_top_k: int = field(
+        default=16,
+        metadata={"help": "Number of tokens for `kl_support='student_top_k'`."},
+    )
+    distillation_target: str = field(
+        default="teacher",
+        metadata={
+            "help": "Distribution the student is trained to match: the teacher, or Veto's Q ∝ p_T · sg[p_S]^w.",
+            "choices": list(_CHOICES["distillation_target"]),
+        },
+    )
+    veto_weight_start: float | None = field(
+        default=None,
+        metadata={"help": "Exponent of the student in the Veto target at step 0, in [0, 1). 0.4 if not given."},
+    )
+    veto_warmup_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps in which the Veto exponent decays to 0. 50 if not given."},
+    )
+
+    # Parameters that control the end-of-sequence token
+    canonicalize_eos: bool = field(
+        default=True,
+        metadata={"help": "Whether to treat the end-of-sequence tokens of both models as one event."},
+    )
+    teacher_eos_token_id: list[int] | None = field(
+        default=None,
+        metadata={"help": "End-of-sequence tokens of the teacher. Read from its files if not given."},
+    )
+
+    # Parameters that control the logging
+    log_teacher_statistics: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to measure the teacher's entropy and log-probability on the student's own training "
+            "rollouts too, with one more pass over the vocabulary per step."
+        },
+    )
+    success_threshold: float = field(
+        default=1.0,
+        metadata={"help": "Value of the first reward function from which a rollout counts as right."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.teacher_eos_token_id, int):
+            self.teacher_eos_token_id = [self.teacher_eos_token_id]
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                allowed = ", ".join(map(repr, choices))
+                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
+        self._resolve()
+        self._check_ranges()
+        super().__post_init__()  # also parses the dictionaries that the command line passes as strings
+        self._check_sampling()
+        self._check_divergence()
+
+    def _resolve(self):
+        """Fill in what the chosen method reads, and refuse what it does not."""
+        annealed = self.kl_budget_schedule != "constant"
+        if self.rollout_policy == "trust_region" and annealed and self.blend_warmup_steps is None:
+            if self.kl_budget:
+                raise ConfigError(
+                    f"`kl_budget={self.kl_budget}` is annealed by `kl_budget_schedule={self.kl_budget_schedule!r}`, "
+                    "which needs `blend_warmup_steps`. Set it to the optimizer step at which the budget should reach "
+                    "0 (the paper uses 15, 25 and 50), or set `kl_budget_schedule='constant'`."
+                )
+            self.blend_warmup_steps = 50 if self.kl_budget is None else None
+        for name, (switch, value, default) in _READ_BY.items():
+            if getattr(self, switch) == value:
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
+            elif getattr(self, name) is not None:
+                raise ConfigError(
+                    f"`{name}={getattr(self, name)}` has no effect with `{switch}={getattr(self, switch)!r}`. Set "
+                    f"`{switch}={value!r}`, or leave `{name}` unset."
+                )
+        if self.rollout_policy == "student" and self.blend_warmup_steps is not None:
+            raise ConfigError(
+                f"`blend_warmup_steps={self.blend_warmup_steps}` has no effect with `rollout_policy='student'`. "
+                "Choose another `rollout_policy`, or leave `blend_warmup_steps` unset."
+            )
+        if self.temperature_warmup_start is not None or self.temperature_warmup_steps is not None:
+            if self.rollout_policy != "student":
+                raise ConfigError(
+                    f"`temperature_warmup_start={self.temperature_warmup_start}` and `temperature_warmup_steps="
+                    f"{self.temperature_warmup_steps}` warm up the student's own sampling, but `rollout_policy="
+                    f"{self.rollout_policy!r}`. Set `rollout_policy='student'`, or leave both unset."
+                )
+            if self.temperature_warmup_start is None:
+                self.temperature_warmup_start = 0.9
+            if self.temperature_warmup_steps is None:
+                self.temperature_warmup_steps = 25
+
+    def _check_ranges(self):
+        ranges = {
+            "kl_budget": (0.0, math.inf, "a budget in nats; 0 means student rollouts"),
+            "blend_warmup_steps": (1, math.inf, "a number of optimizer steps"),
+            "teacher_weight": (0.0, 1.0, "0 is the student, 1 the teacher"),
+            "skd_top_k": (1, math.inf, "the paper uses 15, 25 and 50"),
+            "temperature_warmup_steps": (1, math.inf, "a number of optimizer steps"),
+            "num_rollouts_per_prompt": (1, math.inf, "the paper uses 4"),
+            "kl_top_k": (1, math.inf, "the paper uses 16"),
+            "veto_warmup_steps": (1, math.inf, "a number of optimizer steps"),
+        }
+        for name, (low, high, hint) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ConfigError(f"`{name}={value}` must be {bound} ({hint}).")
+        if self.skd_teacher_temperature is not None and not 0.0 < self.skd_teacher_temperature < math.inf:
+            raise ConfigError(
+                f"`skd_teacher_temperature={self.skd_teacher_temperature}` must be positive (the paper uses .2, .6, "
+                "1)."
+            )
+        if self.veto_weight_start is not None and not 0.0 <= self.veto_weight_start < 1.0:
+            raise ConfigError(
+                f"`veto_weight_start={self.veto_weight_start}` must be at least 0 and below 1: at 1 the student's "
+                "entropy cancels out of the loss, and its optimum is a single token. The paper uses .2, .4, .6, .8."
+            )
+        start = self.temperature_warmup_start
+        if start is not None and not 0.0 < start <= self.temperature:
+            raise ConfigError(
+                f"`temperature_warmup_start={start}` must be positive and at most `temperature={self.temperature}`."
+            )
+
+    def _check_sampling(self):
+        if not self.blends:
+            return
+        for name in ("num_beams", "num_return_sequences"):
+            value = (self.generation_kwargs or {}).get(name)
+            if value not in (None, 1):
+                raise ConfigError(
+                    f"`generation_kwargs` has `{name}={value}`, but blended decoding samples one sequence per prompt "
+                    f"row. Drop `{name}`; `num_rollouts_per_prompt` sets the number of rollouts."
+                )
+        for name, value in distribution_warpers(self).items():
+            raise ConfigError(
+                f"`{name}={value}` cuts or reshapes the distribution after the blend, but `rollout_policy="
+                f"{self.rollout_policy!r}` is defined on full distributions, and its KL to the student would not be "
+                f"what is asked for. Leave `{name}` at its neutral value, or set `rollout_policy='student'`."
+            )
+
+    def _check_divergence(self):
+        if self.beta == 1.0:
+            return
+        for name, value in (("kl_support", "student_top_k"), ("distillation_target", "veto")):
+            if getattr(self, name) == value:
+                raise ConfigError(
+                    f"`{name}={value!r}` is defined for the reverse KL, but `beta={self.beta}` selects another "
+                    "divergence. Set `beta=1.0`."
+                )
+
+    @property
+    def blends(self) -> bool:
+        """Whether any step of this run can draw tokens with the teacher."""
+        if self.rollout_policy == "trust_region":
+            return self.kl_budget > 0.0
+        if self.rollout_policy == "fixed_weight":
+            return self.teacher_weight > 0.0
+        return self.rollout_policy == "speculative_kd"
+
+    def blend_level(self) -> Schedule:
+        """
+        Schedule of the quantity that is annealed: the KL budget of the trust region, the teacher weight of a fixed
+        weight, 1 for speculative KD. It is exactly 0 where rollouts are the student's own.
+        """
+        levels = {"trust_region": self.kl_budget, "fixed_weight": self.teacher_weight, "speculative_kd": 1.0}
+        level = levels.get(self.rollout_policy) or 0.0
+        steps = self.blend_warmup_steps
+        if self.rollout_policy == "trust_region" and self.kl_budget_schedule != "constant" and level:
+            return make_schedule(self.kl_budget_schedule, level, steps)
+        if steps is None:
+            return constant(level)
+        return lambda step: level if step < steps else 0.0
