@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev
 WORKERS ?= 2
@@ -20,7 +21,7 @@ export TRL_EXPERIMENTAL_SILENCE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow lint format check fresh wheel-test benchmarks reproduce clean
+.PHONY: help install demo test test-slow test-vllm lint format check fresh wheel-test benchmarks reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +46,16 @@ test: install  ## run the test suite without the tests marked slow
 
 test-slow: install  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+# An environment of its own: vLLM pins many packages that nothing else here needs.
+$(VLLM_VENV)/.installed: tests/vllm/install_cpu.sh
+	@echo "installing vLLM for CPU into $(VLLM_VENV) (3 GB)"
+	@tests/vllm/install_cpu.sh $(VLLM_VENV) .
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.installed  ## run the tests that need a vLLM engine, on the CPU, in an environment of their own
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+		VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
 
 lint: install  ## ruff, its formatter, and mypy on the pure parts
 	$(BIN)/ruff check $(CHECKED)
@@ -79,5 +90,5 @@ reproduce: install  ## repeat the comparisons of the papers (examples/reproduce;
 	$(BIN)/python examples/reproduce/logit_mixing.py
 
 clean:  ## remove the environment, caches and build results
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find trl_blend examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

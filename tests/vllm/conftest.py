@@ -1,0 +1,20 @@
+"""Runs vLLM inside the test process, on a CPU, in float32; `make test-vllm` sets the environment it needs."""
+
+import functools
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def cpu_engine(monkeypatch):
+    """Lets TRL's colocated engine take new weights on a CPU, where vLLM otherwise packs linear layers and drops them."""
+    from trl.generation import vllm_generation
+    from vllm.model_executor.layers import utils
+
+    def keep_weight(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weight)
+    engine = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
+    monkeypatch.setattr(vllm_generation, "LLM", engine)
