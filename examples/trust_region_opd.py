@@ -1,0 +1,150 @@
+"""
+Distil a teacher into a student on the student's own rollouts, the first of which the teacher helps to decode, and
+print how both do on held-out prompts before and after.
+
+The test-bed (two CPU cores, no network, a few minutes):
+
+    accelerate launch examples/trust_region_opd.py --config examples/configs/trust_region_opd_testbed.yaml
+
+Any Hub ids, with LoRA:
+
+    accelerate launch examples/trust_region_opd.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct \
+        --dataset_name my-org/my-prompts --prompt_column problem --answer_column answer \
+        --reward_funcs rewards.boxed_accuracy_reward \
+        --kl_budget 0.01 --blend_warmup_steps 50 --use_peft --lora_target_modules all-linear --output_dir out
+
+The baselines of the paper are settings of the same trainer, one flag each (`--rollout_policy`, `--kl_budget_schedule`,
+`--temperature_warmup_start`, `--distillation_target`); `--help` lists them. Its SFT warmup is `sft_warmup.py`.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from _prompts import (
+    TESTBED,
+    TESTBED_REWARDS,
+    PromptScriptArguments,
+    check_reward_columns,
+    is_testbed,
+    load_prompts,
+    load_reward,
+)
+from _table import means_and_errors, print_table
+
+
+@dataclass
+class TrustRegionOPDScriptArguments(PromptScriptArguments):
+    """
+    Script arguments of the trust-region example.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*):
+            What to measure, without any effect on training: `"accuracy_reward"` or `"think_format_reward"` of TRL, or
+            a dotted import path such as `"rewards.boxed_accuracy_reward"`. Defaults to the test-bed's rewards for its
+            prompts, and to none, without a before/after table, for a dataset.
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What to measure, without effect on training: accuracy_reward, think_format_reward, or a dotted "
+            "import path."
+        },
+    )
+
+
+def load_rewards(script_args, dataset_args, train_dataset):
+    """Reward functions by their names in the table; none where nothing can be measured."""
+    default = TESTBED_REWARDS if is_testbed(script_args, dataset_args) else []
+    names = script_args.reward_funcs or default
+    rewards = {name.rpartition(".")[2]: load_reward(name) for name in names}
+    check_reward_columns(list(rewards.values()), train_dataset.column_names)
+    return rewards
+
+
+def find_teacher(script_args, training_args, dataset_args):
+    """Name of the teacher: the test-bed's for its prompts, unless another one is given."""
+    if training_args.teacher_model_name_or_path:
+        return training_args.teacher_model_name_or_path
+    if is_testbed(script_args, dataset_args):
+        return str(TESTBED / "teacher")
+    raise ValueError(
+        "A teacher is required: set `teacher_model_name_or_path`. Without one the teacher would be the student's own "
+        "base, from which a new adapter has nothing to learn."
+    )
+
+
+def main(script_args, training_args, model_args, dataset_args):
+    from trl import get_peft_config, get_quantization_config
+
+    from _decoding import OnTrainBegin, greedy_rewards
+    from trl_blend import TrustRegionOPDTrainer
+
+    train_dataset, test_dataset = load_prompts(script_args, dataset_args)
+    rewards = load_rewards(script_args, dataset_args, train_dataset)
+    teacher = find_teacher(script_args, training_args, dataset_args)
+
+    # The teacher's dtype and attention implementation default to the student's. It is not quantized, unless
+    # `teacher_model_init_kwargs` says so: that would change the distribution the student is trained to match.
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = model_init_kwargs | (training_args.model_init_kwargs or {})
+    trainer = TrustRegionOPDTrainer(
+        model=model_args.model_name_or_path or str(TESTBED / "student"),
+        teacher_model=teacher,
+        reward_funcs=list(rewards.values()),
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=test_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+    rows = list(test_dataset.select(range(min(script_args.num_test_prompts, len(test_dataset))))) if rewards else []
+
+    def evaluate(role):
+        return means_and_errors(greedy_rewards(trainer, rows, role))
+
+    # After a resume, `before` is the checkpoint that the run starts from
+    start = OnTrainBegin(lambda: {role: evaluate(role) for role in ("student", "teacher")} if rows else {})
+    trainer.add_callback(start)
+    # On the command line "true" means the latest checkpoint of `output_dir`
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+    before = start.result
+    after = before | {"student": evaluate("student")} if rows else {}  # the teacher is frozen
+
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
+    if trainer.accelerator.is_main_process and rows:
+        print_table(before, after, list(rewards), len(rows))
+        results = {"rewards": list(rewards), "prompts": len(rows), "before": before, "after": after}
+        path = Path(training_args.output_dir) / "before_after.json"
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    from trl_blend import TrustRegionOPDConfig
+
+    dataclass_types = (TrustRegionOPDScriptArguments, TrustRegionOPDConfig, ModelConfig, DatasetMixtureConfig)
+    if subparsers is not None:
+        return subparsers.add_parser(
+            "trust-region-opd", help="Run the trust-region distillation example", dataclass_types=dataclass_types
+        )
+    return TrlParser(dataclass_types, prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

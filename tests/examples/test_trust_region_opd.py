@@ -1,0 +1,190 @@
+"""The trust-region script: its settings files parse, it fails before loading anything, and its table is right."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig
+
+import trust_region_opd
+from _decoding import decode, own_share, tokenize_prompts
+from _table import means_and_errors
+from testbed.evaluate import evaluate, load_checkpoint
+from testbed.task import build_prompt_dataset
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("trust_region_opd_*.yaml"))
+TESTBED = "examples/configs/trust_region_opd_testbed.yaml"
+REWARDS = ["format_and_answer_reward", "answer_reward", "format_reward"]
+# Odd, so that two processes have unequal shares; the tenth prompt is shorter than the others
+NUM_PROMPTS = 11
+
+
+def run(output_dir, *arguments, launch=()):
+    command = [sys.executable, *launch, "examples/trust_region_opd.py", "--config", TESTBED, *arguments]
+    command += ["--output_dir", str(output_dir), "--num_test_prompts", str(NUM_PROMPTS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout, json.loads((output_dir / "before_after.json").read_text())
+
+
+def parse(path, tmp_path, *arguments):
+    """On a CPU, where mixed precision is the one setting that cannot be kept."""
+    cpu = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    config = ["--config", str(path)] if path else []
+    return trust_region_opd.make_parser().parse_args_and_config([*config, *cpu, *arguments])
+
+
+def expected_rates(checkpoint):
+    """The evaluation of the test-bed, which shares no code with the script."""
+    model, tokenizer = load_checkpoint(checkpoint)
+    result = evaluate(model, tokenizer, build_prompt_dataset("test", NUM_PROMPTS), max_new_tokens=56)
+    return [
+        (rate, math.sqrt(rate * (1 - rate) / (NUM_PROMPTS - 1)))
+        for rate in (result.reward_rate, result.answer_rate, result.format_rate)
+    ]
+
+
+def assert_rates(found, expected):
+    assert [tuple(cell) for cell in found] == [pytest.approx(cell, abs=1e-6) for cell in expected]
+
+
+def test_the_testbed_run_prints_and_saves_what_its_checkpoints_score(tmp_path):
+    steps = ("--max_steps", "2", "--blend_warmup_steps", "1", "--per_device_train_batch_size", "4")
+    printed, table = run(tmp_path, *steps, "--learning_rate", "5e-4")
+    assert (table["rewards"], table["prompts"]) == (REWARDS, NUM_PROMPTS)
+    assert list(table["before"]) == list(table["after"]) == ["student", "teacher"]
+    assert_rates(table["before"]["student"], expected_rates("student"))
+    assert_rates(table["after"]["student"], expected_rates(tmp_path))
+    for when in ("before", "after"):
+        assert_rates(table[when]["teacher"], expected_rates("teacher"))
+    assert table["before"]["student"] != table["after"]["student"] != table["after"]["teacher"]
+    for mean, error in (*table["before"]["student"], *table["after"]["student"]):
+        assert f"{mean:.3f} ± {error:.3f}" in printed
+    assert "2605.31159" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.distributed
+def test_two_processes_score_what_one_does(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1")
+    _, table = run(
+        tmp_path,
+        *("--max_steps", "1", "--per_device_train_batch_size", "2"),
+        launch=(*launch, "--master_port", port),
+    )
+    assert_rates(table["before"]["student"], expected_rates("student"))
+    assert_rates(table["before"]["teacher"], expected_rates("teacher"))
+    assert_rates(table["after"]["student"], expected_rates(tmp_path))
+
+
+@pytest.mark.parametrize(("num_rows", "num_processes"), [(7, 1), (7, 2), (5, 4), (8, 4), (1, 3)])
+def test_shares_of_the_rows(num_rows, num_processes):
+    class State:
+        def __init__(self, process_index):
+            self.process_index, self.num_processes = process_index, num_processes
+
+    shares = [own_share(list(range(num_rows)), State(index)) for index in range(num_processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert sum(shares, [])[:num_rows] == list(range(num_rows))
+
+
+def test_prompts_of_unequal_length_are_decoded_as_if_alone():
+    model, tokenizer = load_checkpoint("student")
+    prompts = [[{"role": "user", "content": text}] for text in ("1+2=?", "907+895=?", "45+6=?")]
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": [tokenizer.eos_token_id]}
+    settings = GenerationConfig(do_sample=False, max_new_tokens=56, **ends)
+    prompt_ids = tokenize_prompts(tokenizer, prompts)
+    together = decode(model, prompt_ids, settings, batch_size=2)
+    assert len(set(map(len, prompt_ids))) == 3 and len(set(map(len, together))) > 1
+    for ids, completion in zip(prompt_ids, together, strict=True):
+        alone = model.generate(torch.tensor([ids]), generation_config=settings)[0, len(ids) :].tolist()
+        assert completion == alone and completion[-1] == tokenizer.eos_token_id
+
+
+def test_rewards_that_are_none_are_left_out_of_the_table():
+    rewards = torch.tensor([[1.0, 1.0], [0.0, math.nan], [1.0, 0.0], [1.0, 1.0]])
+    (first, first_error), (second, second_error) = means_and_errors(rewards)
+    assert (first, second) == (pytest.approx(3 / 4), pytest.approx(2 / 3))
+    assert first_error == pytest.approx(math.sqrt((3 * 1 / 16 + 9 / 16) / 3 / 4))
+    assert second_error == pytest.approx(math.sqrt((2 * 1 / 9 + 4 / 9) / 2 / 3))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_settings_files_parse(path, tmp_path):
+    script_args, training_args, model_args, _ = parse(path, tmp_path)
+    assert training_args.blends and model_args.model_name_or_path and training_args.teacher_model_name_or_path
+    assert (training_args.rollout_policy, training_args.kl_budget) == ("trust_region", 0.01)
+    assert script_args.reward_funcs and script_args.num_test_prompts == 300
+
+
+def test_the_settings_of_the_paper(tmp_path):
+    """Table 2 and Appendix A of arXiv 2605.31159."""
+    path = next(path for path in CONFIGS if path.stem.endswith("qwen3"))
+    script_args, args, model_args, _ = parse(path, tmp_path)
+    assert "NOT RUN BY US" in path.read_text().splitlines()[1]
+    assert (model_args.model_name_or_path, args.teacher_model_name_or_path) == (
+        "Qwen/Qwen3-1.7B-Base",
+        "Qwen/Qwen3-8B",
+    )
+    assert script_args.system_prompt == r"Please reason step by step, and put your final answer within \boxed{}."
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (0.9, 0.999, 0.01, 1.0)
+    assert (args.optim, args.learning_rate) == ("adamw_torch", 1e-5)
+    assert (args.lr_scheduler_type, args.warmup_steps) == ("constant_with_warmup", 15)
+    assert (args.max_completion_length, args.temperature, args.num_train_epochs) == (7168, 1.0, 1)
+    assert (args.beta, args.kl_support, args.kl_top_k) == (1.0, "student_top_k", 16)
+    assert args.num_rollouts_per_prompt == 4
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64 * 4
+    assert (args.kl_budget_schedule, args.blend_warmup_steps, args.canonicalize_eos) == ("linear", 50, True)
+
+
+def test_a_misspelt_setting_is_an_error(tmp_path):
+    path = tmp_path / "misspelt.yaml"
+    path.write_text((ROOT / TESTBED).read_text().replace("kl_budget: ", "kl_budgets: "))
+    with pytest.raises(ValueError, match="kl_budgets"):
+        parse(path, tmp_path)
+
+
+BAD = {
+    "prompt column": (["--prompt_column", "problm"], "prompt_column=problm.*question, answer"),
+    "answer column": (["--prompt_column", "question", "--answer_column", "sum"], "answer_column=sum"),
+    "no prompt column": ([], "no column `prompt`.*prompt_column"),
+    "reward": (["--prompt_column", "question", "--reward_funcs", "acuracy_reward"], "acuracy_reward.*accuracy_reward"),
+    "reward's column": (
+        ["--prompt_column", "question", "--reward_funcs", "accuracy_reward"],
+        "accuracy_reward reads the column `solution`.*answer_column",
+    ),
+    "no teacher": (["--prompt_column", "question", "--use_peft"], "teacher_model_name_or_path"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_come_before_a_model_is_loaded(name, tmp_path):
+    arguments, message = BAD[name]
+    rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(20)]
+    Dataset.from_list(rows).to_json(tmp_path / "data.jsonl")
+    data = ["--dataset_name", str(tmp_path / "data.jsonl"), "--model_name_or_path", str(tmp_path / "no-such-model")]
+    with pytest.raises(ValueError, match=message):
+        trust_region_opd.main(*parse(None, tmp_path, *data, *arguments))
+
+
+def test_rewards_and_teacher_of_the_testbed_are_for_its_prompts_only(tmp_path):
+    rows = Dataset.from_list([{"prompt": "1+1?"}] * 20)
+    script_args, training_args, _, dataset_args = parse(None, tmp_path)
+    found = trust_region_opd.load_rewards(script_args, dataset_args, build_prompt_dataset("train", 2))
+    assert list(found) == REWARDS
+    teacher = trust_region_opd.find_teacher(script_args, training_args, dataset_args)
+    assert Path(teacher, "model.safetensors").is_file()
+    script_args, _, _, dataset_args = parse(None, tmp_path, "--dataset_name", "some/prompts")
+    assert trust_region_opd.load_rewards(script_args, dataset_args, rows) == {}
