@@ -94,7 +94,7 @@ class LogitMixing(_WeightedMixing):
     """
 
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
-        return _step_with_kl(mix_logits(student_logits, partner_logits, self.weights), student_logits)
+        return step_with_kl(mix_logits(student_logits, partner_logits, self.weights), student_logits)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ProbabilityMixing(_WeightedMixing):
     """
 
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
-        return _step_with_kl(mix_probs(student_logits, partner_logits, self.weights), student_logits)
+        return step_with_kl(mix_probs(student_logits, partner_logits, self.weights), student_logits)
 
 
 def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
@@ -129,7 +129,19 @@ def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
     return logits.amax(dim=-1) - probs.amax(dim=-1).log()
 
 
-def _step_with_kl(behavior_logits: Tensor, student_logits: Tensor) -> BlendStep:
+def step_with_kl(behavior_logits: Tensor, student_logits: Tensor) -> BlendStep:
+    """
+    A step that reports `kl_behavior_student`, the exact `KL(μ‖p_S)` over the whole vocabulary.
+
+    Args:
+        behavior_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of the behaviour policy `μ`.
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of the student.
+
+    Returns:
+        [`BlendStep`]: The behaviour logits, with the statistic (nats) and the normaliser.
+    """
     divergence, normalizer = _kl_and_normalizer(behavior_logits, student_logits)
     return BlendStep(behavior_logits, {"kl_behavior_student": divergence}, normalizer)
 
