@@ -4,24 +4,35 @@ Pure tensor operations: tensors in, tensors out.
 Nothing here knows a model, a trainer, a tokenizer or a logger, and importing it loads neither transformers nor trl.
 """
 
+from trl_blend.ops.divergences import ReverseKL, SupportStatistics, reverse_kl, support_statistics
 from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
 from trl_blend.ops.mixed_head import LMHead, MixedLogProbs, mixed_log_probs
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
 from trl_blend.ops.reduction import masked_mean, masked_sum
-from trl_blend.ops.vocab import align_vocab
+from trl_blend.ops.trust_region import TrustRegionSolution, solve_trust_region
+from trl_blend.ops.vocab import EosMap, align_vocab, canonicalize_eos, eos_map
 
 
 __all__ = [
+    "EosMap",
     "ImportanceSums",
     "LMHead",
     "MixedLogProbs",
+    "ReverseKL",
+    "SupportStatistics",
+    "TrustRegionSolution",
     "align_vocab",
+    "canonicalize_eos",
+    "eos_map",
     "importance_statistics",
     "masked_mean",
     "masked_sum",
     "mix_logits",
     "mix_probs",
     "mixed_log_probs",
+    "reverse_kl",
+    "solve_trust_region",
     "summarize_importance",
+    "support_statistics",
     "validate_weights",
 ]

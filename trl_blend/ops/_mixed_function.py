@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trl_blend.ops import _tiles
+from trl_blend.ops._gradients import StudentGradients
 from trl_blend.ops._tiles import Block, Scratch, TiledModel
 
 
@@ -93,7 +94,7 @@ class MixedLogProbFunction(torch.autograd.Function):
             tensors = tensors[:3]  # the student's own distribution is all that is needed
         scratch = plan.scratch(targets.device)
         with plan.gather_parameters(*parameters_of(tensors)):
-            gradients = _StudentGradients(tensors[:3], ctx.needs_input_grad[2:5], scratch.dtype)
+            gradients = StudentGradients(tensors[:3], ctx.needs_input_grad[2:5], scratch.dtype)
             if plan.weights[0] > 0.0:
                 models = plan.models(tensors)
                 factors = _TokenFactors.build(plan, models[0], saved, grad_logps, grad_entropy)
@@ -133,41 +134,8 @@ class _TokenFactors:
         return cls(at_target, at_entropy, center, log_norms, plan.mixes_logits)
 
 
-class _StudentGradients:
-    """Gradients of the student's hidden states, weight and bias, in the dtype of the statistics while summed."""
-
-    def __init__(
-        self, tensors: tuple[Tensor, Tensor, Tensor | None], needed: tuple[bool, bool, bool], dtype: torch.dtype
-    ) -> None:
-        hidden, weight, bias = tensors
-        needs_hidden, needs_weight, needs_bias = needed
-        self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
-        # Finished block by block, so it can have its final dtype at once; only one block is ever wider
-        self.weight = torch.zeros_like(weight) if needs_weight else None
-        self.bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
-        self._dtypes = (hidden.dtype, None if bias is None else bias.dtype)
-        self._wide = dtype
-
-    def weight_block(self, block: Block) -> Tensor | None:
-        """Where to add up the weight gradient of a block."""
-        if self.weight is None:
-            return None
-        rows = self.weight[block.start : block.stop]
-        return rows if rows.dtype == self._wide else torch.zeros_like(rows, dtype=self._wide)
-
-    def close_block(self, block: Block, weight_block: Tensor | None) -> None:
-        """Round a finished block of the weight gradient to the dtype of the weight."""
-        if self.weight is not None and weight_block is not None and weight_block.dtype != self.weight.dtype:
-            self.weight[block.start : block.stop] = weight_block
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        hidden = None if self.hidden is None else self.hidden.to(self._dtypes[0])
-        bias = None if self.bias is None else self.bias.to(self._dtypes[1])
-        return hidden, self.weight, bias
-
-
 def _accumulate(
-    gradients: _StudentGradients,
+    gradients: StudentGradients,
     models: list[TiledModel],
     factors: _TokenFactors,
     targets: Tensor,
@@ -178,14 +146,7 @@ def _accumulate(
         weight_block = gradients.weight_block(block)
         for rows in _tiles.token_rows(targets.shape[0]):
             grad = _logits_gradient(models, factors, block, rows, targets, scratch)
-            if grad.is_cuda and student.dtype in (torch.float16, torch.bfloat16):
-                grad = scratch.take("product", *grad.shape, dtype=student.dtype).copy_(grad)
-            if gradients.hidden is not None:
-                _tiles.add_product_(gradients.hidden[rows], grad, block.weights[0])
-            if weight_block is not None:
-                _tiles.add_product_(weight_block, grad.t(), student.hidden[rows].to(student.dtype))
-            if gradients.bias is not None:
-                gradients.bias[block.start : block.stop] += grad.sum(dim=0, dtype=gradients.bias.dtype)
+            gradients.add_tile(grad, student, block, rows, weight_block, scratch)
         gradients.close_block(block, weight_block)
 
 

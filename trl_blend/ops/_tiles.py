@@ -113,12 +113,14 @@ def project(
     *,
     accumulate: bool = False,
     tanh: Tensor | None = None,
+    rounded: bool = True,
 ) -> None:
     """
     Write one model's tile, `factor * logits`, to `out` or add it there. Columns past its vocabulary become `-inf`.
 
-    With `tanh` (of `out`'s shape), the hyperbolic tangent of the softcap is left there for the gradient. Overwrites
-    the scratch buffers `"product"` and, to add softcapped logits, `"aux"`.
+    With `tanh` (of `out`'s shape), the hyperbolic tangent of the softcap is left there for the gradient. With
+    `rounded=False`, products in half precision are kept in the dtype of `out`. Overwrites the scratch buffers
+    `"product"` and, to add softcapped logits, `"aux"`.
     """
     model, weight, bias = models[index], block.weights[index], block.biases[index]
     columns = weight.shape[0]
@@ -131,12 +133,19 @@ def project(
         if bias is not None:
             out.add_(bias, alpha=alpha)
         return
-    # Like TRL's kernel, round the projection to its own dtype and compute the rest in float32
+    # Like TRL's kernels, round the projection to its own dtype (log-probabilities) or not (divergences) and compute
+    # the rest in float32
     wide = tanh
     if wide is None:
         wide = scratch.take("aux", *out.shape) if accumulate and model.softcap is not None else out
-    product = wide if model.dtype == out.dtype else scratch.take("product", *out.shape, dtype=model.dtype)
-    torch.mm(hidden, weight.t(), out=product)
+    widens = not rounded and model.dtype in (torch.float16, torch.bfloat16)
+    product = wide if widens or model.dtype == out.dtype else scratch.take("product", *out.shape, dtype=model.dtype)
+    if widens:
+        # CUDA multiplies half precision into a float32 result; elsewhere the factors have to be cast
+        left = hidden if wide.is_cuda and wide.dtype == torch.float32 else hidden.to(wide.dtype)
+        add_product_(wide.zero_(), left, weight.t())
+    else:
+        torch.mm(hidden, weight.t(), out=product)
     if bias is not None:
         product.add_(bias)
     if model.softcap is not None:

@@ -1,0 +1,356 @@
+"""Values, gradients and limits of `reverse_kl` and `support_statistics` against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+
+from tests import reference, reference_divergences
+from tests.ops.divergences import expected_reverse_kl, gradients, logit_rows
+from tests.ops.heads import leaves, random_head, to_double
+from trl_blend.errors import ConfigError
+from trl_blend.ops import EosMap, LMHead, _tiles, mixed_log_probs, reverse_kl, support_statistics
+
+
+N, V = 5, 11
+# Ids of three different tiles, one more that no model has
+EOS = EosMap(9, (1, 6, 40))
+FULL, TOP = {"top_k": None}, {"top_k": 4}
+
+# name -> options of the student (with vocabulary), options of the teacher (with hidden size and vocabulary), arguments
+CASES = {
+    "plain": ((V, {}), (4, V, {}), {}),
+    "cold, bias": ((V, {"bias": True}), (6, V, {"bias": True}), {"temperature": 0.7}),
+    "hot, scale": ((V, {"logit_scale": 0.6}), (3, V, {"logit_scale": 1.7}), {"temperature": 1.3}),
+    "softcap": ((V, {"softcap": 1.5}), (3, V, {"softcap": 2.5}), {"temperature": 0.7}),
+    "all options": (
+        (V, {"bias": True, "logit_scale": 0.6, "softcap": 1.5}),
+        (6, V, {"bias": True, "logit_scale": 1.2, "softcap": 2.0}),
+        {"temperature": 1.3},
+    ),
+    "larger teacher vocabulary": ((V, {"bias": True}), (3, V + 6, {"bias": True}), {}),
+    "larger student vocabulary": ((V + 6, {"bias": True, "softcap": 2.0}), (3, V, {}), {"temperature": 1.3}),
+    "vocabulary size": ((V + 6, {"bias": True}), (3, V + 2, {"bias": True}), {"vocab_size": V, "temperature": 0.7}),
+}
+
+
+@pytest.fixture(params=[(3, 4), (100, 100)], ids=["small tiles", "one tile"])
+def tiles(request, monkeypatch):
+    """Neither `N` nor `V` is a multiple of the small tiles."""
+    monkeypatch.setattr(_tiles, "TOKEN_TILE", request.param[0])
+    monkeypatch.setattr(_tiles, "VOCAB_TILE", request.param[1])
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(_tiles, "TOKEN_TILE", 3)
+    monkeypatch.setattr(_tiles, "VOCAB_TILE", 4)
+
+
+def build(case, requires_grad=True, tokens=N, dtype=torch.float64):
+    (vocab, options), (hidden, teacher_vocab, teacher_options), arguments = CASES[case]
+    student = random_head(tokens, 4, vocab, requires_grad=requires_grad, dtype=dtype, **options)
+    teacher = random_head(tokens, hidden, teacher_vocab, dtype=dtype, **teacher_options)
+    return student, teacher, arguments
+
+
+def assert_matches(student, teacher, arguments):
+    result = reverse_kl(student, teacher, **arguments)
+    expected = expected_reverse_kl(student, teacher, **arguments)
+    torch.testing.assert_close(tuple(result), expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn(len(result.loss), dtype=torch.float64)
+    grads = gradients(result.loss, leaves(student), direction)
+    wanted = gradients(expected[0], leaves(student), direction)
+    torch.testing.assert_close(grads, wanted, rtol=1e-11, atol=1e-12)
+    return result, grads
+
+
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@pytest.mark.parametrize("veto_weight", [0.0, 0.4])
+@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_match_the_reference(case, support, veto_weight, eos, tiles):
+    student, teacher, arguments = build(case)
+    result, grads = assert_matches(student, teacher, {**arguments, **support, "veto_weight": veto_weight, "eos": eos})
+    assert result.loss.dtype == torch.float64
+    assert all(grad.abs().max() > 1e-3 for grad in grads)
+    assert not result.student_entropy.requires_grad
+    assert not result.reverse_kl.requires_grad
+
+
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@pytest.mark.parametrize("veto_weight", [0.0, 0.4])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_gradient_is_that_of_finite_differences_with_constant_stop_gradients(top_k, veto_weight, eos, small_tiles):
+    """Autograd of the reference is not involved: two values of the loss, with everything under `sg` held fixed."""
+    student, teacher, arguments = build("all options")
+    arguments = {**arguments, "top_k": top_k, "veto_weight": veto_weight, "eos": eos}
+    direction = torch.randn(N, dtype=torch.float64)
+    grads = gradients(reverse_kl(student, teacher, **arguments).loss, leaves(student), direction)
+    frozen, teacher_rows = logit_rows(student, V), logit_rows(teacher, V)
+    options = {**arguments, "eos": None if eos is None else (eos.target, list(eos.merged))}
+
+    def loss(head):
+        rows = zip(logit_rows(head, V), teacher_rows, frozen, direction)
+        return sum(d * reference_divergences.reverse_kl_loss(s, t, f, **options)[0] for s, t, f, d in rows).item()
+
+    step = 1e-5
+    with torch.no_grad():
+        for name, grad in zip(("hidden", "weight", "bias"), grads):
+            tensor = getattr(student, name)
+            along = torch.randn_like(tensor)
+            above, below = (loss(student._replace(**{name: tensor + sign * step * along})) for sign in (1, -1))
+            assert (above - below) / (2 * step) == pytest.approx((grad * along).sum().item(), rel=1e-7, abs=1e-8)
+
+
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+def test_gradcheck_of_the_full_support(eos, small_tiles):
+    """Veto and the top-k have stop-gradients, which numeric differentiation through them would miss."""
+    student, teacher, arguments = build("all options", tokens=2)
+
+    def loss(hidden, weight, bias):
+        return reverse_kl(
+            student._replace(hidden=hidden, weight=weight, bias=bias), teacher, eos=eos, **arguments
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, leaves(student))
+
+
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@pytest.mark.parametrize("veto_weight", [0.0, 0.4])
+def test_the_largest_support_is_the_full_one(veto_weight, eos, small_tiles):
+    """Its loss value is another one, its gradient and its statistic are the same; merged columns have no weight."""
+    student, teacher, _ = build("plain")
+    full, top = (reverse_kl(student, teacher, veto_weight=veto_weight, top_k=k, eos=eos) for k in (None, V))
+    torch.testing.assert_close(top.reverse_kl, full.loss.detach(), rtol=1e-12, atol=1e-13)
+    direction = torch.randn(N, dtype=torch.float64)
+    torch.testing.assert_close(
+        gradients(top.loss, leaves(student), direction),
+        gradients(full.loss, leaves(student), direction),
+        rtol=1e-11,
+        atol=1e-13,
+    )
+
+
+def test_the_top_k_loss_does_not_reward_leaving_the_support():
+    """
+    A teacher that agrees with the student inside the support but puts more mass outside. Descent on the truncated sum
+    takes mass off the support even where the student has too little there; ours only where it has too much.
+    """
+    support = [0, 1, 2]
+    outside = torch.tensor([-1.0, -1.5, -1.2, -2.0], dtype=torch.float64)
+    inside = torch.tensor([1.0, 0.8, 0.6], dtype=torch.float64)
+    for shift, sign in ((-0.5, 1.0), (0.5, -1.0)):  # of the teacher's logits inside: less, or more mass there
+        student = torch.cat([inside, outside]).requires_grad_()
+        teacher = torch.cat([inside + shift, outside])
+        eye = torch.eye(7, dtype=torch.float64)
+        loss = reverse_kl(LMHead(student[None], eye), LMHead(teacher[None], eye), top_k=3).loss
+        (grad,) = torch.autograd.grad(loss.sum(), student)
+        assert torch.sign(grad[support].sum()) == sign
+        truncated = reference_divergences.truncated_sum(student, teacher, support)
+        (grad,) = torch.autograd.grad(truncated, student)
+        assert grad[support].sum() > 0
+
+
+@pytest.mark.parametrize("support", [FULL, {"top_k": 2}], ids=["full", "top-k"])
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 2), (1, 9), (4, 2)])
+@pytest.mark.parametrize("eos", [None, EosMap(1, (0,))], ids=["", "eos"])
+def test_smallest_shapes(tokens, vocab, support, eos):
+    student = random_head(tokens, 3, vocab, requires_grad=True)
+    teacher = random_head(tokens, 1, vocab)
+    result, grads = assert_matches(student, teacher, {**support, "eos": eos, "veto_weight": 0.3})
+    if vocab == 2 and eos:  # the only event left is certain
+        torch.testing.assert_close(result.reverse_kl, torch.zeros(tokens, dtype=torch.float64))
+        assert all(grad.abs().max() < 1e-12 for grad in grads)
+
+
+@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+def test_no_tokens(support):
+    student, teacher = random_head(0, 4, V, bias=True, requires_grad=True), random_head(0, 3, V)
+    result = reverse_kl(student, teacher, eos=EOS, veto_weight=0.4, **support)
+    result.loss.sum().backward()
+    assert all(value.shape == (0,) for value in result)
+    for tensor in leaves(student):
+        torch.testing.assert_close(tensor.grad, torch.zeros_like(tensor))
+    statistics = support_statistics(student, teacher, torch.zeros(0, dtype=torch.long), eos=EOS)
+    assert all(value.shape == (0,) for value in statistics)
+
+
+@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+def test_identical_models_have_no_divergence(support, eos):
+    student = random_head(N, 4, V, bias=True, requires_grad=True)
+    teacher = LMHead(*(tensor.detach().clone() for tensor in student[:3]))
+    result = reverse_kl(student, teacher, eos=eos, **support)
+    torch.testing.assert_close(result.reverse_kl, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-13)
+    for grad in torch.autograd.grad(result.loss.sum(), leaves(student)):
+        assert grad.abs().max() < 1e-12
+    # Towards Veto's target it pays to be less certain than the teacher: Q ∝ p^1.4 is not p
+    assert (reverse_kl(student, teacher, eos=eos, veto_weight=0.4).reverse_kl > 1e-3).all()
+
+
+def test_models_that_differ_in_the_eos_token_only():
+    """The teacher stops with token 1 where the student stops with token 9: no difference once that is one event."""
+    student = random_head(N, 4, V, bias=True, requires_grad=True)
+    swapped = list(range(V))
+    swapped[1], swapped[9] = 9, 1
+    teacher = LMHead(student.hidden.detach(), student.weight.detach()[swapped], student.bias.detach()[swapped])
+    assert (reverse_kl(student, teacher).loss > 1e-3).any()
+    for support in (FULL, TOP):
+        result = reverse_kl(student, teacher, eos=EosMap(9, (1,)), **support)
+        torch.testing.assert_close(result.reverse_kl, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-13)
+        for grad in torch.autograd.grad(result.loss.sum(), leaves(student)):
+            assert grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+def test_an_eos_map_with_nothing_to_merge_changes_nothing(support):
+    student, teacher = random_head(N, 4, V), random_head(N, 3, V)
+    plain = reverse_kl(student, teacher, **support)
+    torch.testing.assert_close(
+        tuple(reverse_kl(student, teacher, eos=EosMap(9, (V,)), **support)), tuple(plain), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+@pytest.mark.parametrize("shift", [0.0, -9000.0], ids=["large", "all very negative"])
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+def test_extreme_logits_in_float32(support, shift, eos, small_tiles):
+    """Logits in the thousands, growing from tile to tile: exp() of any of them would overflow, or all would be 0."""
+    student = random_head(N, 4, V, dtype=torch.float32, requires_grad=True)
+    teacher = random_head(N, 5, V, dtype=torch.float32)
+    student = student._replace(bias=(torch.arange(V) * 500.0 + shift).requires_grad_())
+    teacher = teacher._replace(bias=torch.arange(V).flip(0) * 300.0 + shift)
+    result = reverse_kl(student, teacher, veto_weight=0.4, eos=eos, **support)
+    exact = to_double(student)
+    expected = expected_reverse_kl(exact, to_double(teacher), veto_weight=0.4, eos=eos, **support)
+    torch.testing.assert_close(tuple(x.double() for x in result), expected, rtol=1e-5, atol=1e-3)
+    ones = torch.ones(N)
+    grads = gradients(result.loss, leaves(student), ones)
+    torch.testing.assert_close(grads, gradients(expected[0], leaves(exact), ones), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("support", [FULL, {"top_k": V}], ids=["full", "top-k"])
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+def test_tokens_excluded_by_infinite_biases(support, eos, small_tiles):
+    """A whole tile in both models, in the student alone, and in the teacher alone: the last is huge but not NaN."""
+    student, teacher = random_head(N, 4, V, bias=True), random_head(N, 5, V, bias=True)
+    student.bias[[0, 1, 2, 3, 8, 10]] = -math.inf
+    teacher.bias[[0, 1, 2, 3]] = -math.inf
+    for tensor in leaves(student):
+        tensor.requires_grad_()
+    result = reverse_kl(student, teacher, eos=eos, **support)
+    if support is FULL:
+        expected = expected_reverse_kl(student, teacher, eos=eos)
+        torch.testing.assert_close(tuple(result), expected, rtol=1e-12, atol=1e-12)
+    grads = torch.autograd.grad(result.loss.sum(), leaves(student))
+    assert all(torch.isfinite(tensor).all() for tensor in (*result, *grads))
+    assert (grads[2][[0, 2, 3, 8, 10]] == 0).all()
+    teacher.bias[5] = -math.inf
+    result = reverse_kl(student, teacher, eos=eos, **support)
+    grads = torch.autograd.grad(result.loss.sum(), leaves(student))
+    assert (result.reverse_kl > 1e20).all()
+    assert all(torch.isfinite(tensor).all() for tensor in (*result, *grads))
+
+
+@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+def test_result_does_not_depend_on_the_tiles(support, monkeypatch):
+    student, teacher, arguments = build("all options")
+    results = []
+    for token_tile, vocab_tile in [(1, 1), (2, 3), (5, 11), (4096, 4096)]:
+        monkeypatch.setattr(_tiles, "TOKEN_TILE", token_tile)
+        monkeypatch.setattr(_tiles, "VOCAB_TILE", vocab_tile)
+        result = reverse_kl(student, teacher, eos=EOS, veto_weight=0.4, **arguments, **support)
+        statistics = support_statistics(student, teacher, torch.arange(N), eos=EOS, **arguments)
+        results.append([*result, *torch.autograd.grad(result.loss.sum(), leaves(student)), *statistics])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+@pytest.mark.parametrize("case", ["plain", "all options"])
+def test_uninitialised_buffers_are_never_read(case, support):
+    """Deterministic mode fills new memory with NaN."""
+    student, teacher, arguments = build(case)
+    torch.use_deterministic_algorithms(True)
+    try:
+        result = reverse_kl(student, teacher, eos=EOS, veto_weight=0.4, **arguments, **support)
+        grads = torch.autograd.grad(result.loss.sum(), leaves(student))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(tensor).all() for tensor in (*result, *grads))
+
+
+# ---------------------------------------------------------------- support_statistics
+
+
+@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@pytest.mark.parametrize("case", CASES)
+def test_support_statistics_match_the_reference(case, eos, tiles):
+    """Every id once, EOS ids among them: each of those has the probability of the whole stop event."""
+    student, teacher, arguments = build(case, tokens=V)
+    targets = torch.arange(V)
+    result = support_statistics(student, teacher, targets, eos=eos, **arguments)
+    expected = []
+    for n, rows in enumerate(zip(logit_rows(student, V), logit_rows(teacher, V))):
+        token = eos.target if eos is not None and n in eos.merged else n
+        canonical = None if eos is None else (eos.target, list(eos.merged))
+        student_row, teacher_row = (
+            reference_divergences.canonical_logprobs(row, arguments.get("temperature", 1.0), canonical) for row in rows
+        )
+        expected.append((student_row[token], teacher_row[token], reference.entropy(teacher_row)))
+    wanted = tuple(torch.stack(values).detach() for values in zip(*expected))
+    torch.testing.assert_close(tuple(result), wanted, rtol=1e-12, atol=1e-12)
+    assert not any(value.requires_grad for value in result)
+
+
+def test_support_statistics_agree_with_mixed_log_probs():
+    student, teacher, targets = random_head(N, 4, V), random_head(N, 3, V), torch.randint(0, V, (N,))
+    result = support_statistics(student, teacher, targets)
+    torch.testing.assert_close(result.student_logps, mixed_log_probs(student, [], [], targets).logps)
+    alone = mixed_log_probs(teacher, [], [], targets)
+    torch.testing.assert_close((result.teacher_logps, result.teacher_entropy), tuple(alone))
+
+
+@pytest.mark.parametrize("target", [-100, -1, V, 99])
+def test_targets_outside_the_vocabulary_have_probability_0(target, small_tiles):
+    result = support_statistics(random_head(1, 4, V), random_head(1, 4, V + 5), torch.tensor([target]), eos=EOS)
+    assert result.student_logps.item() == result.teacher_logps.item() == -math.inf
+    # but 40 is a stop token, though neither model has it
+    result = support_statistics(random_head(1, 4, V), random_head(1, 4, V + 5), torch.tensor([40]), eos=EOS)
+    assert math.isfinite(result.student_logps.item())
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"veto_weight": 1.0}, "`veto_weight` is 1.0. Set it to at least 0 and below 1"),
+        ({"veto_weight": -0.1}, "`veto_weight` is -0.1"),
+        ({"veto_weight": math.nan}, "`veto_weight` is nan"),
+        ({"top_k": V + 1}, f"`top_k` is {V + 1} and the vocabulary has {V} entries"),
+        ({"top_k": V, "vocab_size": V - 1}, f"`top_k` is {V} and the vocabulary has {V - 1} entries"),
+        ({"top_k": 0}, "`top_k` is 0"),
+        ({"temperature": 0.0}, "`temperature` is 0.0. Set it to a positive number"),
+        ({"temperature": math.nan}, "`temperature` is nan"),
+        ({"vocab_size": V + 1}, f"`vocab_size` is {V + 1}, but the student has {V} logits and the teacher {V + 2}"),
+        ({"vocab_size": 0}, "`vocab_size` is 0"),
+        ({"eos": EosMap(V, (1,))}, f"EOS id is {V} but the vocabulary has {V} entries"),
+        ({"teacher": random_head(N - 1, 4, V)}, r"shape \(5, 4\) in the student and \(4, 4\) in the teacher"),
+        ({"student": LMHead(torch.zeros(1, N, 4), torch.zeros(V, 4))}, r"shape \(1, 5, 4\) in the student"),
+    ],
+)
+def test_invalid_arguments_are_refused(changes, message):
+    arguments = {"student": random_head(N, 4, V), "teacher": random_head(N, 4, V + 2), **changes}
+    with pytest.raises(ConfigError, match=message):
+        reverse_kl(**arguments)
+    if not {"veto_weight", "top_k"} & set(changes):
+        with pytest.raises(ConfigError):
+            support_statistics(**arguments, targets=torch.zeros(N, dtype=torch.long))
+
+
+def test_targets_of_another_length_are_refused():
+    with pytest.raises(ConfigError, match=r"`targets` has shape \(4,\) and `hidden` has shape \(5, 4\)"):
+        support_statistics(random_head(N, 4, V), random_head(N, 4, V), torch.zeros(N - 1, dtype=torch.long))

@@ -1,0 +1,71 @@
+"""
+The divergences of trust-region distillation and the shared stop event in slow, plain float64, as `tests/reference.py`.
+
+A row of logits has shape `(V,)`. `frozen` is the student's row at which everything under a stop-gradient is evaluated:
+a detached copy for autograd, one fixed copy for finite differences.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.reference import entropy, log_softmax, log_sum_exp
+
+
+def canonical_logprobs(row: Tensor, temperature: float, eos: tuple[int, list[int]] | None) -> Tensor:
+    """`log p` at the temperature, with the probabilities of `eos = (target, merged ids)` added up at the target."""
+    logprobs = log_softmax(row / temperature)
+    if eos is None:
+        return logprobs
+    target, merged = eos
+    impossible = torch.tensor(-math.inf, dtype=torch.float64)
+    stop = [v for v in range(len(row)) if v == target or v in merged]
+    entries = [impossible if v in stop else logprobs[v] for v in range(len(row))]
+    entries[target] = log_sum_exp(torch.stack([logprobs[v] for v in stop]))
+    return torch.stack(entries)
+
+
+def veto_target(teacher_logprobs: Tensor, student_logprobs: Tensor, veto_weight: float) -> Tensor:
+    """`log Q = log p_T + w log p_S - log Z`; what is impossible for one is impossible for `Q`, but for `p_S^0 = 1`."""
+    products = [
+        teacher if veto_weight == 0.0 else teacher + veto_weight * student
+        for teacher, student in zip(teacher_logprobs, student_logprobs, strict=True)
+    ]
+    return log_softmax(torch.stack(products))
+
+
+def reverse_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    frozen: Tensor,
+    *,
+    temperature: float = 1.0,
+    veto_weight: float = 0.0,
+    top_k: int | None = None,
+    eos: tuple[int, list[int]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, entropy of `p_S` and the divergence to read, of one token. Rows have the common vocabulary already."""
+    student_logprobs = canonical_logprobs(student, temperature, eos)
+    fixed = canonical_logprobs(frozen.detach(), temperature, eos)
+    target = veto_target(canonical_logprobs(teacher.detach(), temperature, eos), fixed, veto_weight)
+    if top_k is None:
+        loss = torch.zeros((), dtype=torch.float64)
+        for v in range(len(fixed)):
+            if fixed[v].item() > -math.inf:
+                loss = loss + torch.exp(student_logprobs[v]) * (student_logprobs[v] - target[v])
+        return loss, entropy(student_logprobs), loss
+    support = sorted(range(len(fixed)), key=lambda v: -fixed[v].item())[:top_k]
+    support = [v for v in support if fixed[v].item() > -math.inf]
+    mass = sum(torch.exp(fixed[v]) for v in support)
+    loss, total = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for v in support:
+        coefficient = torch.exp(fixed[v]) / mass * (fixed[v] - target[v])
+        loss, total = loss + coefficient * student_logprobs[v], total + coefficient
+    return loss, entropy(student_logprobs), total
+
+
+def truncated_sum(student: Tensor, teacher: Tensor, support: list[int]) -> Tensor:
+    """`Σ_{v in S} p_S (log p_S - log p_T)` without renormalisation: what must not be differentiated."""
+    student_logprobs, teacher_logprobs = log_softmax(student), log_softmax(teacher)
+    return sum(torch.exp(student_logprobs[v]) * (student_logprobs[v] - teacher_logprobs[v]) for v in support)
