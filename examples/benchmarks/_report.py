@@ -77,13 +77,14 @@ class Report:
         }
         self._load_before = os.getloadavg()[0]
 
-    def row(self, quantity: str, values: Sequence[float], bar: float, unit: str = "") -> None:
-        """Add a line of the table: the median of `values` must not exceed `bar`."""
+    def row(self, quantity: str, values: Sequence[float], bar: float | None, unit: str = "") -> None:
+        """Add a line of the table: the median of `values` must not exceed `bar`, if there is one."""
         summary = quartiles(values)
-        met = summary["median"] <= bar
+        met = None if bar is None else summary["median"] <= bar
         line = {"quantity": quantity, "unit": unit, "bar": bar, "met": met, "n": len(values), **summary}
         self.data["rows"].append({**line, "values": list(values)})
-        print(f"{quantity}: {show(summary, unit)}, bar {bar:g}{unit}: {'met' if met else 'MISSED'}", flush=True)
+        verdict = "no bar" if bar is None else f"bar {bar:g}{unit}: {'met' if met else 'MISSED'}"
+        print(f"{quantity}: {show(summary, unit)}, {verdict}", flush=True)
 
     def note(self, name: str, values: Any) -> None:
         """Add a measurement that has no bar."""
@@ -125,8 +126,8 @@ def _table_lines(path: Path) -> str:
         cells = (
             row["quantity"],
             show(row, unit),
-            f"{row['bar']:g}{unit}",
-            "yes" if row["met"] else "**no**",
+            "none" if row["bar"] is None else f"{row['bar']:g}{unit}",
+            {True: "yes", False: "**no**", None: ""}[row["met"]],
             str(row["n"]),
             f"`{data['command']}`",
             host,

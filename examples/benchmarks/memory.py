@@ -19,62 +19,15 @@ python examples/benchmarks/memory.py --repeats 5 --tokens 4096
 
 import argparse
 import json
-import subprocess
-import sys
-import weakref
 from typing import Any
 
 import torch
+from _memory import AllocationMeter, collect, peak_memory
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 
 RATIO_BAR = 1.3
 SHARE_BAR = 1 / 8
-MIB = 2**20
-
-
-class AllocationMeter(TorchDispatchMode):
-    """
-    Live bytes of tensor storages allocated inside the context: their peak, and the largest single one other than the
-    gradients, which are recognised by their shapes.
-    """
-
-    def __init__(self, existing: list[Tensor], gradients: list[Tensor]):
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
-        self._gradient_shapes = {tensor.shape for tensor in gradients}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(output):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self._track(tensor.untyped_storage(), is_gradient=tensor.shape in self._gradient_shapes)
-        return output
-
-    def _track(self, storage: torch.UntypedStorage, is_gradient: bool) -> None:
-        size = storage.nbytes()
-        self._known.add(storage._cdata)
-        self.live += size
-        self.peak, self.largest = max(self.peak, self.live), max(self.largest, 0 if is_gradient else size)
-        weakref.finalize(storage, self._free, storage._cdata, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process. Unlike `ru_maxrss`, they do not carry over from the parent."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
-
-
-def reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 
 def score(arm: str, student: Any, partner: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,33 +66,7 @@ def measure(arm: str, tokens: int, hidden_size: int, vocab: int) -> dict[str, in
         run(*inputs(8, 64))  # imports, the meter's included, and the workspaces of the linear algebra library
     student, partner, targets = inputs(tokens, vocab)
     existing = [*student[:2], *(partner[:2] if partner else ()), targets]
-    meter = AllocationMeter(existing, gradients=existing[:2])
-    reset_peak()
-    before = resident_bytes("VmRSS")
-    with meter:
-        run(student, partner, targets)
-    resident = resident_bytes("VmHWM") - before
-    gradients = sum(tensor.nbytes for tensor in student[:2])
-    return {"resident": resident, "allocated": meter.peak, "largest": meter.largest, "gradients": gradients}
-
-
-def in_new_process(arm: str, sizes: dict[str, int]) -> dict[str, int]:
-    command = [sys.executable, __file__, "--measure", json.dumps({"arm": arm, **sizes})]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def collect(report: Any, arms: list[str], sizes: dict[str, int], repeats: int) -> dict[str, list[dict[str, int]]]:
-    """`repeats` measurements of each arm, in alternation."""
-    results: dict[str, list[dict[str, int]]] = {arm: [] for arm in arms}
-    for _ in range(repeats):
-        for arm in arms:
-            results[arm].append(in_new_process(arm, sizes))
-    for arm, measurements in results.items():
-        for name in ("resident", "allocated", "largest", "gradients"):
-            values = [measurement[name] / MIB for measurement in measurements]
-            report.note(f"V={sizes['vocab']}, {arm}: {name} (MiB)", values)
-    return results
+    return peak_memory(lambda: run(student, partner, targets), existing, gradients=existing[:2])
 
 
 def main() -> None:
@@ -159,7 +86,9 @@ def main() -> None:
     report = Report("memory", {name: value for name, value in vars(args).items() if name != "measure"})
     sizes = {"tokens": args.tokens, "hidden_size": args.hidden_size}
     # TRL's function with tiles as narrow as ours is no bar, but says how much of the difference is the tile width
-    results = collect(report, ["trl", "logits", "probs", "trl4096"], {**sizes, "vocab": args.vocab}, args.repeats)
+    results = collect(
+        report, __file__, ["trl", "logits", "probs", "trl4096"], {**sizes, "vocab": args.vocab}, args.repeats
+    )
     for arm in ("logits", "probs"):
         for kind in ("resident", "allocated"):
             pairs = zip(results[arm], results["trl"], strict=True)
@@ -167,7 +96,7 @@ def main() -> None:
             quantity = f"mixed log-prob ({arm}) / TRL's fused log-prob, V {args.vocab:,}, peak {kind} memory"
             report.row(quantity, ratios, RATIO_BAR)
     full = args.tokens * args.large_vocab * 4
-    results = collect(report, ["logits", "probs"], {**sizes, "vocab": args.large_vocab}, args.repeats)
+    results = collect(report, __file__, ["logits", "probs"], {**sizes, "vocab": args.large_vocab}, args.repeats)
     for arm, measurements in results.items():
         where = f"V {args.large_vocab:,} ({arm}) / float32 (B, T, V)"
         # A gradient is as large as the input it belongs to, whatever computes it
