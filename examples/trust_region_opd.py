@@ -87,14 +87,12 @@ def main(script_args, training_args, model_args, dataset_args):
     rewards = load_rewards(script_args, dataset_args, train_dataset)
     teacher = find_teacher(script_args, training_args, dataset_args)
 
-    # The teacher's dtype and attention implementation default to the student's. It is not quantized, unless
-    # `teacher_model_init_kwargs` says so: that would change the distribution the student is trained to match.
-    model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    training_args.model_init_kwargs = model_init_kwargs | (training_args.model_init_kwargs or {})
+    common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    revision = {"revision": model_args.model_revision}
+    training_args.model_init_kwargs = common | revision | (training_args.model_init_kwargs or {})
+    # The teacher is not quantized, unless `teacher_model_init_kwargs` says so: that would change the distribution the
+    # student is trained to match
+    training_args.teacher_model_init_kwargs = common | (training_args.teacher_model_init_kwargs or {})
     trainer = TrustRegionOPDTrainer(
         model=model_args.model_name_or_path or str(TESTBED / "student"),
         teacher_model=teacher,

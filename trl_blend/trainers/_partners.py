@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from .. import _compat
 from ..errors import ConfigError, UnsupportedError
@@ -142,7 +143,8 @@ def load_partners(
         args ([`~transformers.TrainingArguments`]):
             Configuration with `teacher_model_init_kwargs` and `teacher_model_revision`.
         defaults (`dict[str, Any]`, *optional*):
-            What to load with unless `teacher_model_init_kwargs` says otherwise. By default the checkpoint decides.
+            What to load with unless `teacher_model_init_kwargs` says otherwise. By default the checkpoint decides the
+            dtype and, in a single process, TRL the device.
     """
     partners = []
     for teacher in teachers:
@@ -151,7 +153,8 @@ def load_partners(
             if args.teacher_model_revision is not None:
                 kwargs.setdefault("revision", args.teacher_model_revision)
             kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-            kwargs = {"dtype": None, "device_map": None} | (defaults or {}) | kwargs
+            placement = {"device_map": None} if args.distributed_state.distributed_type != "NO" else {}
+            kwargs = {"dtype": None} | placement | (defaults or {}) | kwargs
             teacher = _compat.load_replicated(teacher, **kwargs)
         check_partner_model(teacher, "teacher_model")
         partners.append(teacher.requires_grad_(False).eval())
@@ -226,9 +229,12 @@ def _find_config(model: str | PreTrainedModel, **kwargs: Any) -> Any:
 
 
 def find_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of a name, or of the name a model was loaded from; `None` for a model built in memory."""
+    """
+    Tokenizer of a name, or of the name a model was loaded from; `None` where there is none, as for a model built in
+    memory.
+    """
     name = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
-    if not name:
+    if not name or not _has_tokenizer(name, kwargs.get("revision")):
         return None
     try:
         return AutoTokenizer.from_pretrained(name, **_given(kwargs))
@@ -236,6 +242,13 @@ def find_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTok
         if isinstance(model, str):
             raise
         return None
+
+
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    # Without a tokenizer's files `AutoTokenizer` makes an empty one of the architecture's own kind
+    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
+    return any(cached_file(name, file, revision=revision, **quietly) is not None for file in files)
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (None, 0.0),
     "no_repeat_ngram_size": (None, 0),
     "watermarking_config": (None,),
+    "sequence_bias": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "encoder_repetition_penalty": (None, 1.0),
+    "guidance_scale": (None, 1.0),
     "do_sample": (True,),
 }
 

@@ -28,7 +28,7 @@ def read_settings(path: Path, args: Any, names: Sequence[str]) -> dict[str, Any]
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
     for name in names:
-        if content[name] != getattr(args, name):
+        if name in content and content[name] != getattr(args, name):
             logger.warning(
                 f"Resuming with `{name}={getattr(args, name)!r}`, but the checkpoint was trained with "
                 f"`{name}={content[name]!r}`. The value given now is used from here on."

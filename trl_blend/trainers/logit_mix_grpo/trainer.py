@@ -167,7 +167,8 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             self.add_callback(AdaptiveWeightCallback(self, rows))
 
     def _prepare_partners(self, teachers: list) -> None:
-        like_student = {"dtype": self.model.dtype, "attn_implementation": self.model.config._attn_implementation}
+        attention = self.model.config._attn_implementation
+        like_student = {"dtype": self.model.dtype, "attn_implementation": attention, "device_map": None}
         for partner in _partners.load_partners(teachers, self.args, like_student):
             if self.args.objective == "mixed":
                 base = partner.get_base_model() if is_peft_model(partner) else partner

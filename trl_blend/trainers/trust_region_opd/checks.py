@@ -46,6 +46,12 @@ def check_arguments(
         raise ConfigError(f"`teacher_model` has {len(teachers)} models. Pass one: the loss has one target.")
     _partners.check_teacher_arguments(teachers, [0.0], args)
     _partners.check_adapters(model, teachers, peft_config)
+    if args.world_size > 1 and (args.teacher_model_init_kwargs or {}).get("device_map") is not None:
+        raise ConfigError(
+            f"`teacher_model_init_kwargs` has `device_map={args.teacher_model_init_kwargs['device_map']!r}`, but with "
+            f"{args.world_size} processes each of them holds the teacher on its own device. Drop `device_map`, or use "
+            "one process."
+        )
     if teachers and teachers[0] is model and not isinstance(model, str):
         raise ConfigError("`teacher_model` is `model` itself. Pass a frozen copy, or its name.")
     if args.blends:
@@ -126,8 +132,8 @@ def find_eos_map(trainer: "TrustRegionOPDTrainer", teachers: list) -> EosMap | N
     if merged is not None:
         logger.warning(
             f"The student ends its sequences with {trainer.eos_token_ids} and the teacher with {teacher_ids}. They "
-            f"are treated as one event, emitted as {merged.target}, while decoding and in the loss. Set "
-            "`canonicalize_eos=False` to compare them as different tokens."
+            f"are treated as one event in the loss and in blended rollouts, which emit {merged.target}; each of them "
+            "ends the student's own generations. Set `canonicalize_eos=False` to keep them apart."
         )
     return merged
 

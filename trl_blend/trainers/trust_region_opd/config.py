@@ -40,9 +40,9 @@ class TrustRegionOPDConfig(DistillationConfig):
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
     command line.
 
-    A setting that belongs to one method (`kl_budget` to the trust region, `skd_top_k` to speculative KD, ...) is an
-    error with another one, so that no run is labelled with a setting it did not use. Left at `None` it takes the value
-    given below.
+    A setting that belongs to one method and has no default here (`kl_budget`, `skd_top_k`, ...) is an error with
+    another one, so that no run is labelled with a setting it did not use. Left at `None` it takes the value given
+    below.
 
     Parameters:
         > Parameters that control the rollouts
@@ -82,13 +82,14 @@ class TrustRegionOPDConfig(DistillationConfig):
         > Parameters that control the loss
 
         kl_support (`str`, *optional*, defaults to `"full"`):
-            Tokens the reverse KL is taken over: `"full"` (TRL's chunked divergence) or `"student_top_k"`, the
-            `kl_top_k` most probable tokens of the student (the paper's choice).
+            Tokens the reverse KL is taken over: `"full"` (TRL's chunked divergence, unless the models differ in
+            vocabulary size or end-of-sequence tokens) or `"student_top_k"`, the `kl_top_k` most probable tokens of the
+            student (the paper's choice).
         kl_top_k (`int`, *optional*, defaults to `16`):
             Number of tokens for `kl_support="student_top_k"`.
         distillation_target (`str`, *optional*, defaults to `"teacher"`):
             Distribution the student is trained to match: `"teacher"`, or `"veto"` for
-            \\( Q \propto p_T \cdot \mathrm{sg}[p_S]^{w} \\).
+            \\( Q \propto p_T \cdot \mathrm{sg}[p_S]^{w} \\) (with `rollout_policy="student"` in the paper).
         veto_weight_start (`float`, *optional*):
             Exponent \\( w \\) of the student in the Veto target at step 0, in `[0, 1)`. `0.4` for Veto; the paper
             sweeps .2, .4, .6, .8, and does not say which is best.
@@ -99,7 +100,8 @@ class TrustRegionOPDConfig(DistillationConfig):
 
         canonicalize_eos (`bool`, *optional*, defaults to `True`):
             Whether to treat the end-of-sequence tokens of both models as one event wherever their sets differ (App. D
-            of the paper). Without a difference it does nothing.
+            of the paper). The student then stops at each of them, also in its saved `generation_config`. Without a
+            difference it does nothing.
         teacher_eos_token_id (`int` or `list[int]`, *optional*):
             End-of-sequence tokens of the teacher. Read from its `generation_config` and tokenizer by default.
 
@@ -260,6 +262,11 @@ class TrustRegionOPDConfig(DistillationConfig):
                 f"`blend_warmup_steps={self.blend_warmup_steps}` has no effect with `rollout_policy='student'`. "
                 "Choose another `rollout_policy`, or leave `blend_warmup_steps` unset."
             )
+        if self.teacher_eos_token_id is not None and not self.canonicalize_eos:
+            raise ConfigError(
+                f"`teacher_eos_token_id={self.teacher_eos_token_id}` has no effect with `canonicalize_eos=False`. "
+                "Drop one of them."
+            )
         if self.temperature_warmup_start is not None or self.temperature_warmup_steps is not None:
             if self.rollout_policy != "student":
                 raise ConfigError(
@@ -274,7 +281,7 @@ class TrustRegionOPDConfig(DistillationConfig):
 
     def _check_ranges(self):
         ranges = {
-            "kl_budget": (0.0, math.inf, "a budget in nats; 0 means student rollouts"),
+            "kl_budget": (0.0, math.inf, "a finite budget in nats; 0 means student rollouts"),
             "blend_warmup_steps": (1, math.inf, "a number of optimizer steps"),
             "teacher_weight": (0.0, 1.0, "0 is the student, 1 the teacher"),
             "skd_top_k": (1, math.inf, "the paper uses 15, 25 and 50"),
@@ -285,7 +292,8 @@ class TrustRegionOPDConfig(DistillationConfig):
         }
         for name, (low, high, hint) in ranges.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            # An infinite budget would be annealed to NaN
+            if value is not None and not (low <= value <= high and value < math.inf):
                 bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ConfigError(f"`{name}={value}` must be {bound} ({hint}).")
         if self.skd_teacher_temperature is not None and not 0.0 < self.skd_teacher_temperature < math.inf:
@@ -305,6 +313,12 @@ class TrustRegionOPDConfig(DistillationConfig):
             )
 
     def _check_sampling(self):
+        temperature = (self.generation_kwargs or {}).get("temperature", self.temperature)
+        if self.temperature_warmup_steps is not None and temperature != self.temperature:
+            raise ConfigError(
+                f"`generation_kwargs` has `temperature={temperature}`, which overrides the temperature warmup towards "
+                f"`temperature={self.temperature}`. Set `temperature` only."
+            )
         if not self.blends:
             return
         for name in ("num_beams", "num_return_sequences"):

@@ -28,7 +28,8 @@ class Diagnostics:
     """
     Metrics under `blend/…` and `rewards/…`.
 
-    Means are over tokens of all ranks. Seconds and tokens per second are those of this process.
+    Means are over tokens of all ranks: those of rollouts per generation batch, those of the loss since the last log.
+    Seconds and tokens per second are those of this process.
 
     Args:
         trainer ([`TrustRegionOPDTrainer`]):
@@ -38,7 +39,8 @@ class Diagnostics:
     def __init__(self, trainer: "TrustRegionOPDTrainer"):
         self.trainer = trainer
         self._rollout_means = TokenMeans()
-        self._loss_means = TokenMeans()
+        self._loss_means = {"train": TokenMeans(), "eval": TokenMeans()}
+        self._mode = "train"
         self._support = {"train": SupportScores(), "eval": SupportScores()}
         self._latest_scores: Tensor | None = None
 
@@ -92,7 +94,8 @@ class Diagnostics:
         completion_ids = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
         rewards = score_rollouts(trainer.reward_funcs, rows, completion_ids, trainer._tokenizer, trainer.state)
         rewards = rewards.to(trainer.accelerator.device)
-        means = trainer.accelerator.gather(rewards).nanmean(dim=0).tolist()
+        gather = trainer.accelerator.gather if mode == "train" else trainer.accelerator.gather_for_metrics
+        means = gather(rewards).nanmean(dim=0).tolist()
         names = [_compat.get_callable_name(function) for function in trainer.reward_funcs]
         self._log(mode, {f"rewards/{name}/mean": mean for name, mean in zip(names, means, strict=True)})
         output["verifier_reward"] = rewards[:, 0]
@@ -102,21 +105,23 @@ class Diagnostics:
     @contextmanager
     def of_loss(self, mode: str, inputs: dict[str, Any]) -> Iterator[None]:
         """Time the loss computed inside the context and log what was measured in it, once the forward is over."""
-        self._latest_scores = None
+        self._latest_scores, self._mode = None, mode
         start = time.perf_counter()
         yield
         seconds, tokens = time.perf_counter() - start, inputs["completion_mask"].sum().item()
         self._log(mode, {"blend/loss_seconds": seconds, "blend/loss_tokens_per_second": tokens / seconds})
-        accelerator = self.trainer.accelerator
-        self._log(mode, {f"blend/{name}": value for name, value in self._loss_means.reduce(accelerator).items()})
+        self._loss_means[mode].sync(self.trainer.accelerator)
         if self._latest_scores is not None and "verifier_reward" in inputs:
             reward = inputs["verifier_reward"]
             right = (reward >= self.trainer.args.success_threshold).float().masked_fill(reward.isnan(), math.nan)
-            self._support[mode].add(self._latest_scores, right, accelerator)
+            # The last batch of an epoch is whole in training: only evaluation repeats rows to fill it
+            accelerator = self.trainer.accelerator
+            gather = accelerator.gather if mode == "train" else accelerator.gather_for_metrics
+            self._support[mode].add(self._latest_scores.to(right.device), right, gather)
 
     def add_reverse_kl(self, values: Tensor) -> None:
         """Add the reverse KL `(N,)` of the tokens of a micro-batch."""
-        self._loss_means.add("reverse_kl", values, values.isfinite())
+        self._loss_means[self._mode].add("reverse_kl", values, values.isfinite())
 
     @torch.no_grad()
     def measure_support(self, heads: _compat.DivergenceInputs, completion_ids: Tensor, eos: EosMap | None) -> None:
@@ -125,21 +130,23 @@ class Diagnostics:
         result = support_statistics(
             student,
             teacher,
-            completion_ids.reshape(-1)[valid],
+            completion_ids.to(valid.device).reshape(-1)[valid],
             temperature=heads.temperature,
             eos=eos,
             gather_parameters=_compat.gather_lm_head,
         )
         for name in ("student_logps", "teacher_logps", "teacher_entropy"):
             values = getattr(result, name)
-            self._loss_means.add(name.removesuffix("s"), values, values.isfinite())
+            self._loss_means[self._mode].add(name.removesuffix("s"), values, values.isfinite())
         gap = result.teacher_logps - result.student_logps
         gaps = gap.new_zeros(valid.shape).masked_scatter(valid, gap).view_as(completion_ids)
         self._latest_scores = masked_mean(gaps, heads.mask, dim=1)
 
-    def log_auroc(self, mode: str) -> None:
-        """AUROC of all rollouts since the last call, where some were right and some wrong."""
-        value = self._support[mode].pop_auroc()
+    def log_losses(self, mode: str) -> None:
+        """Log what was measured in the losses since the last call."""
+        # Here and not after each loss: TRL would average the means of micro-batches, whatever their lengths
+        self._log(mode, {f"blend/{name}": value for name, value in self._loss_means[mode].pop().items()})
+        value = self._support[mode].pop_auroc()  # undefined where all rollouts are right or all are wrong
         if not math.isnan(value):
             self._log(mode, {"blend/auroc": value})
 

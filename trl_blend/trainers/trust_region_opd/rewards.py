@@ -1,5 +1,6 @@
 """Rewards as diagnostics: what a verifier says about the rollouts, without any effect on the loss."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
+from ... import _compat
 from ...errors import ConfigError
 
 
@@ -26,9 +28,10 @@ def as_reward_functions(reward_funcs: RewardFunction | Sequence[RewardFunction] 
         return []
     functions = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
     for function in functions:
-        if isinstance(function, (str, torch.nn.Module)) or not callable(function):
+        is_model = isinstance(function, (str, torch.nn.Module))
+        if is_model or not callable(function) or inspect.iscoroutinefunction(function):
             raise ConfigError(
-                f"`reward_funcs` has {function!r:.80}. Here rewards are diagnostics and must be functions "
+                f"`reward_funcs` has {function!r:.80}. Here rewards are diagnostics and must be plain functions "
                 "`(prompts, completions, completion_ids, **columns) -> list[float]`; call a reward model from one."
             )
     return functions
@@ -60,20 +63,32 @@ def score_rollouts(
 
     Returns:
         `torch.Tensor` of shape `(B, len(functions))`: Rewards, NaN where a function returned `None`.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If a function returns another number of rewards than there are rollouts.
     """
     texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     conversational = is_conversational(rows[0])
     completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-    rewards = [
-        function(
-            prompts=[row["prompt"] for row in rows],
-            completions=completions,
-            completion_ids=completion_ids,
-            trainer_state=trainer_state,
-            **columns,
-        )
-        for function in functions
-    ]
-    values = [[float("nan") if value is None else float(value) for value in column] for column in rewards]
-    return torch.tensor(values).T
+    given = {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": completions,
+        "completion_ids": completion_ids,
+        "trainer_state": trainer_state,
+        # GRPO's hooks for extra columns and metrics, which have no place here
+        "log_extra": lambda column, values: None,
+        "log_metric": lambda name, value: None,
+    }
+    reserved = {"prompt", "completion", *given}
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in reserved}
+    rewards = []
+    for function in functions:
+        values = function(**given, **columns)
+        if len(values) != len(rows):
+            raise ConfigError(
+                f"`reward_funcs`: {_compat.get_callable_name(function)} returned {len(values)} rewards for "
+                f"{len(rows)} rollouts. Return one per rollout, `None` where there is none."
+            )
+        rewards.append([float("nan") if value is None else float(value) for value in values])
+    return torch.tensor(rewards).T

@@ -1,9 +1,9 @@
 """How well the teacher's support of a rollout tells right rollouts from wrong ones."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -37,10 +37,10 @@ class SupportScores:
     def __init__(self) -> None:
         self._pairs: list[Tensor] = []
 
-    def add(self, scores: Tensor, right: Tensor, accelerator: Accelerator) -> None:
-        """Add the rollouts of a micro-batch, both `(B,)`. Every rank must call it."""
+    def add(self, scores: Tensor, right: Tensor, gather: Callable[[Tensor], Tensor]) -> None:
+        """Add the rollouts of a micro-batch, both `(B,)`, of all ranks. Every rank must call it."""
         pairs = torch.stack([scores.float(), right.float()], dim=1)
-        self._pairs.append(accelerator.gather_for_metrics(pairs).cpu())
+        self._pairs.append(gather(pairs).cpu())
 
     def pop_auroc(self) -> float:
         """AUROC of what was added, NaN where it is undefined. Forgets it."""

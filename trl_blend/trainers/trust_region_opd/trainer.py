@@ -28,6 +28,7 @@ from .checks import check_arguments, check_loaded, find_eos_map
 from .config import TrustRegionOPDConfig
 from .diagnostics import Diagnostics, valid_positions
 from .rewards import RewardFunction, as_reward_functions
+from .temperature import sampling_temperature, warmed_up_sampling
 
 
 logger = get_logger(__name__)
@@ -50,6 +51,10 @@ _SETTINGS = (
     "distillation_target",
     "veto_weight_start",
     "veto_warmup_steps",
+    "canonicalize_eos",
+    "teacher_eos_token_id",
+    "temperature",
+    "beta",
 )
 
 
@@ -65,8 +70,9 @@ class TrustRegionOPDTrainer(DistillationTrainer):
     [`~trl.DistillationTrainer`], through its own code. The loss stays the reverse KL at the visited prefixes, without
     importance correction. The paper's baselines are settings of the same trainer, see [`TrustRegionOPDConfig`].
 
-    With `rollout_policy="student"` and every other setting at its default it is `DistillationTrainer`, bit for bit.
-    Evaluation always decodes the student alone, which is what is deployed.
+    With `rollout_policy="student"` and every other setting at its default it is `DistillationTrainer`, bit for bit,
+    for models of one vocabulary size with the same end-of-sequence tokens (and not under ZeRO-3). Evaluation always
+    decodes the student alone, which is what is deployed.
 
     Left out on purpose: blended rollouts of vision-language students, whose teacher would need the image features at
     each step, and of continuous batching. The teacher is held in full by every process, also under FSDP2 and ZeRO-3,
@@ -91,7 +97,8 @@ class TrustRegionOPDTrainer(DistillationTrainer):
             Student to train, see [`~trl.DistillationTrainer`].
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Frozen teacher with the student's tokenizer; its vocabulary may be padded to another size. `None` with PEFT
-            means the student's own base, adapters disabled: one set of weights, no second copy.
+            means the student's own base, adapters disabled: one set of weights, no second copy. Defaults to
+            `args.teacher_model_name_or_path`.
         args ([`TrustRegionOPDConfig`], *optional*):
             Configuration of this trainer.
         train_dataset, eval_dataset, processing_class, peft_config, **kwargs:
@@ -142,7 +149,7 @@ class TrustRegionOPDTrainer(DistillationTrainer):
         if args is None:
             model_id = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
             args = TrustRegionOPDConfig(f"{model_id.split('/')[-1]}-TrustRegionOPD")
-        teachers = _partners.as_list(teacher_model)
+        teachers = _partners.as_list(teacher_model or args.teacher_model_name_or_path)
         check_arguments(model, teachers, args, processing_class=processing_class, peft_config=peft_config)
         self.reward_funcs = as_reward_functions(reward_funcs)
         self._diagnostics = Diagnostics(self)
@@ -169,10 +176,22 @@ class TrustRegionOPDTrainer(DistillationTrainer):
         self._partners = [_partners.prepare_partner(partner, self.accelerator) for partner in self._partners]
         self.teacher_model = self._partners[0] if self._partners else BaseTeacher(self.model)
         self.eos = find_eos_map(self, teachers)
+        if self.eos is not None:
+            self._stop_at(self.eos.merged)
         self.missing_token_ids = _partners.token_ids_without_partner(self.model, self._partners)
         if self.missing_token_ids:  # the teacher could not read them back
             suppressed = self.missing_token_ids + (self.generation_kwargs.get("suppress_tokens") or [])
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+
+    def _stop_at(self, token_ids: tuple[int, ...]) -> None:
+        """End the student's own rollouts, and the trained model's generations, with these tokens too."""
+        # In the loss they are the same event as the student's own: a student that went on after one of them would be
+        # another policy than the one that is trained
+        self.eos_token_ids = [*self.eos_token_ids, *(token for token in token_ids if token not in self.eos_token_ids)]
+        self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        self.model.generation_config.eos_token_id = self.eos_token_ids
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
 
     @property
     def uses_own_divergence(self) -> bool:
@@ -214,7 +233,7 @@ class TrustRegionOPDTrainer(DistillationTrainer):
             if self.args.rollout_policy == "trust_region":
                 self._metrics[mode]["blend/kl_budget"].append(level)
             if self.args.temperature_warmup_steps:
-                self._metrics[mode]["blend/temperature"].append(self._sampling_temperature())
+                self._metrics[mode]["blend/temperature"].append(sampling_temperature(self))
             if self.args.distillation_target == "veto":
                 self._metrics[mode]["blend/veto_weight"].append(self._veto_weight(step))
 
@@ -223,7 +242,7 @@ class TrustRegionOPDTrainer(DistillationTrainer):
         if not self.model.training:
             return super()._generate_single_turn(*turn)
         if not self._rollout_level:
-            with self._warmed_up_sampling():
+            with warmed_up_sampling(self):
                 return super()._generate_single_turn(*turn)
         student = self.accelerator.unwrap_model(self.model_wrapped)
         rule = self._rule(self._rollout_level)
@@ -243,27 +262,6 @@ class TrustRegionOPDTrainer(DistillationTrainer):
             yield
         finally:
             self.use_vllm = use_vllm
-
-    def _sampling_temperature(self) -> float:
-        start, steps = self.args.temperature_warmup_start, self.args.temperature_warmup_steps
-        if not steps:
-            return self.temperature
-        return self.temperature - linear(self.temperature - start, steps)(self.state.global_step)
-
-    @contextmanager
-    def _warmed_up_sampling(self) -> Iterator[None]:
-        """The parent's rollouts at the warmup's temperature; the loss keeps its own."""
-        temperature = self._sampling_temperature()
-        if temperature == self.temperature:
-            yield
-            return
-        engine = self.vllm_generation if self.use_vllm else self.generation_config
-        saved, saved_kwargs = engine.temperature, self.generation_kwargs
-        engine.temperature, self.generation_kwargs = temperature, {**saved_kwargs, "temperature": temperature}
-        try:
-            yield
-        finally:
-            engine.temperature, self.generation_kwargs = saved, saved_kwargs
 
     def _get_train_sampler(self, dataset=None):
         with _compat.repeated_prompts(self.args.num_rollouts_per_prompt):
@@ -314,7 +312,7 @@ class TrustRegionOPDTrainer(DistillationTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
         mode = "train" if self.model.training else "eval"
-        self._diagnostics.log_auroc(mode)
+        self._diagnostics.log_losses(mode)
         super().log(logs, start_time)
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
