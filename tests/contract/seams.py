@@ -26,6 +26,9 @@ class Seam(NamedTuple):
 
 _TRAINER = "trainers/logit_mix_grpo/trainer.py (override)"
 _GREEDY = "trainers/logit_mix_grpo/greedy.py"
+_OPD = "trainers/trust_region_opd/trainer.py (override)"
+_REPEATS = "_compat.py (repeated_prompts)"
+_ENGINE = "trainers/trust_region_opd/trainer.py (_generate_single_turn, with `use_vllm`)"
 _PARTNER = "generation/partner.py (PartnerDecoder)"
 _HOOKS = "generation/hooks.py (_BlendedGenerate)"
 
@@ -55,6 +58,49 @@ SEAMS = {
     "trl.GRPOTrainer._load_optimizer_and_scheduler": Seam("self, checkpoint", _TRAINER),
     "trl.GRPOTrainer.create_model_card": Seam("self, model_name=, dataset_name=, tags=", _TRAINER),
     "trl.GRPOTrainer._get_output_dir": Seam("self, trial", "trainers/logit_mix_grpo/trainer.py (_save_checkpoint)"),
+    "trl.DistillationTrainer.__init__": Seam(
+        "self, model, teacher_model=, args=, train_dataset=, eval_dataset=, processing_class=, callbacks=, "
+        "optimizers=, quantization_config=, peft_config=, tools=",
+        _OPD,
+    ),
+    "trl.DistillationTrainer._generate_and_score_completions": Seam("self, inputs", _OPD),
+    "trl.DistillationTrainer._generate_single_turn": Seam(
+        "self, prompt_ids, images, multimodal_fields, has_tool_images=", _OPD
+    ),
+    "trl.DistillationTrainer.compute_loss": Seam("self, model, inputs, return_outputs=, num_items_in_batch=", _OPD),
+    "trl.DistillationTrainer._compute_loss": Seam("self, unwrapped_student, inputs, num_items_in_batch", _OPD),
+    "trl.DistillationTrainer._get_last_hidden_state": Seam(
+        "self, unwrapped_model, input_ids, attention_mask, logits_to_keep, pixel_values=, image_grid_thw=, "
+        "pixel_attention_mask=, spatial_shapes=, image_sizes=, token_type_ids=, mm_token_type_ids=, "
+        "image_position_ids=",
+        _OPD,
+    ),
+    "trl.DistillationTrainer._get_train_sampler": Seam("self, dataset=", _OPD),
+    "trl.DistillationTrainer.get_train_dataloader": Seam("self", _OPD),
+    "trl.DistillationTrainer.log": Seam("self, logs, start_time=", _OPD),
+    "trl.DistillationTrainer._save_checkpoint": Seam("self, model, trial", _OPD),
+    "trl.DistillationTrainer._load_optimizer_and_scheduler": Seam("self, checkpoint", _OPD),
+    "trl.DistillationTrainer.create_model_card": Seam("self, model_name=, dataset_name=, tags=", _OPD),
+    "trl.DistillationTrainer._get_output_dir": Seam(
+        "self, trial", "trainers/trust_region_opd/trainer.py (_save_checkpoint)"
+    ),
+    "trl.trainer.distillation_trainer._chunked_divergence_loss": Seam(
+        "student_hidden_states, teacher_hidden_states, student_lm_head_weight, teacher_lm_head_weight, "
+        "completion_mask, beta, num_items_in_batch=, student_lm_head_bias=, teacher_lm_head_bias=, "
+        "student_logit_scale=, teacher_logit_scale=, student_final_logit_softcapping=, "
+        "teacher_final_logit_softcapping=, temperature=",
+        "_compat.py (divergence_function)",
+    ),
+    "trl.trainer.distillation_trainer.RepeatSampler": Seam(
+        "data_source, mini_repeat_count, batch_size=, repeat_count=, shuffle=, seed=", _REPEATS
+    ),
+    "trl.trainer.distillation_trainer.repeat_iterable_dataset": Seam(
+        "dataset, mini_repeat_count, batch_size=, repeat_count=", _REPEATS
+    ),
+    "trl.generation.vllm_generation.VLLMGeneration.generate": Seam(
+        "self, prompts, images, num_generations, profiler=", _ENGINE
+    ),
+    "trl.generation.vllm_generation.VLLMGeneration.sync_weights": Seam("self", _ENGINE),
     "trl.trainer.utils._ChunkedLogProbFunction.forward": Seam(
         "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=, logit_scale=, "
         "outputs=",
@@ -63,6 +109,7 @@ SEAMS = {
     "trl.trainer.utils.add_fused_lm_head": Seam("model, temperature=, cast_lm_head_to_fp32=, outputs=", "_compat.py"),
     "trl.trainer.utils.maybe_gather_lm_head_ctx": Seam("*params", "_compat.py (gather_lm_head)"),
     "trl.trainer.utils.get_config_model_id": Seam("config", "_compat.py"),
+    "trl.trainer.utils.get_callable_name": Seam("func", "_compat.py"),
     "trl.trainer.utils.create_model_from_path": Seam(
         "model_id, architecture=, **kwargs", "_compat.py (load_replicated)"
     ),
@@ -122,6 +169,21 @@ TRAINER_ATTRIBUTES = {
     "temperature": "trainers/logit_mix_grpo/trainer.py (_prepare_partners)",
 }
 """Attributes of a `GRPOTrainer` instance, and who in this package reads or replaces them."""
+
+DISTILLATION_ATTRIBUTES = {
+    "_dist": "trainers/trust_region_opd/trainer.py (uses_own_divergence)",
+    "_is_vlm": "trainers/trust_region_opd/checks.py (check_loaded)",
+    "_metrics": "trainers/trust_region_opd/diagnostics.py (_log)",
+    "_tokenizer": "trainers/trust_region_opd/checks.py (find_eos_map)",
+    "eos_token_ids": "trainers/trust_region_opd/checks.py (find_eos_map)",
+    "generation_config": "trainers/trust_region_opd/temperature.py (warmed_up_sampling)",
+    "generation_kwargs": "trainers/trust_region_opd/temperature.py (warmed_up_sampling)",
+    "model_wrapped": "trainers/trust_region_opd/trainer.py (_generate_single_turn)",
+    "teacher_model": "trainers/trust_region_opd/trainer.py (_prepare_teacher)",
+    "temperature": "trainers/trust_region_opd/temperature.py (sampling_temperature)",
+    "use_vllm": "trainers/trust_region_opd/trainer.py (_decoding_with_transformers)",
+}
+"""The same of a `DistillationTrainer` instance."""
 
 
 def resolve(path: str) -> Callable[..., Any]:

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin
-from trl import GRPOTrainer
+from trl import DistillationTrainer, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
 from tests.contract.seams import SEAMS, parameters, resolve
 from tests.tiny import tiny_model
-from trl_blend import LogitMixGRPOTrainer, _compat
+from trl_blend import LogitMixGRPOTrainer, TrustRegionOPDTrainer, _compat
 
 
 PACKAGE = Path(_compat.__file__).parent
+UPSTREAM = (GRPOTrainer, DistillationTrainer, GenerationMixin, GenerationConfig)
 
 
 # Signatures
@@ -36,16 +37,19 @@ def test_parameters_are_those_this_package_was_written_for(path):
     )
 
 
-def test_every_overridden_trainer_method_is_frozen():
-    overridden = {name for name, value in vars(LogitMixGRPOTrainer).items() if inspect.isfunction(value)}
-    inherited = {name for name in overridden if hasattr(GRPOTrainer, name)}
-    missing = {f"trl.GRPOTrainer.{name}" for name in inherited} - set(SEAMS)
+@pytest.mark.parametrize(
+    ("ours", "parent"), [(LogitMixGRPOTrainer, GRPOTrainer), (TrustRegionOPDTrainer, DistillationTrainer)]
+)
+def test_every_overridden_trainer_method_is_frozen(ours, parent):
+    overridden = {name for name, value in vars(ours).items() if inspect.isfunction(value)}
+    inherited = {name for name in overridden if hasattr(parent, name)}
+    missing = {f"trl.{parent.__name__}.{name}" for name in inherited} - set(SEAMS)
     assert inherited and not missing, f"overridden but not in tests/contract/seams.py: {sorted(missing)}"
 
 
 def private_names_used() -> dict[str, str]:
     """Private attributes used anywhere in the package that are methods of an upstream class, with a file that does."""
-    upstream = set(dir(GRPOTrainer)) | set(dir(GenerationMixin)) | set(dir(GenerationConfig))
+    upstream = {name for one in UPSTREAM for name in dir(one)}
     used = {}
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -56,7 +60,7 @@ def private_names_used() -> dict[str, str]:
 
 
 def _upstream_value(name: str):
-    return next(getattr(c, name) for c in (GRPOTrainer, GenerationMixin, GenerationConfig) if hasattr(c, name))
+    return next(getattr(one, name) for one in UPSTREAM if hasattr(one, name))
 
 
 def test_every_private_upstream_method_in_use_is_frozen():
@@ -66,10 +70,14 @@ def test_every_private_upstream_method_in_use_is_frozen():
     assert not missing, f"used but not in tests/contract/seams.py: {missing}"
 
 
-def test_every_symbol_of_trl_utils_in_use_is_frozen():
+@pytest.mark.parametrize(
+    ("alias", "module"),
+    [("trl_utils", "trl.trainer.utils"), ("trl_distillation", "trl.trainer.distillation_trainer")],
+)
+def test_every_symbol_of_an_upstream_module_in_use_is_frozen(alias, module):
     tree = ast.parse((PACKAGE / "_compat.py").read_text(encoding="utf-8"))
-    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "trl_utils"}
-    missing = {f"trl.trainer.utils.{name}" for name in used} - set(SEAMS)
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == alias}
+    missing = {f"{module}.{name}" for name in used} - set(SEAMS)
     assert used and not missing
 
 

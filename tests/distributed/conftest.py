@@ -1,10 +1,11 @@
-"""Launches of `worker.py`: alone, with torchrun and with accelerate, each once per test session."""
+"""Launches of the workers: alone, with torchrun and with accelerate, each once per test session."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from tests.trainers import runs
 
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("worker.py")
 FSDP2_CONFIG = ROOT / "examples" / "accelerate_configs" / "fsdp2_cpu.yaml"
 # A deadlock is what these tests would show it by
 TIMEOUT = 300
@@ -41,12 +41,12 @@ def command(launch: str) -> list[str]:
     }[launch]
 
 
-def start(folder: Path, launch: str) -> None:
-    """Run the worker to its end; an error or a deadlock fails the test with the end of its output."""
+def start(folder: Path, launch: str, worker: str) -> None:
+    """Run a worker to its end; an error or a deadlock fails the test with the end of its output."""
     (folder / launch).mkdir()
     log = folder / f"{launch}.log"
     with log.open("w") as output:
-        arguments = [*command(launch), str(WORKER), str(folder), launch]
+        arguments = [*command(launch), str(Path(__file__).with_name(worker)), str(folder), launch]
         # In a session of its own, so that a deadlock takes only this launch's processes with it
         process = subprocess.Popen(
             arguments, stdout=output, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True
@@ -70,12 +70,12 @@ def make_models(folder: Path) -> None:
         tiny_tokenizer().save_pretrained(folder / name)
 
 
-@pytest.fixture(scope="session")
-def launched(tmp_path_factory):
-    """`launched(launch)` gives what each rank of `"single"`, `"ddp"` or `"fsdp2"` found, after launching it once."""
-    # One folder for all workers of pytest-xdist: they wait for a launch instead of repeating it
+def launcher(tmp_path_factory: Any, worker: str) -> Callable[[str], list[dict[str, Any]]]:
+    """`launch(name)` gives what each rank of `"single"`, `"ddp"` or `"fsdp2"` found, after launching it once."""
+    # One folder for all processes of pytest-xdist: they wait for a launch instead of repeating it
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "distributed"
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / f"distributed_{Path(worker).stem}"
     folder.mkdir(exist_ok=True)
 
     def launch(name: str) -> list[dict[str, Any]]:
@@ -86,10 +86,22 @@ def launched(tmp_path_factory):
                 (folder / "rollouts").mkdir()
                 make_models(folder / "models")
             if not (folder / name).exists():
-                start(folder, name)
+                start(folder, name, worker)
             files = [folder / name / f"{rank}.pt" for rank in range(1 if name == "single" else 2)]
             if not all(file.exists() for file in files):
                 pytest.fail(f"launch {name!r} failed before, see the first failing test")
             return [torch.load(file, weights_only=False) for file in files]
 
     return launch
+
+
+@pytest.fixture(scope="session")
+def launched(tmp_path_factory):
+    """Launches of `worker.py`, see [`launcher`]."""
+    return launcher(tmp_path_factory, "worker.py")
+
+
+@pytest.fixture(scope="session")
+def launched_opd(tmp_path_factory):
+    """Launches of `opd_worker.py`, see [`launcher`]."""
+    return launcher(tmp_path_factory, "opd_worker.py")

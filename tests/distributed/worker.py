@@ -58,6 +58,8 @@ class Worker:
             `"single"`, `"ddp"` or `"fsdp2"`.
     """
 
+    make = staticmethod(runs.build)
+
     def __init__(self, folder: Path, launch: str):
         self.folder, self.launch = folder, launch
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -66,7 +68,7 @@ class Worker:
     def build(self, name: str, **settings: Any) -> Any:
         rows = GLOBAL_BATCH // self.world_size // settings.get("gradient_accumulation_steps", 1)
         output_dir = self.folder / self.launch / name
-        trainer = runs.build(self.folder / "models", output_dir, **{"per_device_train_batch_size": rows, **settings})
+        trainer = self.make(self.folder / "models", output_dir, **{"per_device_train_batch_size": rows, **settings})
         accelerator = trainer.accelerator
         assert accelerator.num_processes == self.world_size == (1 if self.launch == "single" else 2)
         assert accelerator.is_fsdp2 == (self.launch == "fsdp2")
@@ -220,14 +222,18 @@ def score_around_wrapper(trainer: Any) -> None:
     trainer._get_per_token_logps_and_entropies = score
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(worker: type[Worker], description: str | None) -> None:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("launch", choices=("single", "ddp", "fsdp2"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.launch == "fsdp2":
         allow_fsdp_on_cpu()
-    Worker(given.folder, given.launch).run()
+    worker(given.folder, given.launch).run()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Worker, __doc__)

@@ -42,3 +42,14 @@ def build(models, tmp_path):
         return runs.build(models, tmp_path / f"run{next(numbers)}", **kwargs)
 
     return builder
+
+
+@pytest.fixture
+def build_opd(models, tmp_path):
+    """The same for distillation trainers, see [`runs.build_opd`]."""
+    numbers = itertools.count()
+
+    def builder(**kwargs):
+        return runs.build_opd(models, tmp_path / f"run{next(numbers)}", **kwargs)
+
+    return builder

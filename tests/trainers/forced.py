@@ -23,14 +23,14 @@ def with_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Modul
     return model
 
 
-def student_at(parameters: dict[str, Tensor]) -> nn.Module:
-    """The tiny student with the weights of a recorded call."""
-    return with_parameters(tiny_model(seed=0), parameters)
+def student_at(parameters: dict[str, Tensor], **overrides: Any) -> nn.Module:
+    """The tiny student with the weights of a recorded call; `overrides` are those of [`tiny_model`]."""
+    return with_parameters(tiny_model(seed=0, **overrides), parameters)
 
 
-def frozen(seed: int) -> nn.Module:
+def frozen(seed: int, **overrides: Any) -> nn.Module:
     """The tiny model of a seed: 0 is the initial student, 1 the teacher, 2 the second teacher."""
-    return tiny_model(seed=seed).double().requires_grad_(False)
+    return tiny_model(seed=seed, **overrides).double().requires_grad_(False)
 
 
 def tokens(inputs: dict[str, Any]) -> list[list[int]]:

@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
-from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer
+from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer, TrustRegionOPDConfig, TrustRegionOPDTrainer
 
 
 # Of different lengths, so that every batch is left-padded
@@ -35,6 +35,8 @@ SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
 }
+# Settings of GRPO only
+_GROUPS = ("num_generations",)
 
 
 def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -48,6 +50,43 @@ def dataset(prompts: tuple[str, ...] = PROMPTS) -> Dataset:
 
 def config(output_dir: Any, config_class: type = LogitMixGRPOConfig, **settings: Any) -> Any:
     return config_class(output_dir=str(output_dir), **{**SETTINGS, **settings})
+
+
+def opd_config(output_dir: Any, config_class: type = TrustRegionOPDConfig, **settings: Any) -> Any:
+    shared = {name: value for name, value in SETTINGS.items() if name not in _GROUPS}
+    return config_class(output_dir=str(output_dir), **{**shared, **settings})
+
+
+def locate(models: Path, value: Any) -> Any:
+    """Paths in the place of the names of the tiny models in `models`; anything else as it is."""
+    if isinstance(value, list):
+        return [locate(models, one) for one in value]
+    named = isinstance(value, str) and value in ("student", "teacher", "second")
+    return str(models / value) if named else value
+
+
+def build_opd(
+    models: Path,
+    output_dir: Any,
+    *,
+    parent: bool = False,
+    student: Any = "student",
+    teacher: Any = "teacher",
+    train_dataset: Dataset | None = None,
+    trainer_kwargs: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Any:
+    """A distillation trainer of the tiny models, or with `parent` TRL's own. Arguments are those of [`build`]."""
+    config_class, trainer_class = TrustRegionOPDConfig, TrustRegionOPDTrainer
+    if parent:
+        config_class, trainer_class = DistillationConfig, DistillationTrainer
+    return trainer_class(
+        model=locate(models, student),
+        teacher_model=locate(models, teacher),
+        args=opd_config(output_dir, config_class, **settings),
+        train_dataset=dataset() if train_dataset is None else train_dataset,
+        **(trainer_kwargs or {}),
+    )
 
 
 def build(
@@ -68,15 +107,8 @@ def build(
     `student` and `teacher` are folder names in `models`, models, or (teacher) a list of these; the other settings
     are the config's.
     """
-    located = {name: str(models / name) for name in ("student", "teacher", "second")}
-
-    def locate(value: Any) -> Any:
-        if isinstance(value, list):
-            return [locate(one) for one in value]
-        return located.get(value, value) if isinstance(value, str) else value
-
     kwargs: dict[str, Any] = {
-        "model": locate(student),
+        "model": locate(models, student),
         "reward_funcs": reward_funcs,
         "train_dataset": dataset() if train_dataset is None else train_dataset,
         **(trainer_kwargs or {}),
@@ -84,7 +116,7 @@ def build(
     if parent:
         return GRPOTrainer(args=config(output_dir, GRPOConfig, **settings), **kwargs)
     args = config(output_dir, **settings)
-    return LogitMixGRPOTrainer(teacher_model=locate(teacher), args=args, **kwargs)
+    return LogitMixGRPOTrainer(teacher_model=locate(models, teacher), args=args, **kwargs)
 
 
 class LossCall(NamedTuple):
@@ -107,12 +139,13 @@ class Record(TrainerCallback):
         trainer._compute_loss = self
         trainer.add_callback(self)
 
-    def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def __call__(self, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
         seen, parameters = copy.deepcopy(inputs), snapshot(self.trainer.model)
         weights = self.trainer.current_weights() if hasattr(self.trainer, "current_weights") else ()
-        loss = self._compute_loss(model, inputs)
+        output = self._compute_loss(model, inputs, *args)
+        loss = output[0] if isinstance(output, tuple) else output  # distillation: loss, entropy, number of tokens
         self.calls.append(LossCall(seen, loss.item(), parameters, weights))
-        return loss
+        return output
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         named = model.named_parameters()
@@ -141,6 +174,44 @@ def train(trainer: Any, **kwargs: Any) -> Record:
     record = Record(trainer)
     trainer.train(**kwargs)
     return record
+
+
+class Rollout(NamedTuple):
+    """One generation batch: the rows as they were drawn, what blended decoding recorded, the weights it drew with."""
+
+    inputs: dict[str, Any]
+    records: list[Any]
+    parameters: dict[str, Tensor]
+
+
+def record_opd_rollouts(trainer: Any) -> list[Rollout]:
+    """A list that grows by one entry per generation batch of a distillation trainer; no records where none blends."""
+    rollouts: list[Rollout] = []
+    records: list[Any] = []
+    generate, collect = trainer._generate_and_score_completions, trainer._diagnostics.collect
+
+    def generating(inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        records.clear()
+        parameters, output = snapshot(trainer.model), generate(inputs)
+        rollouts.append(Rollout(copy.deepcopy(output), list(records), parameters))
+        return output
+
+    def collecting(record: Any, lengths: list[int]) -> None:
+        records.append(record)
+        collect(record, lengths)
+
+    trainer._generate_and_score_completions, trainer._diagnostics.collect = generating, collecting
+    return rollouts
+
+
+def assert_same_run(actual: Record, expected: Record) -> None:
+    """Losses, gradients and final weights, bit for bit."""
+    assert actual.losses == expected.losses and any(expected.losses)
+    assert actual.logged("grad_norm") == expected.logged("grad_norm")
+    assert len(actual.gradients) == len(expected.gradients) > 0
+    for gradients, expected_gradients in zip(actual.gradients, expected.gradients):
+        assert_same_tensors(gradients, expected_gradients)
+    assert_same_tensors(snapshot(actual.trainer.model), snapshot(expected.trainer.model))
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

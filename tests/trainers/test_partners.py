@@ -33,23 +33,20 @@ def loads(monkeypatch):
     return calls
 
 
-def test_a_named_teacher_is_loaded_like_the_student(loads, tmp_path):
-    student = tiny_model().to(torch.bfloat16)
-    _partners.load_partners(["some/teacher"], student, runs.config(tmp_path, trust_remote_code=True))
-    ((name, kwargs),) = loads
+def test_a_named_teacher_is_loaded_as_the_trainer_asks_or_as_its_checkpoint_says(loads, tmp_path):
+    args = runs.config(tmp_path, trust_remote_code=True)
+    _partners.load_partners(["some/teacher"], args, {"dtype": torch.bfloat16, "attn_implementation": "sdpa"})
+    _partners.load_partners(["some/teacher"], args)
+    (name, kwargs), (_, undecided) = loads
     assert name == "some/teacher"
-    assert kwargs == {
-        "dtype": torch.bfloat16,
-        "attn_implementation": student.config._attn_implementation,
-        "trust_remote_code": True,
-        "device_map": None,
-    }
+    assert kwargs == {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "trust_remote_code": True}
+    assert undecided == {"dtype": None, "trust_remote_code": True}
 
 
 def test_load_settings_have_the_last_word(loads, tmp_path):
     settings = {"dtype": "float32", "attn_implementation": "eager"}
     args = runs.config(tmp_path, teacher_model_init_kwargs=settings, teacher_model_revision="v2")
-    _partners.load_partners(["some/teacher"], tiny_model().to(torch.bfloat16), args)
+    _partners.load_partners(["some/teacher"], args, {"dtype": torch.bfloat16, "attn_implementation": "sdpa"})
     ((_, kwargs),) = loads
     assert kwargs["dtype"] == "float32" and kwargs["attn_implementation"] == "eager" and kwargs["revision"] == "v2"
     assert args.teacher_model_init_kwargs == settings
@@ -57,7 +54,7 @@ def test_load_settings_have_the_last_word(loads, tmp_path):
 
 def test_partners_are_frozen_and_keep_their_order(loads, tmp_path):
     given = tiny_model(seed=2).train()
-    partners = _partners.load_partners(["some/teacher", given], tiny_model(), runs.config(tmp_path))
+    partners = _partners.load_partners(["some/teacher", given], runs.config(tmp_path))
     assert partners[1] is given and len(partners) == 2
     for partner in partners:
         assert not partner.training
@@ -67,7 +64,7 @@ def test_partners_are_frozen_and_keep_their_order(loads, tmp_path):
 def test_a_model_without_generation_is_refused(tmp_path):
     backbone = tiny_model().model
     with pytest.raises(UnsupportedError, match="`teacher_model` is a Qwen3Model"):
-        _partners.load_partners([backbone], tiny_model(), runs.config(tmp_path))
+        _partners.load_partners([backbone], runs.config(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,3 +74,14 @@ def test_the_trainer_loads_the_teacher_in_the_students_dtype(build, dtype):
     assert trainer.partners[0].dtype == getattr(torch, dtype)
     explicit = build(model_init_kwargs={"dtype": dtype}, teacher_model_init_kwargs={"dtype": "float32"})
     assert explicit.partners[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_distillation_trainer_loads_the_teacher_as_trl_does(build_opd, dtype):
+    settings = {"rollout_policy": "student", "model_init_kwargs": {"dtype": dtype}}
+    parent = build_opd(parent=True, model_init_kwargs={"dtype": dtype})
+    ours = build_opd(**settings)
+    assert ours.teacher_model.dtype == parent.teacher_model.dtype == torch.float32
+    assert ours.model.dtype == getattr(torch, dtype)
+    explicit = build_opd(teacher_model_init_kwargs={"dtype": "bfloat16"}, **settings)
+    assert explicit.teacher_model.dtype == torch.bfloat16

@@ -172,13 +172,13 @@ class TrustRegionOPDTrainer(DistillationTrainer):
 
     def _prepare_teacher(self, teachers: list) -> None:
         # Not by the parent, which refuses padded vocabularies and shards the teacher under ZeRO-3
-        self._partners = _partners.load_partners(teachers, self.args)
-        self._partners = [_partners.prepare_partner(partner, self.accelerator) for partner in self._partners]
-        self.teacher_model = self._partners[0] if self._partners else BaseTeacher(self.model)
+        loaded = _partners.load_partners(teachers, self.args)
+        self.partners: list = [_partners.prepare_partner(partner, self.accelerator) for partner in loaded]
+        self.teacher_model = self.partners[0] if self.partners else BaseTeacher(self.model)
         self.eos = find_eos_map(self, teachers)
         if self.eos is not None:
             self._stop_at(self.eos.merged)
-        self.missing_token_ids = _partners.token_ids_without_partner(self.model, self._partners)
+        self.missing_token_ids = _partners.token_ids_without_partner(self.model, self.partners)
         if self.missing_token_ids:  # the teacher could not read them back
             suppressed = self.missing_token_ids + (self.generation_kwargs.get("suppress_tokens") or [])
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
@@ -220,22 +220,22 @@ class TrustRegionOPDTrainer(DistillationTrainer):
 
     def _start_rollouts(self, mode: str) -> None:
         """Set the level of the blend for the rollouts that follow, log it, and say once when it has reached 0."""
-        step, was_blending = self.state.global_step, self._rollout_level > 0.0
-        level = self._blend_level(step)
-        if mode == "train" and was_blending and not level:
+        if mode == "eval":
+            return
+        step, level = self.state.global_step, self._blend_level(self.state.global_step)
+        if self._rollout_level and not level:
             engine = "vLLM" if self.use_vllm else "transformers"
             logger.warning(
                 f"Step {step}: the warmup of `rollout_policy={self.args.rollout_policy!r}` is over. From here on "
                 f"rollouts are drawn from the student alone, with {engine}."
             )
-        if mode == "train":
-            self._rollout_level = level
-            if self.args.rollout_policy == "trust_region":
-                self._metrics[mode]["blend/kl_budget"].append(level)
-            if self.args.temperature_warmup_steps:
-                self._metrics[mode]["blend/temperature"].append(sampling_temperature(self))
-            if self.args.distillation_target == "veto":
-                self._metrics[mode]["blend/veto_weight"].append(self._veto_weight(step))
+        self._rollout_level = level
+        if self.args.rollout_policy == "trust_region":
+            self._metrics[mode]["blend/kl_budget"].append(level)
+        if self.args.temperature_warmup_steps:
+            self._metrics[mode]["blend/temperature"].append(sampling_temperature(self))
+        if self.args.distillation_target == "veto":
+            self._metrics[mode]["blend/veto_weight"].append(self._veto_weight(step))
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         turn = (prompt_ids, images, multimodal_fields, has_tool_images)
@@ -249,7 +249,7 @@ class TrustRegionOPDTrainer(DistillationTrainer):
         with (
             evaluation_mode(student),  # dropout would draw tokens from another policy than the one of the budget
             self._decoding_with_transformers(),
-            blended_generation(student, self._partners or None, rule, eos=self.eos, record=True) as session,
+            blended_generation(student, self.partners or None, rule, eos=self.eos, record=True) as session,
         ):
             completion_ids = super()._generate_single_turn(*turn)
         self._diagnostics.collect(session.records[-1], [len(ids) for ids in completion_ids])
@@ -337,8 +337,8 @@ class TrustRegionOPDTrainer(DistillationTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""
         teacher = "the student's base, adapters disabled"
-        if self._partners:
-            teacher = _compat.get_config_model_id(self._partners[0].config) or "an unnamed model"
+        if self.partners:
+            teacher = _compat.get_config_model_id(self.partners[0].config) or "an unnamed model"
         history = [entry for entry in self.state.log_history if "blend/kl_behavior_student" in entry]
         fields = {
             "config": self.args,

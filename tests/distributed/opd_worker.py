@@ -1,0 +1,155 @@
+"""
+`worker.py` for the distillation trainer: what one process of its distributed tests does.
+
+It only produces: `FOLDER/LAUNCH/RANK.pt` holds what every check found on this rank, and the tests compare.
+"""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from tests.distributed import worker
+from tests.distributed.worker import SGD, full_parameters, record_rollouts
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.trainers import runs
+from trl_blend.errors import UnsupportedError
+
+
+TRUST_REGION = {"kl_budget": 0.3, "blend_warmup_steps": 4}
+OTHER_EOS = [20, 33]
+UPDATES: dict[str, dict[str, Any]] = {
+    "student": {**SGD, "rollout_policy": "student", "gradient_accumulation_steps": 2, "log_teacher_statistics": True},
+    # Also with other end-of-sequence tokens, and a teacher whose vocabulary is padded
+    "trust_region": {**SGD, **TRUST_REGION, "log_teacher_statistics": True, "teacher_eos_token_id": OTHER_EOS},
+    "veto_top_k": {
+        **SGD,
+        **TRUST_REGION,
+        "gradient_accumulation_steps": 2,
+        "kl_support": "student_top_k",
+        "distillation_target": "veto",
+    },
+}
+PEFT_UPDATES: dict[str, dict[str, Any]] = {
+    "peft_trust_region": {**SGD, **TRUST_REGION, "log_teacher_statistics": True},
+}
+# With evaluation of an odd number of prompts, and a switch to the student's own rollouts after two steps
+END_TO_END: dict[str, dict[str, Any]] = {
+    "sampled_trust_region": {"kl_budget": 0.3, "blend_warmup_steps": 2},
+    "sampled_speculative": {"rollout_policy": "speculative_kd", "blend_warmup_steps": 2},
+}
+SAMPLING = {
+    "max_steps": 3,
+    "num_rollouts_per_prompt": 2,
+    "per_device_eval_batch_size": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
+
+
+def verdict(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+class OPDWorker(worker.Worker):
+    """See [`worker.Worker`]."""
+
+    make = staticmethod(runs.build_opd)
+
+    def opd_update(self, name: str, settings: dict[str, Any], around_wrapper: bool = False) -> None:
+        trainer_kwargs: dict[str, Any] = {"reward_funcs": verdict}
+        arguments: dict[str, Any] = {"trainer_kwargs": trainer_kwargs}
+        if "peft" in name:
+            trainer_kwargs["peft_config"] = lora()
+            arguments["teacher"] = None
+        elif "trust_region" in name:
+            trainer_kwargs["processing_class"] = tiny_tokenizer()
+            arguments["teacher"] = tiny_model(seed=1, vocab_size=72)
+        trainer = self.build(name, **settings, **arguments)
+        if around_wrapper:
+            trainer._forward_redirection = call_around_wrapper
+        path = self.folder / "rollouts" / f"{name.removesuffix('_around_wrapper')}.pt"
+        before = full_parameters(trainer)
+        if self.launch == "single":
+            batches = record_rollouts(trainer)
+        else:
+            worker.replay_rollouts(trainer, torch.load(path, weights_only=False))
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        self.found[name] = {"parameters": full_parameters(trainer), "before": before, "log": log}
+        if self.launch == "single":
+            torch.save(batches, path)
+
+    def opd_sample(self, name: str, settings: dict[str, Any]) -> None:
+        """Train with sampled rollouts: completions, prompts, this rank's sums, the log and the parameters."""
+        data = {"eval_dataset": runs.dataset(runs.PROMPTS[:5]), "reward_funcs": verdict}
+        train_dataset = runs.dataset(tuple(f"{number}+1=" for number in range(12)))
+        trainer = self.build(name, **settings, **SAMPLING, train_dataset=train_dataset, trainer_kwargs=data)
+        prompts: list[list[str]] = []
+        generate, statistics = trainer._generate_and_score_completions, record_statistics(trainer)
+
+        def generating(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            if trainer.model.training:
+                prompts.append([row["prompt"] for row in rows])
+            return generate(rows)
+
+        trainer._generate_and_score_completions = generating
+        batches = record_rollouts(trainer)
+        trainer.train()
+        self.found[name] = {
+            "lengths": [batch["completion_mask"].sum(dim=1).tolist() for batch in batches],
+            "completions": [batch["completion_ids"].tolist() for batch in batches],
+            "prompts": prompts,
+            "statistics": statistics,
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "eval_log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
+            "parameters": full_parameters(trainer),
+        }
+
+    def run(self) -> None:
+        updates = UPDATES if self.launch == "fsdp2" else {**UPDATES, **PEFT_UPDATES}
+        for name, settings in updates.items():
+            self.opd_update(name, settings)
+        if self.launch != "single":
+            for name, settings in END_TO_END.items():
+                self.opd_sample(name, settings)
+        if self.launch == "ddp":
+            self.opd_update("trust_region_around_wrapper", UPDATES["trust_region"], around_wrapper=True)
+        if self.launch == "fsdp2":
+            try:
+                self.build("refused", teacher=None, trainer_kwargs={"peft_config": lora()}, **TRUST_REGION)
+            except UnsupportedError as error:
+                self.found["peft_refused"] = str(error)
+        torch.save(self.found, self.folder / self.launch / f"{self.rank}.pt")
+
+
+def record_statistics(trainer: Any) -> list[dict[str, tuple[float, int, float]]]:
+    """A list that grows by this rank's sums, counts and maxima of the rollout statistics, once per blended batch."""
+    collected: list[dict[str, tuple[float, int, float]]] = []
+    original = trainer._diagnostics.collect
+
+    def collect(record: Any, lengths: list[int]) -> None:
+        original(record, lengths)
+        values = {**record.statistics, "teacher_entropy": record.teacher_entropies[0]}
+        sums = {}
+        for name, tensor in values.items():
+            kept = [value for row, n in zip(tensor.tolist(), lengths, strict=True) for value in row[:n]]
+            sums[name] = (sum(kept), len(kept), max(kept))
+        collected.append(sums)
+
+    trainer._diagnostics.collect = collect
+    return collected
+
+
+def lora() -> LoraConfig:
+    # Random: an adapter of zeros leaves the student its own base, and the loss without a gradient
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+def call_around_wrapper(wrapper: Any, model: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """The mistake that the update test must see: a forward that bypasses DDP skips its gradient synchronisation."""
+    return method(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    worker.main(OPDWorker, __doc__)

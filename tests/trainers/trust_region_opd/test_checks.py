@@ -1,0 +1,337 @@
+"""What the constructor refuses, and that it does so before a model is loaded wherever that can be known."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, ProcessorMixin
+from trl import DistillationConfig, DistillationTrainer
+
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from tests.trainers import runs
+from trl_blend import TrustRegionOPDConfig, TrustRegionOPDTrainer
+from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.trainers.trust_region_opd import trainer as module
+from trl_blend.trainers.trust_region_opd.rewards import as_reward_functions
+
+
+class ModelLoaded(Exception):
+    """A model was loaded, or TRL's constructor entered, before the arguments were checked."""
+
+
+@pytest.fixture
+def refuses(build_opd, monkeypatch):
+    """Assert that the constructor raises before anything is loaded."""
+
+    def fail(*args, **kwargs):
+        raise ModelLoaded
+
+    def check(error, match, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, "from_pretrained", classmethod(fail))
+            patch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+            patch.setattr(DistillationTrainer, "__init__", fail)
+            with pytest.raises(error, match=match) as raised:
+                build_opd(**kwargs)
+        return str(raised.value)
+
+    return check
+
+
+def test_the_guard_sees_a_model_that_is_loaded(refuses, build_opd):
+    refuses(ModelLoaded, None)
+    assert build_opd().teacher_model is not None
+
+
+def test_a_distillation_config_is_refused(models, tmp_path):
+    with pytest.raises(ConfigError, match="`args` is a DistillationConfig. Pass a `TrustRegionOPDConfig`"):
+        TrustRegionOPDTrainer(
+            model=str(models / "student"),
+            teacher_model=str(models / "teacher"),
+            args=runs.opd_config(tmp_path, DistillationConfig),
+            train_dataset=runs.dataset(),
+        )
+
+
+def test_the_default_configuration_is_named_after_the_student(models, tmp_path, monkeypatch):
+    # The real one asks for bf16, which this machine need not have
+    monkeypatch.setattr(module, "TrustRegionOPDConfig", lambda name: runs.opd_config(tmp_path / name))
+    student, teacher = str(models / "student"), str(models / "teacher")
+    for model in (student, AutoModelForCausalLM.from_pretrained(student)):
+        trainer = TrustRegionOPDTrainer(model=model, teacher_model=teacher, train_dataset=runs.dataset())
+        assert trainer.args.output_dir == str(tmp_path / "student-TrustRegionOPD")
+        assert (trainer.args.rollout_policy, trainer.args.kl_budget) == ("trust_region", 0.01)
+
+
+# Teacher
+
+
+def test_several_teachers(refuses):
+    refuses(ConfigError, "`teacher_model` has 2 models. Pass one", teacher=["teacher", "second"])
+    refuses(ModelLoaded, None, teacher=["teacher"])
+
+
+def test_the_student_itself_is_no_teacher(refuses, build_opd):
+    student = tiny_model(seed=0)
+    refuses(ConfigError, "`teacher_model` is `model` itself", student=student, teacher=student)
+    trainer = build_opd(teacher="student")  # its name is
+    assert trainer.teacher_model is not trainer.model
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("teacher_model_init_kwargs", {"dtype": "float32"}), ("teacher_model_revision", "main")]
+)
+def test_load_settings_of_a_teacher_that_is_not_loaded_by_name(refuses, name, value):
+    message = refuses(ConfigError, "already instantiated", teacher=tiny_model(seed=1), **{name: value})
+    assert f"`{name}={value!r}`" in message
+    peft = {"trainer_kwargs": {"peft_config": LoraConfig(task_type="CAUSAL_LM")}}
+    refuses(ConfigError, "`teacher_model` is not given", teacher=None, **peft, **{name: value})
+
+
+@pytest.mark.parametrize("settings", [{}, {"rollout_policy": "student"}], ids=["trust_region", "student"])
+def test_no_teacher_without_peft(refuses, settings):
+    refuses(ConfigError, "`teacher_model=None` means the base of a PEFT student", teacher=None, **settings)
+
+
+# PEFT
+
+LM_HEAD = {
+    "target_modules": {"target_modules": ["q_proj", "lm_head"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+@pytest.mark.parametrize("field", LM_HEAD)
+def test_lm_head_adapters(refuses, field, teacher):
+    config = LoraConfig(task_type="CAUSAL_LM", **LM_HEAD[field])
+    refuses(UnsupportedError, f"`{field}`.*`lm_head`", teacher=teacher, trainer_kwargs={"peft_config": config})
+    student = tiny_lora(tiny_model("llama"), **LM_HEAD[field])
+    refuses(UnsupportedError, f"`{field}`.*`lm_head`", teacher=teacher, student=student)
+
+
+def test_prompt_learning(refuses):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refuses(UnsupportedError, "virtual tokens", trainer_kwargs={"peft_config": config})
+
+
+@pytest.mark.parametrize("setting", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}], ids=str)
+def test_an_adapter_that_changes_the_base_is_no_reference(build_opd, setting):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **setting)
+    with pytest.raises(UnsupportedError, match="`teacher` is None, but adapter 'default'"):
+        build_opd(teacher=None, trainer_kwargs={"peft_config": config})
+    assert build_opd(trainer_kwargs={"peft_config": config}).teacher_model is not None
+
+
+# Tokenizers and sizes
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("policy", ["trust_region", "student"])
+def test_different_tokenizers_name_the_first_difference_and_gold(refuses, models, tmp_path, loaded, policy):
+    folder = tmp_path / "other"
+    shutil.copytree(models / "teacher", folder)
+    path = folder / "tokenizer.json"
+    text = path.read_text()
+    assert '"a": 16' in text and '"b": 17' in text
+    path.write_text(text.replace('"a": 16', '"a": 17').replace('"b": 17', '"b": 16', 1))
+    teacher = AutoModelForCausalLM.from_pretrained(folder) if loaded else str(folder)
+    message = refuses(
+        TokenizerMismatchError, "`teacher_model` is not the student's", teacher=teacher, rollout_policy=policy
+    )
+    assert "id 16 is 'a' for the student and 'b'" in message and "`GOLDTrainer`" in message
+
+
+def test_a_teacher_with_fewer_rows_than_tokens(refuses, tmp_path):
+    tiny_model(seed=1, vocab_size=60).save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    refuses(TokenizerMismatchError, "`config.vocab_size=60`", teacher=str(tmp_path / "short"))
+
+
+TOP_K = {
+    "kl_top_k": {"kl_support": "student_top_k", "kl_top_k": 65},
+    "skd_top_k": {"rollout_policy": "speculative_kd", "skd_top_k": 65},
+}
+
+
+@pytest.mark.parametrize("name", TOP_K)
+def test_a_top_k_above_the_vocabulary(refuses, name):
+    refuses(ConfigError, f"`{name}=65` is more than the 64 tokens that both models have", **TOP_K[name])
+    refuses(ModelLoaded, None, **{**TOP_K[name], name: 64})
+
+
+def test_several_processes_place_the_teacher_themselves(refuses, monkeypatch):
+    settings = {"teacher_model_init_kwargs": {"device_map": "auto"}}
+    refuses(ModelLoaded, None, **settings)
+    monkeypatch.setattr(TrustRegionOPDConfig, "world_size", 2)
+    refuses(ConfigError, "`device_map='auto'`, but with 2 processes", **settings)
+
+
+def test_the_teacher_may_be_named_by_the_configuration(build_opd, refuses, models):
+    trainer = build_opd(teacher=None, teacher_model_name_or_path=str(models / "teacher"))
+    runs.assert_same_tensors(runs.snapshot(trainer.teacher_model), runs.snapshot(tiny_model(seed=1)))
+    # The argument has the last word
+    trainer = build_opd(teacher="second", teacher_model_name_or_path=str(models / "teacher"))
+    runs.assert_same_tensors(runs.snapshot(trainer.teacher_model), runs.snapshot(tiny_model(seed=2)))
+
+
+def test_a_top_k_that_is_not_used_is_not_checked(refuses):
+    refuses(ModelLoaded, None, kl_top_k=65)
+
+
+@pytest.mark.parametrize("name", TOP_K)
+@pytest.mark.parametrize("sizes", [(72, 64), (64, 72)])
+def test_top_k_is_within_the_smaller_vocabulary(refuses, name, sizes):
+    models = {"student": tiny_model(vocab_size=sizes[0]), "teacher": tiny_model(seed=1, vocab_size=sizes[1])}
+    tokenizer = {"trainer_kwargs": {"processing_class": tiny_tokenizer()}}
+    refuses(ConfigError, f"`{name}=65` is more than the 64", **TOP_K[name], **models, **tokenizer)
+
+
+# Batches
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch"),
+    [
+        ({"num_rollouts_per_prompt": 3}, 8),
+        ({"num_rollouts_per_prompt": 16}, 8),
+        ({"num_rollouts_per_prompt": 4, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 6),
+    ],
+)
+def test_rollouts_per_prompt_divide_the_generation_batch(refuses, settings, batch):
+    number = settings["num_rollouts_per_prompt"]
+    message = refuses(ConfigError, f"`num_rollouts_per_prompt={number}` does not divide", **settings)
+    assert f"generation batch of {batch} rollouts" in message
+    # The batch that counts is that of the generation, not the micro-batch
+    refuses(ModelLoaded, None, num_rollouts_per_prompt=4, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+
+
+# Rewards
+
+
+async def later(completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+MODELS = ["some/reward-model", tiny_model(), [runs.reward, "some/reward-model"], 3, later]
+
+
+@pytest.mark.parametrize("reward_funcs", MODELS, ids=["name", "model", "list", "number", "coroutine"])
+def test_reward_models_are_no_reward_functions(refuses, reward_funcs):
+    message = refuses(ConfigError, "`reward_funcs` has", trainer_kwargs={"reward_funcs": reward_funcs})
+    assert "plain functions" in message and "call a reward model from one" in message and len(message) < 400
+
+
+def test_reward_functions_become_a_list():
+    assert as_reward_functions(None) == [] and as_reward_functions(runs.reward) == [runs.reward]
+    assert as_reward_functions([runs.reward, len]) == [runs.reward, len]
+
+
+# Vision-language models
+
+
+class Processor(ProcessorMixin):
+    """A processor in the shape of those of vision-language models."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.chat_template = None
+
+
+def test_a_vision_language_processor(refuses):
+    processor = {"trainer_kwargs": {"processing_class": Processor(tiny_tokenizer())}}
+    message = refuses(UnsupportedError, "Vision-language", **processor)
+    assert "`rollout_policy='student'`" in message
+    refuses(ModelLoaded, None, rollout_policy="student", **processor)
+
+
+# What only the loaded models show
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_p", 0.9), ("top_k", 20), ("typical_p", 0.5)])
+def test_sampling_settings_of_the_students_checkpoint(build_opd, models, tmp_path, name, value):
+    student = tmp_path / "student"
+    shutil.copytree(models / "student", student)
+    path = student / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value, "do_sample": True}))
+    # TRL's own fields have the last word where they are not None
+    left_open = {name: None} if name in ("top_p", "top_k") else {}
+    with pytest.raises(ConfigError, match=f"`generation_config.json` has `{name}={value}`") as error:
+        build_opd(student=str(student), **left_open)
+    assert f"`generation_kwargs={{'{name}': ...}}`" in str(error.value)
+    assert build_opd(student=str(student), rollout_policy="student", **left_open)
+    neutral = {"top_p": 1.0, "top_k": 0, "typical_p": 1.0}[name]
+    assert build_opd(student=str(student), generation_kwargs={name: neutral}, **left_open)
+    if left_open:
+        assert build_opd(student=str(student))
+
+
+@pytest.mark.parametrize("policy", ["trust_region", "student"])
+def test_lm_heads_on_different_devices(build_opd, policy):
+    teacher = tiny_model("llama", seed=1)
+    teacher.hf_device_map = {"": "cpu"}  # so that it is left where it is
+    teacher.lm_head.to("meta")
+    with pytest.raises(ConfigError, match="`lm_head` is on cpu and the teacher's on meta") as error:
+        build_opd(teacher=teacher, rollout_policy=policy)
+    assert "`teacher_model_init_kwargs`" in str(error.value)
+
+
+def other_eos():
+    teacher = tiny_model(seed=1)
+    teacher.generation_config.eos_token_id = [20]
+    return teacher
+
+
+DIFFERING = {
+    "sizes": lambda: {"teacher": tiny_model(seed=1, vocab_size=72)},
+    "eos": lambda: {"teacher": other_eos()},
+}
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_another_divergence_needs_models_that_are_alike(build_opd, name):
+    settings = {"beta": 0.5, "rollout_policy": "student"}
+    with pytest.raises(ConfigError, match="`beta=0.5` selects another divergence") as error:
+        build_opd(**settings, **DIFFERING[name]())
+    assert "`beta=1.0`" in str(error.value) and "`canonicalize_eos=False`" in str(error.value)
+    assert build_opd(rollout_policy="student", **DIFFERING[name]()).uses_own_divergence
+    if name == "eos":
+        assert not build_opd(canonicalize_eos=False, **settings, **DIFFERING[name]()).uses_own_divergence
+
+
+# End-of-sequence tokens
+
+
+def test_the_eos_map_is_said(build_opd, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = build_opd(teacher_eos_token_id=[20])
+    assert trainer.eos.target == 1 and set(trainer.eos.merged) == {20, 30, 40, 50}
+    assert "the teacher with [20]" in caplog.text and "which emit 1" in caplog.text
+    assert build_opd(teacher=other_eos(), canonicalize_eos=False).eos is None
+    assert build_opd(teacher_eos_token_id=list(reversed(runs.EOS_IDS))).eos is None
+
+
+def test_the_teachers_eos_is_read_from_its_files(build_opd, models, tmp_path):
+    assert build_opd().eos is None  # both have the ids of `runs.EOS_IDS`
+    folder = tmp_path / "base"
+    shutil.copytree(models / "teacher", folder)
+    tiny_tokenizer(eos_token="<pad>").save_pretrained(folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 20}))
+    # The tokenizer's, then those of the generation config
+    assert set(build_opd(teacher=str(folder)).eos.merged) == {0, 20, 30, 40, 50}
+
+
+def test_an_unknown_eos_is_taken_to_be_the_students(build_opd, caplog):
+    teacher = tiny_model(seed=1)
+    teacher.generation_config.eos_token_id = None
+    with caplog.at_level(logging.WARNING):
+        trainer = build_opd(teacher=teacher)
+    assert trainer.eos is None and "The teacher's end-of-sequence tokens are unknown" in caplog.text
+
+
+def test_the_base_of_the_student_has_its_eos(build_opd):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    assert build_opd(teacher=None, trainer_kwargs={"peft_config": config}).eos is None

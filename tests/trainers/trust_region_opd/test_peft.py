@@ -1,0 +1,122 @@
+"""A LoRA student whose own base is the teacher: one set of weights, and the results of an explicit copy of it."""
+
+import gc
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import Qwen3ForCausalLM
+
+from tests import reference_divergences
+from tests.tiny import tiny_lora, tiny_model
+from tests.trainers import forced, runs
+from tests.trainers.trust_region_opd import policies
+
+
+RUN = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "learning_rate": 1e-3}
+SETTINGS = {
+    "trust_region": {"kl_budget": 0.3, "blend_warmup_steps": 4},
+    "speculative_kd": {"rollout_policy": "speculative_kd", "skd_top_k": 4},
+    "student": {"rollout_policy": "student"},
+    "veto_top_k": {"kl_support": "student_top_k", "distillation_target": "veto", "kl_budget": 0.3}
+    | {"blend_warmup_steps": 4},
+}
+
+
+def lora(**settings):
+    # Random rather than zero: otherwise the student is its own base at the first step
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **settings
+    )
+
+
+def train_lora(build_opd, teacher, name, **settings):
+    trainer_kwargs = {"peft_config": lora()}
+    return runs.train(build_opd(teacher=teacher, trainer_kwargs=trainer_kwargs, **RUN, **SETTINGS[name], **settings))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_base_as_teacher_equals_a_copy_of_it(build_opd, name):
+    own = train_lora(build_opd, None, name, log_teacher_statistics=True)
+    copy = train_lora(build_opd, "student", name, log_teacher_statistics=True)
+    for call, other in zip(own.calls, copy.calls, strict=True):
+        assert torch.equal(call.inputs["completion_ids"], other.inputs["completion_ids"])
+    assert own.losses == pytest.approx(copy.losses, abs=1e-6) and any(abs(loss) > 0.05 for loss in own.losses)
+    for gradients, others in zip(own.gradients, copy.gradients, strict=True):
+        runs.assert_close_tensors(gradients, others, relative=1e-4)
+    for metric in ("kl_behavior_student", "teacher_weight/mean", "teacher_logp", "teacher_entropy", "student_logp"):
+        assert own.logged(f"blend/{metric}") == pytest.approx(copy.logged(f"blend/{metric}"), rel=1e-5)
+    assert own.logged("blend/teacher_logp")[0] != pytest.approx(own.logged("blend/student_logp")[0], abs=0.05)
+
+
+def test_loss_and_gradient_equal_the_reference(build_opd):
+    record = train_lora(build_opd, None, "student")
+    base, total = forced.frozen(0), record.calls[0].inputs["num_items_in_batch"].item()
+    student = forced.with_parameters(tiny_lora(tiny_model(seed=0)), record.calls[0].parameters)
+    for call in record.calls[:2]:
+        rows = zip(policies.token_logits(student, call.inputs), policies.token_logits(base, call.inputs))
+        loss = sum(reference_divergences.reverse_kl_loss(s, t, s)[0] for s, t in rows) / total
+        loss.backward()
+        assert call.loss == pytest.approx(loss.item(), abs=1e-5)
+    expected = {name: parameter.grad for name, parameter in student.named_parameters() if "lora" in name}
+    runs.assert_close_tensors(record.gradients[0], expected, relative=1e-4)
+
+
+def test_rollouts_are_those_of_the_trust_region_around_the_student(build_opd):
+    trainer = build_opd(teacher=None, trainer_kwargs={"peft_config": lora()}, **{**SETTINGS["trust_region"]})
+    rollouts = runs.record_opd_rollouts(trainer)
+    trainer.train()
+    (rollout,) = rollouts
+    student = forced.with_parameters(tiny_lora(tiny_model(seed=0)), rollout.parameters)
+    rows = [policies.logprob_rows(model, rollout.inputs, 1.0) for model in (student, forced.frozen(0))]
+    behavior = [policies.trust_region(0.3)(s, t) for s, t in zip(*rows, strict=True)]
+    expected = [row[token] for row, token in zip(behavior, policies.emitted(rollout.inputs), strict=True)]
+    recorded = policies.kept(rollout.records[0].behavior_logps, rollout.inputs)
+    assert recorded == pytest.approx(expected, abs=2e-3)
+
+
+def live_models():
+    gc.collect()
+    return [module for module in gc.get_objects() if type(module) is Qwen3ForCausalLM]
+
+
+def test_there_is_no_second_copy(build_opd):
+    before = len(live_models())
+    trainer = build_opd(teacher=None, trainer_kwargs={"peft_config": lora()})
+    assert len(live_models()) == before + 1
+    assert not list(trainer.teacher_model.parameters())
+
+
+def test_adapters_stay_active_and_trainable(build_opd):
+    record = train_lora(build_opd, None, "trust_region")
+    layers = [module for module in record.trainer.model.modules() if hasattr(module, "_disable_adapters")]
+    assert layers and not any(layer._disable_adapters for layer in layers)
+    trainable = {name for name, parameter in record.trainer.model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(record.gradients[0]) and all("lora" in name for name in trainable)
+    base = dict(tiny_model(seed=0).named_parameters())
+    for name, parameter in record.trainer.model.named_parameters():
+        if "lora" not in name:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, base[plain]), name
+
+
+def test_gradient_checkpointing_recomputes_with_the_adapters(build_opd):
+    plain, checkpointed = (
+        train_lora(build_opd, None, "student", gradient_checkpointing=flag) for flag in (False, True)
+    )
+    assert checkpointed.losses == pytest.approx(plain.losses, abs=1e-6)
+    for gradients, expected in zip(checkpointed.gradients, plain.gradients, strict=True):
+        runs.assert_close_tensors(gradients, expected, relative=1e-4)
+
+
+def test_another_teacher_for_a_peft_student(build_opd):
+    record = train_lora(build_opd, "teacher", "student")
+    assert record.losses != train_lora(build_opd, None, "student").losses
+    own = build_opd(student=tiny_lora(tiny_model(seed=0)), teacher=None, trainer_kwargs=tokenizer(), **RUN)
+    assert len(runs.train(own).losses) == 4
+
+
+def tokenizer():
+    from tests.tiny import tiny_tokenizer
+
+    return {"processing_class": tiny_tokenizer()}
