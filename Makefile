@@ -88,6 +88,7 @@ benchmarks: install  ## measure cost against TRL (examples/benchmarks, ratios wi
 reproduce: install  ## repeat the comparisons of the papers (examples/reproduce; hours)
 	$(BIN)/python examples/reproduce/weight_sweep.py
 	$(BIN)/python examples/reproduce/logit_mixing.py
+	$(BIN)/python examples/reproduce/trust_region.py
 
 clean:  ## remove the environment, caches and build results
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -12,7 +12,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "examples" / "reproduce" / "results"
-PAGES = ["README.md", "CONTRIBUTING.md", "examples/testbed/README.md", "examples/benchmarks/results/README.md"]
+OPD_PAGE = "examples/trust_region_opd.md"
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    OPD_PAGE,
+    "examples/testbed/README.md",
+    "examples/benchmarks/results/README.md",
+    "examples/reproduce/results/trust_region.md",
+]
 
 
 def rows(text, first_cell):
@@ -47,6 +55,23 @@ def test_the_results_table_is_that_of_the_runs():
         assert row == {name: expected[name] for name in row}
 
 
+@pytest.mark.parametrize(("shown_as", "column"), [("method", "arm"), ("rollouts at step 0", "policy")])
+def test_the_trust_region_tables_are_those_of_the_runs(shown_as, column):
+    full = {row[column]: row for row in rows((RESULTS / "trust_region.md").read_text(), column)}
+    shown = rows(README, shown_as)
+    assert len(shown) == len(full)
+    for row in shown:
+        expected = full[row.pop(shown_as)]
+        assert row == {name: expected[name] for name in row}
+
+
+def test_the_rewards_on_the_page_are_those_of_the_runs():
+    reward = {row["policy"]: row["reward"] for row in rows((RESULTS / "trust_region.md").read_text(), "policy")}
+    text = " ".join((ROOT / OPD_PAGE).read_text(encoding="utf-8").split())
+    values = [reward[policy].split()[0] for policy in ("student (ε = 0)", "ε = 0.01", "ε = 0.05")]
+    assert "{} without, {} at ε = 0.01, {} at 0.05".format(*values) in text
+
+
 def test_the_sweep_numbers_are_those_of_the_sweep():
     with open(RESULTS / "weight_sweep.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -65,9 +90,10 @@ def test_the_cost_table_is_that_of_the_benchmarks():
         assert row == {name: measured[row["quantity"]][name] for name in row}
 
 
-def test_python_blocks_parse():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 2
+@pytest.mark.parametrize("page", ["README.md", OPD_PAGE])
+def test_python_blocks_parse(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
     for block in blocks:
         ast.parse(block)
 
@@ -78,3 +104,8 @@ def test_runs_have_three_seeds_each():
         run = json.loads(path.read_text())
         seeds.setdefault(run["arm"], set()).add(run["seed"])
     assert len(seeds) == 11 and all(len(found) >= 3 for found in seeds.values())
+    seeds = {}
+    for path in (RESULTS / "trust_region_runs").glob("*-seed*.json"):
+        name, seed = path.stem.split("-seed")
+        seeds.setdefault(name, set()).add(seed)
+    assert len(seeds) == 10 and all(len(found) >= 3 for found in seeds.values())

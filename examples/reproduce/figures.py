@@ -19,9 +19,9 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
 GRAY = "#777777"
 
 
-def panels(count: int, width: float = 5.2, height: float = 4.2) -> tuple[Figure, list[Any]]:
-    """A row of `count` panels that share their vertical axis, with a light grid."""
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), sharey=True, squeeze=False)
+def panels(count: int, width: float = 5.2, height: float = 4.2, *, sharey: bool = True) -> tuple[Figure, list[Any]]:
+    """A row of `count` panels with a light grid, which share their vertical axis unless told otherwise."""
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), sharey=sharey, squeeze=False)
     for axis in axes[0]:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
