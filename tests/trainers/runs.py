@@ -4,10 +4,11 @@ import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer, TrustRegionOPDConfig, TrustRegionOPDTrainer
@@ -37,6 +38,25 @@ SETTINGS: dict[str, Any] = {
 }
 # Settings of GRPO only
 _GROUPS = ("num_generations",)
+
+
+class ModelLoaded(Exception):
+    """A model was loaded, or TRL's constructor entered, before the arguments were checked."""
+
+
+def check_refusal(build, parent, monkeypatch, error, match, **kwargs):
+    """Message of the `error` that `build(**kwargs)` raises before a model is loaded or the TRL `parent` is entered."""
+
+    def fail(*args, **kwargs):
+        raise ModelLoaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(fail))
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+        patch.setattr(parent, "__init__", fail)
+        with pytest.raises(error, match=match) as raised:
+            build(**kwargs)
+    return str(raised.value)
 
 
 def reward(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:

@@ -1,5 +1,6 @@
 """What the constructor refuses, and that it does so before a model is loaded."""
 
+import functools
 import logging
 import shutil
 
@@ -8,7 +9,6 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     ProcessorMixin,
     T5Config,
     T5ForConditionalGeneration,
@@ -21,32 +21,15 @@ from trl_blend import LogitMixGRPOTrainer
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 
 
-class ModelLoaded(Exception):
-    """A model was loaded, or TRL's constructor entered, before the arguments were checked."""
-
-
 @pytest.fixture
 def refuses(build, monkeypatch):
     """Assert that the constructor raises before anything is loaded."""
-
-    def fail(*args, **kwargs):
-        raise ModelLoaded
-
-    def check(error, match, **kwargs):
-        with monkeypatch.context() as patch:
-            patch.setattr(PreTrainedModel, "from_pretrained", classmethod(fail))
-            patch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-            patch.setattr(GRPOTrainer, "__init__", fail)
-            with pytest.raises(error, match=match) as raised:
-                build(**kwargs)
-        return str(raised.value)
-
-    return check
+    return functools.partial(runs.check_refusal, build, GRPOTrainer, monkeypatch)
 
 
 def test_the_guard_sees_a_model_that_is_loaded(refuses, build):
-    refuses(ModelLoaded, None)
-    refuses(ModelLoaded, None, teacher=["teacher", "second"], teacher_weight=[0.2, 0.1])
+    refuses(runs.ModelLoaded, None)
+    refuses(runs.ModelLoaded, None, teacher=["teacher", "second"], teacher_weight=[0.2, 0.1])
     assert build().partners
 
 
@@ -92,7 +75,7 @@ def test_adaptive_with_tools(refuses):
     for kwargs in ({"tools": [add]}, {"environment_factory": object}):
         kwargs["eval_dataset"] = runs.dataset()
         refuses(UnsupportedError, "`tools`", teacher_weight_schedule="adaptive", trainer_kwargs=kwargs)
-        refuses(ModelLoaded, None, trainer_kwargs=kwargs)
+        refuses(runs.ModelLoaded, None, trainer_kwargs=kwargs)
 
 
 def test_the_student_itself_is_no_teacher(refuses, build, models):
@@ -249,7 +232,7 @@ def test_rollouts_without_the_teacher(refuses, name):
 
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_nothing_is_refused_at_weight_zero(refuses, name):
-    refuses(ModelLoaded, None, teacher_weight=0.0, **ROLLOUTS[name])
+    refuses(runs.ModelLoaded, None, teacher_weight=0.0, **ROLLOUTS[name])
 
 
 # What only the loaded student shows

@@ -1,12 +1,13 @@
 """What the constructor refuses, and that it does so before a model is loaded wherever that can be known."""
 
+import functools
 import json
 import logging
 import shutil
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForCausalLM, ProcessorMixin
 from trl import DistillationConfig, DistillationTrainer
 
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
@@ -17,31 +18,14 @@ from trl_blend.trainers.trust_region_opd import trainer as module
 from trl_blend.trainers.trust_region_opd.rewards import as_reward_functions
 
 
-class ModelLoaded(Exception):
-    """A model was loaded, or TRL's constructor entered, before the arguments were checked."""
-
-
 @pytest.fixture
 def refuses(build_opd, monkeypatch):
     """Assert that the constructor raises before anything is loaded."""
-
-    def fail(*args, **kwargs):
-        raise ModelLoaded
-
-    def check(error, match, **kwargs):
-        with monkeypatch.context() as patch:
-            patch.setattr(PreTrainedModel, "from_pretrained", classmethod(fail))
-            patch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
-            patch.setattr(DistillationTrainer, "__init__", fail)
-            with pytest.raises(error, match=match) as raised:
-                build_opd(**kwargs)
-        return str(raised.value)
-
-    return check
+    return functools.partial(runs.check_refusal, build_opd, DistillationTrainer, monkeypatch)
 
 
 def test_the_guard_sees_a_model_that_is_loaded(refuses, build_opd):
-    refuses(ModelLoaded, None)
+    refuses(runs.ModelLoaded, None)
     assert build_opd().teacher_model is not None
 
 
@@ -70,7 +54,7 @@ def test_the_default_configuration_is_named_after_the_student(models, tmp_path, 
 
 def test_several_teachers(refuses):
     refuses(ConfigError, "`teacher_model` has 2 models. Pass one", teacher=["teacher", "second"])
-    refuses(ModelLoaded, None, teacher=["teacher"])
+    refuses(runs.ModelLoaded, None, teacher=["teacher"])
 
 
 def test_the_student_itself_is_no_teacher(refuses, build_opd):
@@ -159,12 +143,12 @@ TOP_K = {
 @pytest.mark.parametrize("name", TOP_K)
 def test_a_top_k_above_the_vocabulary(refuses, name):
     refuses(ConfigError, f"`{name}=65` is more than the 64 tokens that both models have", **TOP_K[name])
-    refuses(ModelLoaded, None, **{**TOP_K[name], name: 64})
+    refuses(runs.ModelLoaded, None, **{**TOP_K[name], name: 64})
 
 
 def test_several_processes_place_the_teacher_themselves(refuses, monkeypatch):
     settings = {"teacher_model_init_kwargs": {"device_map": "auto"}}
-    refuses(ModelLoaded, None, **settings)
+    refuses(runs.ModelLoaded, None, **settings)
     monkeypatch.setattr(TrustRegionOPDConfig, "world_size", 2)
     refuses(ConfigError, "`device_map='auto'`, but with 2 processes", **settings)
 
@@ -178,7 +162,7 @@ def test_the_teacher_may_be_named_by_the_configuration(build_opd, refuses, model
 
 
 def test_a_top_k_that_is_not_used_is_not_checked(refuses):
-    refuses(ModelLoaded, None, kl_top_k=65)
+    refuses(runs.ModelLoaded, None, kl_top_k=65)
 
 
 @pytest.mark.parametrize("name", TOP_K)
@@ -205,7 +189,9 @@ def test_rollouts_per_prompt_divide_the_generation_batch(refuses, settings, batc
     message = refuses(ConfigError, f"`num_rollouts_per_prompt={number}` does not divide", **settings)
     assert f"generation batch of {batch} rollouts" in message
     # The batch that counts is that of the generation, not the micro-batch
-    refuses(ModelLoaded, None, num_rollouts_per_prompt=4, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    refuses(
+        runs.ModelLoaded, None, num_rollouts_per_prompt=4, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
 
 
 # Rewards
@@ -244,7 +230,7 @@ def test_a_vision_language_processor(refuses):
     processor = {"trainer_kwargs": {"processing_class": Processor(tiny_tokenizer())}}
     message = refuses(UnsupportedError, "Vision-language", **processor)
     assert "`rollout_policy='student'`" in message
-    refuses(ModelLoaded, None, rollout_policy="student", **processor)
+    refuses(runs.ModelLoaded, None, rollout_policy="student", **processor)
 
 
 # What only the loaded models show
