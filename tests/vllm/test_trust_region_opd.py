@@ -1,4 +1,4 @@
-"""A run with vLLM: blended rollouts with transformers, and those after the warmup with a real engine (`make test-vllm`)."""
+"""Blended rollouts with transformers, and those after the warmup with a real vLLM engine (`make test-vllm`)."""
 
 import logging
 from pathlib import Path
