@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _report import Report, Seconds, seconds
-from train_step import CHECKPOINTS, OneStepAtATime
+from _report import Report
+from train_step import CHECKPOINTS, compare
 from trl import DistillationConfig, DistillationTrainer
 
 from testbed import task
@@ -62,27 +62,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40, help="measured steps of each trainer")
     args = parser.parse_args()
-    arms = ("trl", "student", "warmed_up")
-    times: dict[str, list[Seconds]] = {arm: [] for arm in arms}
     report = Report("opd_step", vars(args))
+    rows = {
+        "student": "student rollouts / `trl.DistillationTrainer`",
+        "warmed_up": "warmup over / `trl.DistillationTrainer`",
+    }
     with tempfile.TemporaryDirectory() as folder:
-        runs = {arm: OneStepAtATime(build(arm, folder, args)) for arm in arms}
-        for seed in range(2):  # not measured: first calls, and the step before the warmup is over
-            for run in runs.values():
-                run.advance(seed)
-        for step in range(args.steps):
-            for arm in arms[step % 3 :] + arms[: step % 3]:
-                times[arm].append(seconds(lambda arm=arm, step=step: runs[arm].advance(100 + step)))
-        tokens = {arm: run.trainer.state.log_history[-1]["num_tokens"] for arm, run in runs.items()}
-        assert tokens["trl"] == tokens["student"], f"the arms decoded different rollouts: {tokens}"
-        report.note("tokens of all steps", tokens)
-    for clock in Seconds._fields:
-        by_arm = {arm: [getattr(value, clock) for value in values] for arm, values in times.items()}
-        for arm, values in by_arm.items():
-            report.note(f"{arm}: step, {clock} time (s)", values)
-        for arm, name in (("student", "student rollouts"), ("warmed_up", "warmup over")):
-            ratios = [ours / theirs for ours, theirs in zip(by_arm[arm], by_arm["trl"], strict=True)]
-            report.row(f"training step, {name} / `trl.DistillationTrainer`, {clock} time", ratios, BAR)
+        arms = {arm: build(arm, folder, args) for arm in ("trl", *rows)}
+        compare(report, arms, "student", args.steps, rows, BAR)
     report.write()
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from _report import Report, Seconds, seconds
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from testbed import task
@@ -37,7 +37,7 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "testbed" / "checkpoints"
 class OneStepAtATime(TrainerCallback):
     """Lets a trainer in a thread of its own run until its next step is done, whenever [`advance`] is called."""
 
-    def __init__(self, trainer: GRPOTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.error: BaseException | None = None
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
@@ -106,32 +106,61 @@ def build(arm: str, folder: str, args: argparse.Namespace) -> GRPOTrainer:
     return LogitMixGRPOTrainer(args=LogitMixGRPOConfig(**settings, **weight), teacher_model=teacher, **common)
 
 
+def compare(
+    report: Report, arms: dict[str, Trainer], same_tokens: str, steps: int, rows: dict[str, str], bar: float
+) -> None:
+    """
+    Time `steps` steps of each arm, in alternation, and report its ratio to `"trl"`.
+
+    Args:
+        report (`Report`):
+            Where to write.
+        arms (`dict[str, Trainer]`):
+            Trainers by name, with two steps more than are measured.
+        same_tokens (`str`):
+            Arm that must decode exactly what `"trl"` does.
+        steps (`int`):
+            Measured steps.
+        rows (`dict[str, str]`):
+            Lines of the table: arm and quantity.
+        bar (`float`):
+            Largest ratio.
+    """
+    runs = {arm: OneStepAtATime(trainer) for arm, trainer in arms.items()}
+    times: dict[str, list[Seconds]] = {arm: [] for arm in arms}
+    names = list(arms)
+    for seed in range(2):  # not measured: first calls, and the step before a schedule has ended
+        for run in runs.values():
+            run.advance(seed)
+    for step in range(steps):
+        first = step % len(names)
+        for arm in names[first:] + names[:first]:
+            times[arm].append(seconds(lambda arm=arm, step=step: runs[arm].advance(100 + step)))
+    tokens = {arm: run.trainer.state.log_history[-1]["num_tokens"] for arm, run in runs.items()}
+    assert tokens["trl"] == tokens[same_tokens], f"the arms decoded different rollouts: {tokens}"
+    report.note("tokens of all steps", tokens)
+    for clock in Seconds._fields:
+        by_arm = {arm: [getattr(value, clock) for value in values] for arm, values in times.items()}
+        for arm, values in by_arm.items():
+            report.note(f"{arm}: step, {clock} time (s)", values)
+        for arm, quantity in rows.items():
+            ratios = [ours / theirs for ours, theirs in zip(by_arm[arm], by_arm["trl"], strict=True)]
+            report.row(f"training step, {quantity}, {clock} time", ratios, bar)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=40, help="measured steps of each trainer")
     args = parser.parse_args()
-    arms = ("trl", "weight_zero", "decayed")
-    times: dict[str, list[Seconds]] = {arm: [] for arm in arms}
     report = Report("train_step", vars(args))
+    rows = {
+        "weight_zero": "`teacher_weight=0` / `trl.GRPOTrainer`",
+        "decayed": "weight decayed to 0 / `trl.GRPOTrainer`",
+    }
     with tempfile.TemporaryDirectory() as folder:
-        runs = {arm: OneStepAtATime(build(arm, folder, args)) for arm in arms}
-        for seed in range(2):  # not measured: first calls, and the step before the weight has decayed
-            for run in runs.values():
-                run.advance(seed)
-        for step in range(args.steps):
-            for arm in arms[step % 3 :] + arms[: step % 3]:
-                times[arm].append(seconds(lambda arm=arm, step=step: runs[arm].advance(100 + step)))
-        tokens = {arm: run.trainer.state.log_history[-1]["num_tokens"] for arm, run in runs.items()}
-        assert tokens["trl"] == tokens["weight_zero"], f"the arms decoded different rollouts: {tokens}"
-        report.note("tokens of all steps", tokens)
-    for clock in Seconds._fields:
-        by_arm = {arm: [getattr(value, clock) for value in values] for arm, values in times.items()}
-        for arm, values in by_arm.items():
-            report.note(f"{arm}: step, {clock} time (s)", values)
-        for arm, name in (("weight_zero", "`teacher_weight=0`"), ("decayed", "weight decayed to 0")):
-            ratios = [ours / theirs for ours, theirs in zip(by_arm[arm], by_arm["trl"], strict=True)]
-            report.row(f"training step, {name} / `trl.GRPOTrainer`, {clock} time", ratios, BAR)
+        arms = {arm: build(arm, folder, args) for arm in ("trl", *rows)}
+        compare(report, arms, "weight_zero", args.steps, rows, BAR)
     report.write()
 
 

@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def cpu_engine(monkeypatch):
-    """Lets TRL's colocated engine take new weights on a CPU, where vLLM otherwise packs them and drops the originals."""
+    """Lets the colocated engine take new weights on a CPU, where vLLM otherwise packs them and drops the originals."""
     from trl.generation import vllm_generation
     from vllm.model_executor.layers import utils
 
