@@ -1,11 +1,11 @@
 """What the scripts share about decoding: batches of prompts on every process, and greedy scores."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TrainerCallback
+from transformers import GenerationConfig
 from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 
@@ -104,14 +104,3 @@ def eos_token_ids(model: Any) -> list[int]:
     """End-of-sequence tokens that the `generation_config` of a model declares."""
     declared = model.generation_config.eos_token_id
     return [declared] if isinstance(declared, int) else list(declared or [])
-
-
-class OnTrainBegin(TrainerCallback):
-    """Call a function once, when the model is prepared and a checkpoint to resume from is loaded; keep the result."""
-
-    def __init__(self, function: Callable[[], Any]):
-        self.function = function
-        self.result: Any = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.result = self.function()

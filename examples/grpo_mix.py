@@ -15,9 +15,7 @@ Any Hub ids, with LoRA:
 """
 
 import argparse
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from _prompts import (
     TESTBED,
@@ -27,7 +25,6 @@ from _prompts import (
     load_prompts,
     load_reward,
 )
-from _table import print_table
 
 
 @dataclass
@@ -74,6 +71,7 @@ def evaluate_policies(trainer, rows):
 def main(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
+    from _training import finish, train_and_score
     from trl_blend import LogitMixGRPOTrainer
 
     reward_funcs = script_args.reward_funcs or TESTBED_REWARDS
@@ -110,23 +108,8 @@ def main(script_args, training_args, model_args, dataset_args):
     )
 
     rows = list(test_dataset.select(range(min(script_args.num_test_prompts, len(test_dataset)))))
-    before = evaluate_policies(trainer, rows) if rows else {}
-    # On the command line "true" means the latest checkpoint of `output_dir`
-    checkpoint = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
-    after = evaluate_policies(trainer, rows) if rows else {}
-
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
-    if trainer.accelerator.is_main_process and rows:
-        print_table(before, after, trainer.reward_func_names, len(rows))
-        results = {"rewards": trainer.reward_func_names, "prompts": len(rows), "before": before, "after": after}
-        path = Path(training_args.output_dir) / "before_after.json"
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    before, after = train_and_score(trainer, lambda: evaluate_policies(trainer, rows) if rows else {})
+    finish(trainer, before, after, trainer.reward_func_names, len(rows), script_args.dataset_name)
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

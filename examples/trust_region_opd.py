@@ -19,9 +19,7 @@ The baselines of the paper are settings of the same trainer, one flag each (`--r
 """
 
 import argparse
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from _prompts import (
     TESTBED,
@@ -32,7 +30,7 @@ from _prompts import (
     load_prompts,
     load_reward,
 )
-from _table import means_and_errors, print_table
+from _results import means_and_errors
 
 
 @dataclass
@@ -80,7 +78,8 @@ def find_teacher(script_args, training_args, dataset_args):
 def main(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
-    from _decoding import OnTrainBegin, greedy_rewards
+    from _decoding import greedy_rewards
+    from _training import finish, train_and_score
     from trl_blend import TrustRegionOPDTrainer
 
     train_dataset, test_dataset = load_prompts(script_args, dataset_args)
@@ -106,29 +105,15 @@ def main(script_args, training_args, model_args, dataset_args):
 
     rows = list(test_dataset.select(range(min(script_args.num_test_prompts, len(test_dataset))))) if rewards else []
 
-    def evaluate(role):
-        return means_and_errors(greedy_rewards(trainer, rows, role))
+    frozen = {}
 
-    # After a resume, `before` is the checkpoint that the run starts from
-    start = OnTrainBegin(lambda: {role: evaluate(role) for role in ("student", "teacher")} if rows else {})
-    trainer.add_callback(start)
-    # On the command line "true" means the latest checkpoint of `output_dir`
-    checkpoint = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
-    before = start.result
-    after = before | {"student": evaluate("student")} if rows else {}  # the teacher is frozen
+    def score():
+        if rows and not frozen:
+            frozen["teacher"] = means_and_errors(greedy_rewards(trainer, rows, "teacher"))
+        return {"student": means_and_errors(greedy_rewards(trainer, rows, "student")), **frozen} if rows else {}
 
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
-    if trainer.accelerator.is_main_process and rows:
-        print_table(before, after, list(rewards), len(rows))
-        results = {"rewards": list(rewards), "prompts": len(rows), "before": before, "after": after}
-        path = Path(training_args.output_dir) / "before_after.json"
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    before, after = train_and_score(trainer, score)
+    finish(trainer, before, after, list(rewards), len(rows), script_args.dataset_name)
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
