@@ -134,7 +134,9 @@ def compare(
             run.advance(seed)
     for step in range(steps):
         first = step % len(names)
-        for arm in names[first:] + names[:first]:
+        order = names[first:] + names[:first]
+        # An arm that repeats the shapes of the one before it is a few percent faster: each comes first half of the time
+        for arm in order[:: 1 if step // len(names) % 2 else -1]:
             times[arm].append(seconds(lambda arm=arm, step=step: runs[arm].advance(100 + step)))
     tokens = {arm: run.trainer.state.log_history[-1]["num_tokens"] for arm, run in runs.items()}
     assert tokens["trl"] == tokens[same_tokens], f"the arms decoded different rollouts: {tokens}"

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import trust_region_opd
 from _decoding import decode, own_share, tokenize_prompts
-from _table import means_and_errors
+from _results import means_and_errors
 from testbed.evaluate import evaluate, load_checkpoint
 from testbed.task import build_prompt_dataset
 
