@@ -135,7 +135,7 @@ def compare(
     for step in range(steps):
         first = step % len(names)
         order = names[first:] + names[:first]
-        # An arm that repeats the shapes of the one before it is a few percent faster: each comes first half of the time
+        # An arm that repeats the shapes of the one before it is a few percent faster: both orders, equally often
         for arm in order[:: 1 if step // len(names) % 2 else -1]:
             times[arm].append(seconds(lambda arm=arm, step=step: runs[arm].advance(100 + step)))
     tokens = {arm: run.trainer.state.log_history[-1]["num_tokens"] for arm, run in runs.items()}
