@@ -74,42 +74,47 @@ def code_point_reward(completions: list, **kwargs) -> list[float]:
     return [float(sum(map(ord, completion[0]["content"]))) for completion in completions]  # no two are equal
 
 
-def train_one_step(folder: Path) -> None:
+SETTINGS = {
+    "max_steps": 1,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 8,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+}
+
+
+def save_models(folder: Path) -> None:
     tokenizer = build_tokenizer()
     for seed, name in enumerate(("student", "teacher")):
         build_model(seed, tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def train_one_step(trainer_class: type, args, metric: str, value: float, folder: Path) -> None:
     prompts = [[{"role": "user", "content": text}] for text in ("one", "two plus two", "3", "four?")]
-    trainer = trl_blend.LogitMixGRPOTrainer(
+    trainer = trainer_class(
         model=str(folder / "student"),
         teacher_model=str(folder / "teacher"),
         reward_funcs=code_point_reward,
-        args=trl_blend.LogitMixGRPOConfig(
-            output_dir=str(folder / "run"),
-            teacher_weight=0.3,
-            max_steps=1,
-            learning_rate=1e-3,
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=8,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        ),
+        args=args,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
     )
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
-    logged = next(entry for entry in trainer.state.log_history if "mixing/teacher_weight" in entry)
-    assert logged["mixing/teacher_weight"] == 0.3
+    logged = next(entry for entry in trainer.state.log_history if metric in entry)
+    assert logged[metric] == value
     assert math.isfinite(logged["loss"]) and logged["grad_norm"] > 0
     assert any(not torch.equal(before[name], weight) for name, weight in trainer.model.named_parameters())
-    trainer.save_model(str(folder / "run"))
+    trainer.save_model(args.output_dir)
     trainer.create_model_card()
-    card = (folder / "run" / "README.md").read_text()
-    assert "LogitMixGRPO" in card and "[[" not in card and "{{ " not in card
-    print(f"trained one step: loss {logged['loss']:.4f}, gradient norm {logged['grad_norm']:.4f}; card written")
+    card = (Path(args.output_dir) / "README.md").read_text()
+    assert trainer_class._name in card and "[[" not in card and "{{ " not in card
+    print(
+        f"{trainer_class.__name__}: loss {logged['loss']:.4f}, gradient norm {logged['grad_norm']:.4f}; card written"
+    )
 
 
 def decode(folder: Path) -> None:
@@ -131,5 +136,14 @@ def decode(folder: Path) -> None:
 if __name__ == "__main__":
     check_imports()
     with tempfile.TemporaryDirectory() as temporary:
-        train_one_step(Path(temporary))
-        decode(Path(temporary))
+        home = Path(temporary)
+        save_models(home)
+        mixing = trl_blend.LogitMixGRPOConfig(
+            output_dir=str(home / "run"), teacher_weight=0.3, num_generations=4, **SETTINGS
+        )
+        train_one_step(trl_blend.LogitMixGRPOTrainer, mixing, "mixing/teacher_weight", 0.3, home)
+        region = trl_blend.TrustRegionOPDConfig(
+            output_dir=str(home / "opd"), kl_budget=0.01, blend_warmup_steps=5, **SETTINGS
+        )
+        train_one_step(trl_blend.TrustRegionOPDTrainer, region, "blend/kl_budget", 0.01, home)
+        decode(home)
