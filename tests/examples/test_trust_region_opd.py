@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import GenerationConfig
 
@@ -21,7 +23,8 @@ from testbed.task import build_prompt_dataset
 
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "examples" / "configs").glob("trust_region_opd_*.yaml"))
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*opd_*.yaml"))
+BASELINES = "examples/configs/opd_baselines_testbed.yaml"
 TESTBED = "examples/configs/trust_region_opd_testbed.yaml"
 REWARDS = ["format_and_answer_reward", "answer_reward", "format_reward"]
 # Odd, so that two processes have unequal shares; the tenth prompt is shorter than the others
@@ -127,6 +130,30 @@ def test_settings_files_parse(path, tmp_path):
     assert training_args.blends and model_args.model_name_or_path and training_args.teacher_model_name_or_path
     assert (training_args.rollout_policy, training_args.kl_budget) == ("trust_region", 0.01)
     assert script_args.reward_funcs and script_args.num_test_prompts == 300
+
+
+def test_every_method_of_the_page_is_a_matter_of_flags(tmp_path):
+    """Its table of settings, as flags behind the file that names no method."""
+    page = (ROOT / "examples" / "trust_region_opd.md").read_text(encoding="utf-8")
+    table = page[page.index("| method | settings |") :].split("\n\n")[0]
+    methods = re.findall(r"\| `([a-z_]+=[^|]*)` \|", table)
+    assert len(methods) == 7
+    for settings in methods:
+        pairs = dict(pair.split("=") for pair in settings.split(", "))
+        flags = [text for name, value in pairs.items() for text in (f"--{name}", value.strip('"'))]
+        parser = trust_region_opd.make_parser()
+        arguments = ["--config", str(ROOT / BASELINES), "--output_dir", str(tmp_path), *flags]
+        _, training_args, _, _ = parser.parse_args_and_config(arguments)
+        for name, value in pairs.items():
+            assert str(getattr(training_args, name)) == value.strip('"')
+
+
+def test_the_baselines_run_on_the_settings_of_the_testbed():
+    ours, baselines = (yaml.safe_load((ROOT / path).read_text(encoding="utf-8")) for path in (TESTBED, BASELINES))
+    method = {"rollout_policy", "kl_budget", "kl_budget_schedule", "blend_warmup_steps", "output_dir"}
+    assert {key: value for key, value in ours.items() if key not in method} == {
+        key: value for key, value in baselines.items() if key != "output_dir"
+    }
 
 
 def test_the_settings_of_the_paper(tmp_path):

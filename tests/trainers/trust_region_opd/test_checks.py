@@ -321,3 +321,21 @@ def test_an_unknown_eos_is_taken_to_be_the_students(build_opd, caplog):
 def test_the_base_of_the_student_has_its_eos(build_opd):
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     assert build_opd(teacher=None, trainer_kwargs={"peft_config": config}).eos is None
+
+
+@pytest.mark.parametrize("where", ["train_dataset", "eval_dataset", "eval_dataset['odd']"])
+def test_a_dataset_without_prompts_is_refused(refuses, where):
+    wrong = runs.dataset().rename_column("prompt", "question")
+    if where == "train_dataset":
+        kwargs = {"train_dataset": wrong}
+    else:
+        kwargs = {"trainer_kwargs": {"eval_dataset": {"odd": wrong} if "odd" in where else wrong}}
+    message = refuses(ConfigError, "has no column `prompt` but question", **kwargs)
+    assert message.startswith(f"`{where}`")
+
+
+@pytest.mark.parametrize("argument", ["model", "teacher_model"])
+def test_a_wrong_path_is_named(refuses, argument, tmp_path):
+    role = {"model": "student", "teacher_model": "teacher"}[argument]
+    message = refuses(ConfigError, "neither a folder with a model", **{role: str(tmp_path / "misspelt")})
+    assert message.startswith(f"`{argument}=") and "misspelt" in message

@@ -255,7 +255,7 @@ class TrustRegionOPDConfig(DistillationConfig):
             elif getattr(self, name) is not None:
                 raise ConfigError(
                     f"`{name}={getattr(self, name)}` has no effect with `{switch}={getattr(self, switch)!r}`. Set "
-                    f"`{switch}={value!r}`, or leave `{name}` unset."
+                    f"`{switch}={value!r}`, or leave `{name}` unset, in a settings file too."
                 )
         if self.rollout_policy == "student" and self.blend_warmup_steps is not None:
             raise ConfigError(

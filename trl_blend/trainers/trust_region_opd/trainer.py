@@ -150,7 +150,15 @@ class TrustRegionOPDTrainer(DistillationTrainer):
             model_id = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
             args = TrustRegionOPDConfig(f"{model_id.split('/')[-1]}-TrustRegionOPD")
         teachers = _partners.as_list(teacher_model or args.teacher_model_name_or_path)
-        check_arguments(model, teachers, args, processing_class=processing_class, peft_config=peft_config)
+        check_arguments(
+            model,
+            teachers,
+            args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
         self.reward_funcs = as_reward_functions(reward_funcs)
         self._diagnostics = Diagnostics(self)
         self._rollout_level = 0.0
