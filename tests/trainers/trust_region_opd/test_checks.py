@@ -79,6 +79,15 @@ def test_no_teacher_without_peft(refuses, settings):
     refuses(ConfigError, "`teacher_model=None` means the base of a PEFT student", teacher=None, **settings)
 
 
+def test_eos_tokens_of_a_teacher_that_is_the_base(refuses):
+    base = {
+        "teacher": None,
+        "trainer_kwargs": {"peft_config": LoraConfig(task_type="CAUSAL_LM")},
+        "teacher_eos_token_id": 3,
+    }
+    refuses(ConfigError, r"`teacher_eos_token_id=\[3\]` has no effect without `teacher_model`", **base)
+
+
 # PEFT
 
 LM_HEAD = {

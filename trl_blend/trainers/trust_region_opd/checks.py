@@ -48,6 +48,11 @@ def check_arguments(
         raise ConfigError(f"`teacher_model` has {len(teachers)} models. Pass one: the loss has one target.")
     _partners.check_teacher_arguments(teachers, [0.0], args)
     _partners.check_adapters(model, teachers, peft_config)
+    if not teachers and args.teacher_eos_token_id is not None:
+        raise ConfigError(
+            f"`teacher_eos_token_id={args.teacher_eos_token_id}` has no effect without `teacher_model`: the student's "
+            "own base ends its sequences as the student does. Drop it."
+        )
     if args.world_size > 1 and (args.teacher_model_init_kwargs or {}).get("device_map") is not None:
         raise ConfigError(
             f"`teacher_model_init_kwargs` has `device_map={args.teacher_model_init_kwargs['device_map']!r}`, but with "
