@@ -1,0 +1,94 @@
+"""Objectives on stored tokens against float64 loops and against their definitions by enumeration."""
+
+import pytest
+import torch
+
+from tests import reference_offline
+from trl_blend.errors import ConfigError
+from trl_blend.ops.losses import sampled_kl, sampled_token_loss, sequence_weights
+
+
+N, V = 6, 9
+
+
+@pytest.fixture
+def logits():
+    torch.manual_seed(0)
+    return torch.randn(N, V, dtype=torch.float64, requires_grad=True)
+
+
+def test_sampled_token_loss_and_gradient_equal_the_reference(logits):
+    tokens = torch.randint(V, (N,))
+    teacher = torch.randn(N, V, dtype=torch.float64).log_softmax(-1)
+    teacher_logps = teacher.gather(-1, tokens[:, None]).squeeze(-1)
+    result = sampled_token_loss(logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1), teacher_logps)
+    (grad,) = torch.autograd.grad(result.loss.sum(), logits)
+    own = logits.detach().clone().requires_grad_(True)
+    expected = torch.stack(
+        [
+            reference_offline.sampled_token_loss(own[n], own[n], int(tokens[n]), float(teacher_logps[n]))
+            for n in range(N)
+        ]
+    )
+    (expected_grad,) = torch.autograd.grad(expected.sum(), own)
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    assert not result.advantage.requires_grad
+
+
+def test_expected_gradient_over_the_student_is_that_of_the_reverse_kl(logits):
+    teacher = torch.randn(N, V, dtype=torch.float64).log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
+    every_token = sampled_token_loss(logprobs, teacher).loss
+    (grad,) = torch.autograd.grad((logprobs.detach().exp() * every_token).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), logits)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_student_equal_to_teacher_gets_no_gradient(logits):
+    logprobs = logits.log_softmax(-1)
+    loss = sampled_token_loss(logprobs, logprobs.detach()).loss
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.abs().max() == 0 and grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("kept", [V, 4])
+def test_expected_sampled_kl_is_the_divergence_within_the_support(kept):
+    torch.manual_seed(1)
+    p, q, mu = (torch.randn(V, dtype=torch.float64).mul(2).softmax(-1) for _ in range(3))
+    mu = mu.clone()
+    mu[kept:] = 0.0
+    mu /= mu.sum()
+    support = slice(0, kept)
+    values = sampled_kl(p.log()[support], q.log()[support], mu.log()[support])
+    assert (values >= 0).all()
+    expected = (p * (p / q).log() - p + q)[support].sum()
+    torch.testing.assert_close((mu[support] * values).sum(), expected)
+    if kept == V:
+        torch.testing.assert_close(expected, (p * (p / q).log()).sum())
+
+
+def test_sampled_kl_of_equal_policies_is_zero_whatever_drew_the_tokens():
+    logps, mu = torch.randn(5).sub(3), torch.randn(5).sub(1)
+    assert sampled_kl(logps, logps, mu).abs().max() < 1e-12
+
+
+def test_sampled_kl_is_finite_for_a_token_the_student_has_given_up():
+    value = sampled_kl(torch.tensor([-200.0]), torch.tensor([-0.5]), torch.tensor([-0.1]))
+    torch.testing.assert_close(value, torch.tensor([-0.4]).double().exp(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_weights_give_the_two_means(aggregation):
+    lengths = [3, 1, 5]
+    losses = [[torch.tensor(float(i + 10 * n), dtype=torch.float64) for i in range(k)] for n, k in enumerate(lengths)]
+    weights = sequence_weights(lengths, aggregation).double()
+    flat = torch.stack([value for row in losses for value in row])
+    expected = reference_offline.aggregate(losses, aggregation)
+    torch.testing.assert_close((weights * flat).sum() / weights.sum(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights.sum().item(), {"sequence": 3.0, "token": 9.0}[aggregation])
+
+
+def test_unknown_aggregation():
+    with pytest.raises(ConfigError, match="aggregation='mean'"):
+        sequence_weights([1], "mean")

@@ -1,0 +1,43 @@
+"""
+Distillation from stored log-probabilities in slow, plain float64, as `tests/reference.py`.
+
+A row of logits has shape `(V,)`. `frozen` is the student's row at which everything under a stop-gradient is evaluated.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.reference import log_softmax, log_sum_exp
+
+
+def sampled_token_loss(student: Tensor, frozen: Tensor, token: int, teacher_logp: float) -> Tensor:
+    """`-sg[log p_T(y) - log p_θ(y)] log p_θ(y)` of one token."""
+    advantage = teacher_logp - log_softmax(frozen.detach())[token]
+    return -advantage * log_softmax(student)[token]
+
+
+def event_logmasses(row: Tensor, tokens: list[int]) -> list[Tensor]:
+    """Log-masses of the tokens, and of all others together."""
+    logprobs = log_softmax(row)
+    others = [logprobs[v] for v in range(len(row)) if v not in tokens]
+    return [*(logprobs[v] for v in tokens), log_sum_exp(torch.stack(others))]
+
+
+def top_k_kl(student: Tensor, tokens: list[int], teacher_logmasses: list[float], direction: str) -> Tensor:
+    """`Σ_c p_S log(p_S/p_T)` or `Σ_c p_T log(p_T/p_S)` over the tokens and the event of all others."""
+    total = torch.zeros((), dtype=torch.float64)
+    for student_logmass, teacher_logmass in zip(event_logmasses(student, tokens), teacher_logmasses, strict=True):
+        if direction == "reverse":
+            total = total + student_logmass.exp() * (student_logmass - teacher_logmass)
+        else:
+            total = total + math.exp(teacher_logmass) * (teacher_logmass - student_logmass)
+    return total
+
+
+def aggregate(losses: list[list[Tensor]], aggregation: str) -> Tensor:
+    """Mean over the tokens of each completion, then over completions; or mean over all tokens."""
+    if aggregation == "sequence":
+        return sum(sum(row) / len(row) for row in losses) / len(losses)
+    return sum(sum(row) for row in losses) / sum(len(row) for row in losses)

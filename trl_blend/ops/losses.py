@@ -1,0 +1,111 @@
+"""Objectives on stored tokens: what a student learns from log-probabilities of tokens that were sampled before."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trl_blend.errors import ConfigError
+
+
+class SampledTokenLoss(NamedTuple):
+    """
+    Result of [`sampled_token_loss`], one value per token, in nats.
+
+    Args:
+        loss (`torch.Tensor` of any shape):
+            What is minimised. Its value is no divergence: read `advantage`.
+        advantage (`torch.Tensor` of the same shape):
+            `log p_T(y) - log p_S(y)`. No gradient.
+    """
+
+    loss: Tensor
+    advantage: Tensor
+
+
+def sampled_token_loss(student_logps: Tensor, teacher_logps: Tensor) -> SampledTokenLoss:
+    r"""
+    Policy-gradient form of distillation on sampled tokens, the loss of
+    [Lightning OPD](https://huggingface.co/papers/2604.13010):
+
+    $$
+    \ell_t = -A_t \log p_\theta(y_t), \qquad
+    A_t = \mathrm{sg}\left[\log p_T(y_t) - \log p_\theta(y_t)\right]
+    $$
+
+    with the **current** student in the advantage. Where `y_t` is drawn from the student itself, the gradient of
+    `ℓ_t` is an unbiased estimate of that of `KL(p_θ‖p_T)` at the prefix; on stored rollouts its fixed point is still
+    `p_θ = p_T` at the visited prefixes, whichever policy drew them.
+
+    Left out on purpose, as in the reference: a ratio to the rollout policy, whitening, and KL or entropy terms. The
+    PPO clip of the reference code has no effect there (one update per batch) and has none here.
+
+    Args:
+        student_logps (`torch.Tensor` of any shape):
+            `log p_θ(y_t)`. Carries the gradient.
+        teacher_logps (`torch.Tensor` of the same shape):
+            `log p_T(y_t)`. No gradient.
+
+    Returns:
+        [`SampledTokenLoss`]: Loss and advantage of every token.
+    """
+    advantage = (teacher_logps - student_logps).detach()
+    return SampledTokenLoss(-advantage * student_logps, advantage)
+
+
+def sampled_kl(logps: Tensor, other_logps: Tensor, rollout_logps: Tensor) -> Tensor:
+    r"""
+    Estimate of `KL(p‖q)` at every visited prefix, from one token that a third policy `μ` drew there:
+
+    $$
+    \frac{p(y)}{\mu(y)} \left( \log \frac{p(y)}{q(y)} - 1 + \frac{q(y)}{p(y)} \right), \qquad y \sim \mu
+    $$
+
+    It is never negative and is 0 where `p = q`. Its expectation is `KL(p‖q)` where `μ` reaches every token; where `μ`
+    is cut to a set `S` of tokens (top-p, top-k) it is `Σ_{y∈S} p log(p/q) - p + q`, the part of the divergence that
+    lies within `S`. The choice of this estimator is [ours]: with `q` the student that drew the rollouts, and `μ` its
+    tempered and cut distribution, it is 0 before the first step, which the plain `log p - log μ` is not.
+
+    Args:
+        logps (`torch.Tensor` of any shape):
+            `log p(y)`.
+        other_logps (`torch.Tensor` of the same shape):
+            `log q(y)`.
+        rollout_logps (`torch.Tensor` of the same shape):
+            `log μ(y)`.
+
+    Returns:
+        `torch.Tensor`: One value per token, in nats. No gradient.
+    """
+    logps, other_logps, rollout_logps = (x.detach().double() for x in (logps, other_logps, rollout_logps))
+    # p/μ (log p/q - 1) + q/μ, without the quotient q/p, which overflows first
+    return (logps - rollout_logps).exp() * (logps - other_logps - 1.0) + (other_logps - rollout_logps).exp()
+
+
+def sequence_weights(lengths: list[int], aggregation: str) -> Tensor:
+    r"""
+    Weight of each token of some sequences laid end to end, so that a loss is `Σ_t w_t ℓ_t / Σ_t w_t` over a batch.
+
+    `"sequence"` is the reference's: the mean over tokens of each sequence, then the mean over sequences,
+    \\( w_t = 1 / n_{seq(t)} \\). `"token"` is the mean over all tokens, \\( w_t = 1 \\), that of
+    [`~trl.DistillationTrainer`]. Either way the sum of the weights is the number of items that share the loss.
+
+    Args:
+        lengths (`list[int]`):
+            Tokens of each sequence that count.
+        aggregation (`str`):
+            `"sequence"` or `"token"`.
+
+    Returns:
+        `torch.Tensor` of shape `(sum(lengths),)`: float32.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If `aggregation` is neither.
+    """
+    if aggregation not in ("sequence", "token"):
+        raise ConfigError(f"`aggregation={aggregation!r}` is unknown. Use 'sequence' or 'token'.")
+    if aggregation == "token":
+        return torch.ones(sum(lengths))
+    counts = torch.tensor(lengths)
+    return (1.0 / counts.clamp(min=1)).repeat_interleave(counts)
