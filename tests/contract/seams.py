@@ -29,6 +29,8 @@ _GREEDY = "trainers/logit_mix_grpo/greedy.py"
 _OPD = "trainers/trust_region_opd/trainer.py (override)"
 _REPEATS = "_compat.py (repeated_prompts)"
 _ENGINE = "trainers/trust_region_opd/trainer.py (_generate_single_turn, with `use_vllm`)"
+_OFFLINE = "trainers/offline_opd/trainer.py (override)"
+_ROWS = "trainers/offline_opd/data.py"
 _PARTNER = "generation/partner.py (PartnerDecoder)"
 _HOOKS = "generation/hooks.py (_BlendedGenerate)"
 
@@ -101,6 +103,28 @@ SEAMS = {
         "self, prompts, images, num_generations, profiler=", _ENGINE
     ),
     "trl.generation.vllm_generation.VLLMGeneration.sync_weights": Seam("self", _ENGINE),
+    "trl.SFTTrainer.__init__": Seam(
+        "self, model, args=, data_collator=, train_dataset=, eval_dataset=, processing_class=, compute_loss_func=, "
+        "compute_metrics=, callbacks=, optimizers=, optimizer_cls_and_kwargs=, preprocess_logits_for_metrics=, "
+        "quantization_config=, peft_config=, formatting_func=",
+        _OFFLINE,
+    ),
+    "trl.SFTTrainer._prepare_dataset": Seam(
+        "self, dataset, processing_class, args, packing, formatting_func, dataset_name", _OFFLINE
+    ),
+    "trl.SFTTrainer._set_signature_columns_if_needed": Seam("self", _OFFLINE),
+    "trl.SFTTrainer._get_num_items_in_batch": Seam("self, batch_samples, device", _OFFLINE),
+    "trl.SFTTrainer.evaluate": Seam("self, eval_dataset=, ignore_keys=, metric_key_prefix=", _OFFLINE),
+    "trl.SFTTrainer.compute_loss": Seam("self, model, inputs, return_outputs=, num_items_in_batch=", _OFFLINE),
+    "trl.SFTTrainer.training_step": Seam("self, *args, **kwargs", _OFFLINE),
+    "trl.SFTTrainer.log": Seam("self, logs, start_time=", _OFFLINE),
+    "trl.SFTTrainer.save_model": Seam("self, output_dir=, _internal_call=", _OFFLINE),
+    "trl.SFTTrainer.create_model_card": Seam("self, model_name=, dataset_name=, tags=", _OFFLINE),
+    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": Seam(
+        "self, pad_token_id, padding_free=, return_position_ids=, pad_to_multiple_of=, return_tensors=", _ROWS
+    ),
+    "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.torch_call": Seam("self, examples", _ROWS),
+    "trl.pack_dataset": Seam("dataset, seq_length, strategy=, map_kwargs=", _ROWS),
     "trl.trainer.utils._ChunkedLogProbFunction.forward": Seam(
         "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=, logit_scale=, "
         "outputs=",

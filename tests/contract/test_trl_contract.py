@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin
-from trl import DistillationTrainer, GRPOTrainer
+from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from tests.contract.seams import SEAMS, parameters, resolve
 from tests.tiny import tiny_model
-from trl_blend import LogitMixGRPOTrainer, TrustRegionOPDTrainer, _compat
+from trl_blend import LogitMixGRPOTrainer, OfflineOPDTrainer, TrustRegionOPDTrainer, _compat
 
 
 PACKAGE = Path(_compat.__file__).parent
-UPSTREAM = (GRPOTrainer, DistillationTrainer, GenerationMixin, GenerationConfig)
+UPSTREAM = (GRPOTrainer, DistillationTrainer, SFTTrainer, GenerationMixin, GenerationConfig)
 
 
 # Signatures
@@ -38,7 +38,12 @@ def test_parameters_are_those_this_package_was_written_for(path):
 
 
 @pytest.mark.parametrize(
-    ("ours", "parent"), [(LogitMixGRPOTrainer, GRPOTrainer), (TrustRegionOPDTrainer, DistillationTrainer)]
+    ("ours", "parent"),
+    [
+        (LogitMixGRPOTrainer, GRPOTrainer),
+        (TrustRegionOPDTrainer, DistillationTrainer),
+        (OfflineOPDTrainer, SFTTrainer),
+    ],
 )
 def test_every_overridden_trainer_method_is_frozen(ours, parent):
     overridden = {name for name, value in vars(ours).items() if inspect.isfunction(value)}

@@ -105,3 +105,9 @@ def launched(tmp_path_factory):
 def launched_opd(tmp_path_factory):
     """Launches of `opd_worker.py`, see [`launcher`]."""
     return launcher(tmp_path_factory, "opd_worker.py")
+
+
+@pytest.fixture(scope="session")
+def launched_offline(tmp_path_factory):
+    """Launches of `offline_worker.py`, see [`launcher`]."""
+    return launcher(tmp_path_factory, "offline_worker.py")

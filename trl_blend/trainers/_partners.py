@@ -106,13 +106,13 @@ def check_names(
     """
     load = {"trust_remote_code": args.trust_remote_code}
     revision = (args.model_init_kwargs or {}).get("revision")
-    student_config = _find_config(student, "model", revision=revision, **load)
+    student_config = find_config(student, "model", revision=revision, **load)
     student_tokenizer = processing_class or find_tokenizer(student, revision=revision, **load)
     student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
     rows = [_vocab_size(student_config)]
     for index, teacher in enumerate(teachers):
         name = "teacher_model" if len(teachers) == 1 else f"teacher_model[{index}]"
-        config = _find_config(teacher, name, revision=args.teacher_model_revision, **load)
+        config = find_config(teacher, name, revision=args.teacher_model_revision, **load)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedError(
                 f"`{name}` is an encoder-decoder (model_type={config.model_type!r}). A teacher reads the same token "
@@ -224,7 +224,7 @@ def _vocab_size(config: Any) -> int:
     return config.get_text_config().vocab_size
 
 
-def _find_config(model: str | PreTrainedModel, argument: str, **kwargs: Any) -> Any:
+def find_config(model: str | PreTrainedModel, argument: str, **kwargs: Any) -> Any:
     if not isinstance(model, str):
         return model.config
     try:

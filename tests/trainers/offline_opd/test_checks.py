@@ -1,0 +1,85 @@
+"""What the constructor refuses before a model is loaded, and what it accepts."""
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig
+from trl import SFTConfig, SFTTrainer
+
+from tests.tiny import tiny_tokenizer
+from tests.trainers import scored
+from tests.trainers.runs import check_refusal
+from trl_blend import OfflineOPDTrainer
+from trl_blend.errors import ConfigError, StoreError, UnsupportedError
+
+
+def refusal(build_offline, monkeypatch, error, match, **kwargs):
+    return check_refusal(build_offline, SFTTrainer, monkeypatch, error, match, **kwargs)
+
+
+def collate(rows):
+    return rows
+
+
+KWARGS = {
+    "data_collator": {"data_collator": collate},
+    "formatting_func": {"formatting_func": str},
+    "compute_loss_func": {"compute_loss_func": collate},
+}
+
+
+@pytest.mark.parametrize("name", KWARGS)
+def test_arguments_without_a_use(build_offline, monkeypatch, name):
+    refusal(build_offline, monkeypatch, ConfigError, f"`{name}` has no use", trainer_kwargs=KWARGS[name])
+
+
+def test_adapters_that_the_head_would_ignore(build_offline, monkeypatch):
+    config = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
+    refusal(build_offline, monkeypatch, UnsupportedError, "lm_head", trainer_kwargs={"peft_config": config})
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refusal(build_offline, monkeypatch, UnsupportedError, "virtual tokens", trainer_kwargs={"peft_config": config})
+
+
+def test_data_of_the_wrong_kind(build_offline, monkeypatch, rows):
+    refusal(build_offline, monkeypatch, ConfigError, "`train_dataset` is a list", train_dataset=list(rows))
+    text = Dataset.from_dict({"text": ["a"]})
+    refusal(build_offline, monkeypatch, StoreError, "it has text", train_dataset=text)
+    refusal(build_offline, monkeypatch, ConfigError, "eval_dataset", trainer_kwargs={"eval_dataset": [1]})
+
+
+def test_rows_are_checked_before_the_model_is_loaded(build_offline, monkeypatch, rows):
+    bad = rows.map(lambda row: {"teacher_logps": row["teacher_logps"][:-1] + [0.7]})
+    refusal(build_offline, monkeypatch, StoreError, "teacher_logps.*0.7", train_dataset=bad)
+    wide = rows.map(lambda row: {"completion_ids": row["completion_ids"][:-1] + [64]})
+    refusal(build_offline, monkeypatch, StoreError, "outside the vocabulary of 64", train_dataset=wide)
+
+
+def test_top_k_loss_on_data_without_top_k(build_offline, monkeypatch, rows):
+    data = rows.remove_columns("teacher_topk_ids")
+    message = refusal(
+        build_offline, monkeypatch, StoreError, "teacher_topk_ids", train_dataset=data, offline_loss="top_k_reverse_kl"
+    )
+    assert "top_k" in message and "sampled_token" in message
+
+
+def test_a_bound_on_a_drift_that_cannot_be_measured(build_offline, monkeypatch, rows):
+    data = rows.remove_columns("student_logps")
+    refusal(build_offline, monkeypatch, ConfigError, "student_logps", train_dataset=data, max_policy_drift=0.1)
+
+
+def test_another_configuration(models, rows, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ConfigError, match="is a SFTConfig"):
+        OfflineOPDTrainer(model=str(models / "student"), args=args, train_dataset=rows)
+
+
+def test_unknown_model_and_unknown_store(build_offline, monkeypatch):
+    refusal(build_offline, monkeypatch, ConfigError, "model='/nowhere'", student="/nowhere")
+    refusal(build_offline, monkeypatch, (ConfigError, StoreError), "/nowhere", train_dataset="/nowhere")
+
+
+def test_a_tokenizer_and_a_loaded_model_are_accepted(build_offline, models):
+    trainer = build_offline(
+        student=scored.load(models, "student"), trainer_kwargs={"processing_class": tiny_tokenizer()}
+    )
+    assert trainer.consistency_report is None and trainer.rollout_store is None
+    trainer.train()

@@ -1,0 +1,63 @@
+"""Every setting that is refused, before anything else happens, and the defaults of the reference."""
+
+import pytest
+
+from tests.trainers.scored import offline_config
+from trl_blend import OfflineOPDConfig
+from trl_blend.errors import ConfigError
+
+
+def test_defaults_are_those_of_the_reference(tmp_path):
+    args = OfflineOPDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert (args.learning_rate, args.lr_scheduler_type, args.weight_decay) == (2e-6, "constant", 0.1)
+    assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.98, 1.0)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 256
+    assert (args.offline_loss, args.loss_aggregation, args.teacher_consistency) == (
+        "sampled_token",
+        "sequence",
+        "strict",
+    )
+    assert (args.rescore_num_rows, args.max_policy_drift, args.num_train_epochs) == (0, None, 1.0)
+
+
+REFUSED = {
+    "offline_loss": {"offline_loss": "kl"},
+    "loss_aggregation": {"loss_aggregation": "mean"},
+    "teacher_consistency": {"teacher_consistency": "maybe"},
+    "policy_drift_action": {"policy_drift_action": "explode"},
+    "loss_type": {"loss_type": "dft"},
+    "label_smoothing_factor": {"label_smoothing_factor": 0.1},
+    "assistant_only_loss": {"assistant_only_loss": True},
+    "chat_template_path": {"chat_template_path": "template.jinja"},
+    "eos_token": {"eos_token": "<eos>"},
+    "truncation_mode": {"truncation_mode": "keep_end"},
+    "completion_only_loss": {"completion_only_loss": False},
+    "skip_prepare_dataset": {"dataset_kwargs": {"skip_prepare_dataset": True}},
+    "packing_strategy='wrapped'": {"packing": True, "max_length": 64, "packing_strategy": "wrapped"},
+    "packing_strategy='bfd_split'": {"eval_packing": True, "max_length": 64, "packing_strategy": "bfd_split"},
+    "Set `max_length`": {"packing": True},
+    "padding_free=True": {"padding_free": True, "max_length": 64},
+    "rescore_num_rows=-1": {"rescore_num_rows": -1},
+    "rescore_num_rows=8` needs a teacher": {"rescore_num_rows": 8},
+    "`rescore_num_rows=0` leaves out": {"teacher_model_name_or_path": "t", "rescore_num_rows": 0},
+    "`teacher_consistency='off'` leaves out": {"teacher_model_name_or_path": "t"},
+    "sft_teacher='t'": {"sft_teacher": "t"},
+    "max_policy_drift=0": {"max_policy_drift": 0.0},
+    "max_policy_drift=nan": {"max_policy_drift": float("nan")},
+    "streaming=True": {"streaming": True, "max_steps": -1},
+}
+
+
+@pytest.mark.parametrize(("match", "settings"), REFUSED.items(), ids=REFUSED)
+def test_refused(tmp_path, match, settings):
+    with pytest.raises(ConfigError, match=match):
+        offline_config(tmp_path, **settings)
+
+
+def test_a_teacher_is_asked_to_score_some_rows(tmp_path):
+    args = offline_config(tmp_path, teacher_model_name_or_path="t", teacher_consistency="warn")
+    assert args.rescore_num_rows == 64
+
+
+def test_packing_strategy_without_packing_is_left_alone(tmp_path):
+    assert offline_config(tmp_path, packing_strategy="wrapped").packing_strategy == "wrapped"

@@ -1,0 +1,150 @@
+"""One step of the trainer against float64 loops: loss and gradient, whatever shape the batch has."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests import reference_offline
+from tests.tiny import tiny_lora
+from tests.trainers import scored
+from tests.trainers.runs import assert_close_tensors, set_parameters, snapshot
+
+
+LOSSES = ("sampled_token", "top_k_reverse_kl", "top_k_forward_kl")
+LAYOUTS = {
+    "padded": {},
+    "padding-free": {"padding_free": True},
+    "packed": {"packing": True, "max_length": 64},
+    "packed into several": {"packing": True, "max_length": 20},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "accumulated, padding-free": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "padding_free": True,
+    },
+}
+
+
+def reference_step(model, rows, offline_loss, aggregation, frozen=None):
+    """Loss and gradient of one step over all `rows`, in float64."""
+    model = copy.deepcopy(model).double()
+    model.zero_grad()
+    frozen = model if frozen is None else frozen
+    losses = []
+    for row in rows:
+        ids, start = row["prompt_ids"] + row["completion_ids"], len(row["prompt_ids"])
+        logits = model(torch.tensor([ids])).logits[0]
+        losses.append([])
+        for t, token in enumerate(row["completion_ids"]):
+            z = logits[start + t - 1]
+            if offline_loss == "sampled_token":
+                loss = reference_offline.sampled_token_loss(z, z, token, row["teacher_logps"][t])
+            else:
+                masses = [*row["teacher_topk_logps"][t], row["teacher_tail_logmass"][t]]
+                direction = offline_loss.split("_")[2]
+                loss = reference_offline.top_k_kl(z, row["teacher_topk_ids"][t], masses, direction)
+            losses[-1].append(loss)
+    total = reference_offline.aggregate(losses, aggregation)
+    total.backward()
+    return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def moved(model, seed=3):
+    """Another student than the one that drew the rollouts, as after some steps."""
+    generator = torch.Generator().manual_seed(seed)
+    shifted = {name: p + 0.05 * torch.randn(p.shape, generator=generator) for name, p in snapshot(model).items()}
+    set_parameters(model, shifted)
+    return model
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+@pytest.mark.parametrize("offline_loss", LOSSES)
+def test_step_equals_the_reference(build_offline, models, rows, offline_loss, aggregation, layout):
+    student = moved(scored.load(models, "student"))
+    expected_loss, expected = reference_step(student, rows, offline_loss, aggregation)
+    trainer = build_offline(student=student, offline_loss=offline_loss, loss_aggregation=aggregation, **layout)
+    record = scored.train_offline(trainer)
+    assert len(record.steps) == layout.get("gradient_accumulation_steps", 1)
+    assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
+    (gradients,) = record.gradients
+    assert_close_tensors(gradients, expected, 1e-4)
+
+
+def test_the_two_aggregations_differ(models, rows):
+    student = scored.load(models, "student")
+    (_, first), (_, second) = (reference_step(student, rows, LOSSES[0], how) for how in ("sequence", "token"))
+    with pytest.raises(AssertionError):
+        assert_close_tensors(first, second, 1e-2)
+
+
+def test_packs_hold_several_rows(build_offline, rows):
+    trainer = build_offline(packing=True, max_length=20)
+    lengths = trainer.train_dataset["seq_lengths"]
+    assert 1 < len(lengths) < len(rows) and sum(map(len, lengths)) == len(rows)
+
+
+def test_adapters(build_offline, models, rows):
+    student = tiny_lora(scored.load(models, "student"))
+    _, expected = reference_step(student, rows, "sampled_token", "sequence")
+    record = scored.train_offline(build_offline(student=student))
+    assert_close_tensors(record.gradients[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize("offline_loss", LOSSES)
+def test_new_adapter_on_a_frozen_head(build_offline, offline_loss):
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+    trainer = build_offline(trainer_kwargs={"peft_config": config}, offline_loss=offline_loss, max_steps=2)
+    record = scored.train_offline(trainer)
+    names = {name for name, _ in trainer.model.named_parameters() if "lora" in name}
+    assert names == set(record.gradients[0])
+    moved_names = {n for n, p in record.parameters[2].items() if not torch.equal(p, record.parameters[0][n])}
+    assert moved_names == names
+
+
+def test_first_gradient_is_that_of_live_distillation_on_the_same_rollouts(build_offline, models, rows):
+    """Live: both models in memory, log-probs of both computed in the step, nothing read from the data but tokens."""
+    student, teacher = scored.load(models, "student"), scored.load(models, "teacher")
+    record = scored.train_offline(build_offline())
+    total = 0.0
+    for row in rows:
+        ids, start = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
+        tokens = torch.tensor(row["completion_ids"])[:, None]
+        own, target = (
+            m(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(-1, tokens)[:, 0] for m in (student, teacher)
+        )
+        total = total + ((own - target).detach() * own).mean() / len(rows)
+    total.backward()
+    assert_close_tensors(record.gradients[0], {n: p.grad for n, p in student.named_parameters()}, 1e-5)
+
+
+@pytest.mark.parametrize("offline_loss", LOSSES)
+def test_student_equal_to_its_teacher_has_no_loss_and_no_gradient(build_offline, models, offline_loss):
+    student = scored.load(models, "student")
+    rows = scored.scored_rollouts(student, student)
+    record = scored.train_offline(build_offline(student=student, train_dataset=rows, offline_loss=offline_loss))
+    _, other = reference_step(scored.load(models, "teacher"), rows, offline_loss, "sequence")
+    assert abs(record.steps[0].loss) < 1e-5
+    largest = max(grad.abs().max() for grad in record.gradients[0].values())
+    assert largest < 1e-5 * max(grad.abs().max() for grad in other.values())
+
+
+def test_half_precision_columns_change_the_loss_by_their_rounding(build_offline, rows):
+    half = rows.map(lambda row: {"teacher_logps": torch.tensor(row["teacher_logps"]).half().tolist()})
+    first, second = (scored.train_offline(build_offline(train_dataset=data)).steps[0].loss for data in (rows, half))
+    assert first != second and first == pytest.approx(second, rel=1e-3)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_evaluation_loss_is_the_same_quantity(build_offline, models, rows, aggregation, layout):
+    trainer = build_offline(
+        trainer_kwargs={"eval_dataset": rows},
+        loss_aggregation=aggregation,
+        per_device_eval_batch_size=8,
+        **LAYOUTS[layout],
+    )
+    expected, _ = reference_step(scored.load(models, "student"), rows, "sampled_token", aggregation)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)

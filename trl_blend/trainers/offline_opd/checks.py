@@ -1,0 +1,164 @@
+"""What an [`OfflineOPDTrainer`] refuses before a model is loaded, and the check of the teacher."""
+
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ...errors import ConfigError, UnsupportedError
+from ...teacher.consistency import check_teacher_consistency
+from ...teacher.findings import ConsistencyReport
+from ...teacher.provenance import TeacherProvenance, read_provenance
+from ...teacher.store import RolloutStore
+from .. import _partners
+from .config import OfflineOPDConfig
+
+
+logger = get_logger(__name__)
+
+
+def check_arguments(
+    model: Any, args: OfflineOPDConfig, processing_class: Any, peft_config: Any, kwargs: dict[str, Any]
+) -> None:
+    """
+    Check the constructor's arguments.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If they contradict each other, or one has no meaning for stored rollouts.
+        [`~trl_blend.errors.UnsupportedError`]:
+            If the combination would run but not correctly.
+    """
+    if not isinstance(args, OfflineOPDConfig):
+        raise ConfigError(f"`args` is a {type(args).__name__}. Pass an `OfflineOPDConfig`.")
+    for name in ("data_collator", "compute_loss_func", "formatting_func"):
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"`{name}` has no use here: the rows are token ids with a loss of their own. Drop it.")
+    if isinstance(processing_class, ProcessorMixin):
+        raise UnsupportedError(
+            "Vision-language students cannot be trained on stored rollouts, which hold no images. Pass a tokenizer, "
+            "and a text model."
+        )
+    adapters = [peft_config] if peft_config is not None else []
+    if not isinstance(model, str) and is_peft_model(model):
+        adapters += list(model.peft_config.values())
+    for adapter in adapters:
+        _partners.check_lm_head_adapter(adapter)
+
+
+def check_parallelism(accelerator: Any) -> None:
+    """Refuse what splits a row over processes: the per-token columns would not follow."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise UnsupportedError(
+            "Context and sequence parallelism split the rows, and the teacher's log-probabilities would not follow. "
+            "Set `cp_size` and `sp_size` to 1; FSDP2 and DeepSpeed shard the model without that."
+        )
+
+
+def check_drift_columns(args: OfflineOPDConfig, names: list[str]) -> None:
+    """Refuse a bound on the drift where it cannot be measured."""
+    missing = [name for name in ("rollout_logps", "student_logps") if name not in names]
+    if args.max_policy_drift is not None and missing:
+        raise ConfigError(
+            f"`max_policy_drift={args.max_policy_drift}` needs the log-probabilities of the student that drew the "
+            f"rollouts, but the data lacks {', '.join(missing)}. Leave it out, or collect with `trl-blend rollouts`."
+        )
+
+
+def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:
+    """
+    The store behind an argument, if there is one, and its rows.
+
+    Args:
+        value (`str`, [`RolloutStore`], [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Folder or Hub id of a store, a store, or rows.
+        name (`str`):
+            Name of the argument, for messages.
+        args ([`OfflineOPDConfig`]):
+            Configuration.
+    """
+    if isinstance(value, str):
+        value = RolloutStore.open(value)
+    if isinstance(value, RolloutStore):
+        if value.kind != "scored_rollouts":
+            raise ConfigError(
+                f"`{name}={value.name!r}` holds rollouts without teacher log-probabilities. Score them first: "
+                "`trl-blend score --teacher_model_name_or_path ... --rollouts ... --output_dir ...`."
+            )
+        return value, value.dataset(streaming=args.streaming)
+    if not isinstance(value, (Dataset, IterableDataset)):
+        raise ConfigError(
+            f"`{name}` is a {type(value).__name__}. Pass the folder or Hub id of scored rollouts, the "
+            "`RolloutStore` of `load_scored_rollouts`, or a `datasets.Dataset` of its rows."
+        )
+    return None, value
+
+
+def vocab_size(model: str | PreTrainedModel, args: OfflineOPDConfig) -> int:
+    """Rows of the student's embedding, from its configuration alone."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    config = _partners.find_config(model, "model", revision=revision, trust_remote_code=args.trust_remote_code)
+    return config.get_text_config().vocab_size
+
+
+def find_provenance(model: str | PreTrainedModel, args: OfflineOPDConfig) -> TeacherProvenance | None:
+    """Record of the student's SFT teacher; none where there is none, or where nothing is checked and it is broken."""
+    try:
+        return read_provenance(model, revision=(args.model_init_kwargs or {}).get("revision"))
+    except ConfigError:
+        if args.teacher_consistency == "strict":
+            raise
+        return None
+
+
+def check_teacher(
+    model: str | PreTrainedModel,
+    scored: RolloutStore | Dataset | IterableDataset,
+    args: OfflineOPDConfig,
+    processing_class: Any,
+) -> ConsistencyReport | None:
+    """
+    Run the consistency check on the main process, and act on its findings on all of them.
+
+    Returns:
+        [`ConsistencyReport`] or `None`: The findings; `None` with `teacher_consistency="off"`.
+
+    Raises:
+        [`~trl_blend.errors.ConsistencyError`]:
+            If a finding is an error and `teacher_consistency="strict"`.
+    """
+    if args.teacher_consistency == "off":
+        return None
+    outcome: list[Any] = [None]
+    if args.distributed_state.is_main_process:
+        try:
+            outcome = [_run_check(model, scored, args, processing_class)]
+        except Exception as error:  # the others wait for the outcome, whatever it is
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    report: ConsistencyReport = outcome[0]
+    if args.teacher_consistency == "strict":
+        report.raise_if_failed()
+    if not report.ok:
+        logger.warning(f"Teacher consistency could not be established, going on as asked.\n{report}")
+    return report
+
+
+def _run_check(model: Any, scored: Any, args: OfflineOPDConfig, processing_class: Any) -> ConsistencyReport:
+    teacher = None
+    if args.rescore_num_rows:
+        teacher = _partners.load_partners([args.teacher_model_name_or_path], args)[0].to(args.device)
+    return check_teacher_consistency(
+        model,
+        scored,
+        teacher,
+        sft_teacher=args.sft_teacher,
+        processing_class=processing_class,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+        num_rows=args.rescore_num_rows,
+    )

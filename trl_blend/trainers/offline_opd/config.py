@@ -1,0 +1,233 @@
+"""Configuration of [`OfflineOPDTrainer`]."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from ...errors import ConfigError
+
+
+_CHOICES = {
+    "loss_aggregation": ("sequence", "token"),
+    "offline_loss": ("sampled_token", "top_k_reverse_kl", "top_k_forward_kl"),
+    "teacher_consistency": ("strict", "warn", "off"),
+    "policy_drift_action": ("warn", "stop"),
+}
+# Settings of the parent that have no meaning for rows of token ids with the teacher's log-probabilities, with the
+# value that leaves them out and why
+_FIXED: dict[str, tuple[Any, str]] = {
+    "loss_type": ("nll", "the loss is `offline_loss`"),
+    "label_smoothing_factor": (0.0, "the loss is `offline_loss`"),
+    "assistant_only_loss": (False, "the loss is on the sampled completion"),
+    "chat_template_path": (None, "the rows are token ids already; set the template before collecting rollouts"),
+    "eos_token": (None, "the rows are token ids already; set it before collecting rollouts"),
+    "truncation_mode": ("keep_start", "without its start a row has another context than the teacher scored"),
+}
+
+
+@dataclass
+class OfflineOPDConfig(SFTConfig):
+    r"""
+    Configuration class for the [`OfflineOPDTrainer`].
+
+    This class includes only the parameters that are specific to distillation from stored log-probabilities. For a full
+    list of training arguments, please refer to the [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`]
+    documentation.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the loss
+
+        offline_loss (`str`, *optional*, defaults to `"sampled_token"`):
+            `"sampled_token"` (Lightning OPD: minus the advantage `log p_T - log p_θ` of the current student, times
+            `log p_θ`, on the stored token), or, on data scored with `top_k`, `"top_k_reverse_kl"` or
+            `"top_k_forward_kl"`: the divergence over the teacher's stored tokens and one event for all others, which
+            has no sampling noise ([ours]).
+        loss_aggregation (`str`, *optional*, defaults to `"sequence"`):
+            `"sequence"` (the reference's: mean over the tokens of each completion, then over completions) or
+            `"token"` (mean over all tokens, as in [`~trl.DistillationTrainer`]).
+
+        > Parameters that control the check of the teacher
+
+        teacher_consistency (`str`, *optional*, defaults to `"strict"`):
+            What a failed check of [`~trl_blend.check_teacher_consistency`] does, before anything is trained:
+            `"strict"` (a mismatch, or missing provenance, is an error), `"warn"`, or `"off"` (nothing is checked).
+        sft_teacher (`str`, *optional*):
+            Name or folder of the teacher that the student was fine-tuned on, for a student that carries no
+            `teacher_provenance.json`. It is taken as stated, and the model card says so.
+        teacher_model_name_or_path (`str`, *optional*):
+            Teacher to score `rescore_num_rows` rows with again. It is released before training; the loss needs none.
+        teacher_model_revision (`str`, *optional*):
+            Revision of that teacher.
+        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments to load that teacher with, such as its `dtype`.
+        rescore_num_rows (`int`, *optional*):
+            Rows to score again. Defaults to 64 with `teacher_model_name_or_path`, and to 0 without.
+
+        > Parameters that control drift
+
+        max_policy_drift (`float`, *optional*):
+            Bound on `offline/drift_kl`, the KL divergence in nats per token between the trained policy and the one
+            that drew the rollouts. Compared at every log. `None` means no bound ([ours]).
+        policy_drift_action (`str`, *optional*, defaults to `"warn"`):
+            What to do above `max_policy_drift`: `"warn"`, or `"stop"` training.
+
+        > Parameters that control the data
+
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read the shards of a store while training instead of preparing all rows before. Needs `max_steps`. Shards
+            are shuffled, and rows within a buffer, when `shuffle_dataset=True`.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`], those of the reference code where it has
+    > one:
+    > - `learning_rate`: Defaults to `2e-6` instead of `2e-5`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `adam_beta2`: Defaults to `0.98` instead of `0.999`.
+    > - `weight_decay`: Defaults to `0.1` instead of `0.0`.
+    > - `num_train_epochs`: Defaults to `1` instead of `3`. The reference takes about 150 steps.
+    > - `gradient_accumulation_steps`: Defaults to `32` instead of `1`: 256 rows per step, the reference's batch, for
+    >   one process with `per_device_train_batch_size=8`. Divide it by the number of processes.
+    > - `max_length`: Defaults to `None` instead of `1024`: the length of a row was bounded when it was collected.
+    > - `shuffle_dataset`: Defaults to `False`, as there; [`~transformers.Trainer`] draws rows in random order anyway.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "The beta2 of Adam."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Total number of training epochs."})
+    gradient_accumulation_steps: int = field(
+        default=32, metadata={"help": "Micro-batches per step. With 8 rows on one process: 256 rows per step."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a row, prompt included; the rest is cut off. Required by packing."}
+    )
+
+    # Loss
+    offline_loss: str = field(
+        default="sampled_token",
+        metadata={
+            "help": "Loss on the stored tokens (Lightning OPD) or over the teacher's stored top-k tokens.",
+            "choices": list(_CHOICES["offline_loss"]),
+        },
+    )
+    loss_aggregation: str = field(
+        default="sequence",
+        metadata={
+            "help": "Mean over tokens of each completion, then over completions; or mean over all tokens.",
+            "choices": list(_CHOICES["loss_aggregation"]),
+        },
+    )
+
+    # Teacher consistency
+    teacher_consistency: str = field(
+        default="strict",
+        metadata={
+            "help": "Whether a failed consistency check is an error, a warning, or not made at all.",
+            "choices": list(_CHOICES["teacher_consistency"]),
+        },
+    )
+    sft_teacher: str | None = field(
+        default=None,
+        metadata={"help": "Teacher of the student's SFT stage, where the student carries no teacher_provenance.json."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher to score some rows with again. The loss needs none."}
+    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of that teacher."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments to load that teacher with, such as its dtype."}
+    )
+    rescore_num_rows: int | None = field(
+        default=None, metadata={"help": "Rows to score again. 64 with teacher_model_name_or_path, 0 without."}
+    )
+
+    # Drift
+    max_policy_drift: float | None = field(
+        default=None, metadata={"help": "Bound on offline/drift_kl, in nats per token. None: no bound."}
+    )
+    policy_drift_action: str = field(
+        default="warn",
+        metadata={"help": "What to do above max_policy_drift.", "choices": list(_CHOICES["policy_drift_action"])},
+    )
+
+    # Data
+    streaming: bool = field(default=False, metadata={"help": "Read the shards while training. Needs max_steps."})
+
+    def __post_init__(self):
+        for name, (value, reason) in _FIXED.items():
+            if getattr(self, name) != value:
+                raise ConfigError(f"`{name}={getattr(self, name)!r}` has no use here: {reason}. Leave `{name}` out.")
+        super().__post_init__()
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(choices)}.")
+        self._check_parent_settings()
+        self._check_rescoring()
+        drift = self.max_policy_drift
+        if drift is not None and not (math.isfinite(drift) and drift > 0.0):
+            raise ConfigError(
+                f"`max_policy_drift={drift}` must be positive and finite (nats per token). Leave it out for no bound."
+            )
+        if self.streaming and self.max_steps <= 0:
+            raise ConfigError(
+                "`streaming=True` does not know the number of rows in advance. Set `max_steps`, or `streaming=False`."
+            )
+
+    def _check_parent_settings(self):
+        if self.completion_only_loss is False:
+            raise ConfigError(
+                "`completion_only_loss=False`: the teacher's log-probabilities are those of the completion. Leave it "
+                "out."
+            )
+        if (self.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            raise ConfigError(
+                "`dataset_kwargs={'skip_prepare_dataset': True}` would leave the rows without labels and teacher "
+                "columns. Drop it; rows that are prepared already are left as they are."
+            )
+        if (self.packing or self.eval_packing) and self.packing_strategy != "bfd":
+            raise ConfigError(
+                f"`packing_strategy={self.packing_strategy!r}` cuts rows in two, and the second part would be read "
+                "without the context that the teacher scored it in. Use `packing_strategy='bfd'`."
+            )
+        if (self.packing or self.eval_packing) and self.max_length is None:
+            raise ConfigError("`packing=True` needs the length of a pack. Set `max_length`.")
+        if self.padding_free and not self.packing and self.max_length is not None:
+            raise ConfigError(
+                f"`padding_free=True` with `max_length={self.max_length}` is refused by TRL unless rows are packed. Set "
+                "`packing=True`, or leave `max_length` out."
+            )
+
+    def _check_rescoring(self):
+        if self.rescore_num_rows is None:
+            self.rescore_num_rows = 64 if self.teacher_model_name_or_path else 0
+        if self.rescore_num_rows < 0:
+            raise ConfigError(f"`rescore_num_rows={self.rescore_num_rows}` must not be negative. 0 scores no row.")
+        if self.rescore_num_rows and not self.teacher_model_name_or_path:
+            raise ConfigError(
+                f"`rescore_num_rows={self.rescore_num_rows}` needs a teacher. Set `teacher_model_name_or_path`."
+            )
+        if self.teacher_model_name_or_path and (not self.rescore_num_rows or self.teacher_consistency == "off"):
+            setting = "rescore_num_rows=0" if not self.rescore_num_rows else "teacher_consistency='off'"
+            raise ConfigError(
+                f"`teacher_model_name_or_path={self.teacher_model_name_or_path!r}` is only used to score rows again, "
+                f"which `{setting}` leaves out. Drop one of them: the loss needs no teacher."
+            )
+        if self.sft_teacher and self.teacher_consistency == "off":
+            raise ConfigError(
+                f"`sft_teacher={self.sft_teacher!r}` is compared by the consistency check, which "
+                "`teacher_consistency='off'` leaves out. Drop one of them."
+            )
+
+    @property
+    def uses_top_k(self) -> bool:
+        """Whether the loss reads the teacher's top-k columns."""
+        return self.offline_loss != "sampled_token"

@@ -1,0 +1,219 @@
+"""Scored rollouts as training rows: per-token columns, through truncation, packing and collation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from torch import Tensor
+from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ...errors import ConfigError, StoreError
+from ...ops.losses import sequence_weights
+from ...teacher.validation import check_rows
+
+
+# Columns with one value per token, under the names they have in a store
+LOG_PROBS = ("teacher_logps", "student_logps", "rollout_logps")
+TOP_K = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")
+REQUIRED = ("prompt_ids", "completion_ids", "teacher_logps")
+WEIGHTS = "loss_weights"
+_NESTED = TOP_K[:2]
+
+AnyDataset = Dataset | IterableDataset
+
+
+def column_names(dataset: AnyDataset) -> list[str]:
+    """Names of the columns; those of the first row where a streaming dataset does not know them."""
+    return dataset.column_names or list(next(iter(dataset)))
+
+
+def is_prepared(dataset: AnyDataset) -> bool:
+    """Whether the rows are training rows already."""
+    return {"input_ids", "labels", "teacher_logps"} <= set(column_names(dataset))
+
+
+def token_columns(names: Sequence[str], uses_top_k: bool) -> list[str]:
+    """
+    Per-token columns that training rows keep, of those that a dataset has.
+
+    Raises:
+        [`~trl_blend.errors.StoreError`]:
+            If a column is missing that the loss reads.
+    """
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise StoreError(
+            f"The dataset lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}. Pass the output of "
+            "`trl-blend score` (`trl_blend.score_rollouts`)."
+        )
+    missing = [name for name in TOP_K if name not in names] if uses_top_k else []
+    if missing:
+        raise StoreError(
+            f"`offline_loss` reads the teacher's most probable tokens, but the dataset lacks {', '.join(missing)}. "
+            "Score the rollouts with `top_k`, or use `offline_loss='sampled_token'`."
+        )
+    return [name for name in (*LOG_PROBS, *(TOP_K if uses_top_k else ())) if name in names]
+
+
+def prepare(
+    dataset: AnyDataset,
+    *,
+    uses_top_k: bool,
+    vocab_size: int,
+    max_length: int | None,
+    packing: bool,
+    shuffle_seed: int | None,
+    num_proc: int | None = None,
+) -> AnyDataset:
+    """
+    Turn scored rollouts into training rows, or leave training rows as they are.
+
+    Every row is checked. A training row has `input_ids` (prompt and completion), `labels` (-100 on the prompt) and the
+    per-token columns, 0 on the prompt. Rows are cut to `max_length` at their end, and left out where nothing of the
+    completion remains.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Columns of a store of scored rollouts.
+        uses_top_k (`bool`):
+            Whether to keep the teacher's top-k columns.
+        vocab_size (`int`):
+            Rows of the student's embedding.
+        max_length (`int`, *optional*):
+            Tokens of a row.
+        packing (`bool`):
+            Whether to pack rows up to `max_length`, each of them whole.
+        shuffle_seed (`int`, *optional*):
+            Seed to shuffle with; `None` keeps the order.
+        num_proc (`int`, *optional*):
+            Processes to prepare with.
+
+    Raises:
+        [`~trl_blend.errors.StoreError`]:
+            If a column is missing or a row is wrong.
+    """
+    names = column_names(dataset)
+    if is_prepared(dataset):
+        token_columns([*REQUIRED, *names], uses_top_k)
+        return dataset
+    columns = token_columns(names, uses_top_k)
+    shuffles = shuffle_seed is not None
+    if shuffles and not packing:  # before the copy, so that the copy is in order
+        dataset = dataset.shuffle(seed=shuffle_seed)
+    kwargs: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
+    if kwargs:
+        kwargs["desc"] = "Aligning teacher log-probabilities"
+    dataset = dataset.with_format("arrow").map(
+        _training_rows,
+        batched=True,
+        fn_kwargs={"columns": columns, "vocab_size": vocab_size, "max_length": max_length, "top_k": uses_top_k},
+        # Not those that the function returns: a streaming dataset would drop them afterwards
+        remove_columns=[name for name in names if name not in columns],
+        features=_features(columns),
+        **kwargs,
+    )
+    dataset = dataset.with_format(None)
+    if not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise ConfigError(f"`max_length={max_length}` leaves nothing of any completion. Raise it.")
+    if packing:
+        dataset = dataset.shuffle(seed=shuffle_seed) if shuffles else dataset
+        kwargs.pop("desc", None)
+        dataset = pack_dataset(dataset, max_length, "bfd", kwargs)
+    return dataset
+
+
+def _features(columns: Sequence[str]) -> Features:
+    ids, values = List(Value("int64")), List(Value("float32"))
+    nested = {"teacher_topk_ids": List(ids), "teacher_topk_logps": List(values)}
+    return Features({"input_ids": ids, "labels": ids, **{name: nested.get(name, values) for name in columns}})
+
+
+def _training_rows(
+    table: pa.Table, columns: Sequence[str], vocab_size: int, max_length: int | None, top_k: bool
+) -> pa.Table:
+    check_rows(table, vocab_size=vocab_size, top_k_required=top_k, where="the training data")
+    prompts, completions = _flat(table, "prompt_ids"), _flat(table, "completion_ids")
+    lengths = np.stack([_lengths(table, "prompt_ids"), _lengths(table, "completion_ids")], axis=1)
+    is_completion = np.repeat(np.tile([False, True], len(table)), lengths.ravel())
+    ids = np.empty(is_completion.size, dtype=np.int64)
+    ids[~is_completion], ids[is_completion] = prompts, completions
+    rows = {"input_ids": ids, "labels": np.where(is_completion, ids, -100)}
+    for name in columns:
+        values = _flat(table, name)
+        aligned = np.zeros((is_completion.size, *values.shape[1:]), dtype=values.dtype)
+        aligned[is_completion] = values
+        rows[name] = aligned
+    totals = lengths.sum(axis=1)
+    if max_length is not None:
+        whole = np.minimum(totals, max_length) * (lengths[:, 0] < max_length)
+        starts = np.repeat(np.cumsum(totals) - totals, totals)
+        kept = np.arange(is_completion.size) - starts < np.repeat(whole, totals)
+        rows = {name: values[kept] for name, values in rows.items()}
+        totals = whole[whole > 0]
+    return pa.table({name: _as_lists(values, totals) for name, values in rows.items()})
+
+
+def _lengths(table: pa.Table, name: str) -> np.ndarray:
+    return table[name].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+
+
+def _flat(table: pa.Table, name: str) -> np.ndarray:
+    flat = table[name].combine_chunks().flatten()
+    width = None
+    if name in _NESTED:
+        width = len(flat[0]) if len(flat) else 1
+        flat = flat.flatten()
+    values = flat.to_numpy(zero_copy_only=False)
+    values = values.astype(np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64)
+    return values if width is None else values.reshape(-1, width)
+
+
+def _as_lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
+    flat: pa.Array = pa.array(values.ravel())
+    if values.ndim == 2:
+        flat = pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], flat)
+    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), flat)
+
+
+@dataclass
+class ScoredRolloutCollator(DataCollatorForLanguageModeling):
+    """
+    TRL's collator with the per-token columns beside the labels, and the weight of every token.
+
+    Returns, beside TRL's keys, each column of shape `(B, T)` or `(B, T, K)` under its name, and `loss_weights` of
+    shape `(B, T)`, the [`~trl_blend.ops.losses.sequence_weights`] of every completion, 0 on prompt and padding.
+
+    Args:
+        loss_aggregation (`str`, *optional*, defaults to `"sequence"`):
+            `"sequence"` or `"token"`.
+    """
+
+    loss_aggregation: str = "sequence"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        width = batch["input_ids"].shape[1]
+        for name in (*LOG_PROBS, *TOP_K):
+            if name in examples[0]:
+                batch[name] = self._stack([torch.tensor(example[name]) for example in examples], width)
+        batch[WEIGHTS] = self._stack([self._weights(example) for example in examples], width)
+        return batch
+
+    def _weights(self, example: dict[str, Any]) -> Tensor:
+        counts = torch.tensor(example["labels"]) != -100
+        weights = torch.zeros(len(counts))
+        sequences = counts.split(example.get("seq_lengths", [len(counts)]))
+        weights[counts] = sequence_weights([int(sequence.sum()) for sequence in sequences], self.loss_aggregation)
+        return weights
+
+    def _stack(self, rows: list[Tensor], width: int) -> Tensor:
+        rows = [torch.cat(rows)] if self.padding_free else rows
+        stacked = rows[0].new_zeros(len(rows), width, *rows[0].shape[1:])
+        for target, row in zip(stacked, rows, strict=True):
+            target[: len(row)] = row
+        return stacked

@@ -1,0 +1,88 @@
+"""The model that TRL's loss sees: the student, with the offline objective in the place of its log-probabilities."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ... import _compat
+from ...ops.losses import sampled_token_loss
+from ...ops.mixed_head import LMHead
+from ...ops.top_k_divergence import top_k_divergence
+from .data import WEIGHTS
+
+
+class OfflineForward:
+    r"""
+    Stands in for the student in `SFTTrainer.compute_loss`, which minimises `-Σ_t outputs.log_probs / num_items`.
+
+    The forward goes through the wrapped student (DDP, FSDP2, DeepSpeed) and TRL's fused head. Its `log_probs` are then
+    replaced by \\( -w_t \ell_t \\), with \\( \ell_t \\) the offline loss of a token and \\( w_t \\) its weight: TRL's
+    reduction over gradient accumulation and processes then gives \\( \sum_t w_t \ell_t / \sum_t w_t \\). Without
+    `fused_lm_head=True` the call is the student's own.
+
+    Args:
+        student (`nn.Module`):
+            The (wrapped) student.
+        columns (`Mapping[str, torch.Tensor]`):
+            Per-token columns of the batch and their weights, each of shape `(B, T)` or `(B, T, K)`.
+        offline_loss (`str`):
+            See [`OfflineOPDConfig`].
+        scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
+            Factor of all weights.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        columns: Mapping[str, Tensor],
+        offline_loss: str,
+        scale: float | Tensor = 1.0,
+    ):
+        self.student = student
+        # The fused head predicts token t from position t - 1
+        self.columns = {name: column[:, 1:] for name, column in columns.items()}
+        self.offline_loss = offline_loss
+        self.scale = scale
+        self.student_logps: Tensor | None = None
+        self.loss: Tensor | None = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        if not inputs.get("fused_lm_head"):
+            return self.student(**inputs)
+        if self.offline_loss == "sampled_token":
+            outputs = self.student(**inputs)
+            self.student_logps = outputs.log_probs.detach()
+            loss = sampled_token_loss(outputs.log_probs, self.columns["teacher_logps"]).loss
+        else:
+            mask = inputs["labels"][:, 1:] != -100
+            with _compat.fused_log_prob_function(lambda *call: self._top_k(mask, *call)):
+                outputs = self.student(**inputs)
+            loss = outputs.log_probs
+        self.loss = loss.detach()
+        outputs.log_probs = -loss * (self.columns[WEIGHTS] * self.scale)
+        return outputs
+
+    def _top_k(
+        self, mask: Tensor, head: LMHead, targets: Tensor, temperature: float, outputs: tuple[str, ...]
+    ) -> tuple[Tensor | None, ...]:
+        # TRL hands over the labelled positions alone on some devices, and all of them on others
+        rows = slice(None) if len(targets) == mask.sum() else mask.reshape(-1)
+        columns = {name: column[mask] for name, column in self.columns.items()}
+        result = top_k_divergence(
+            head._replace(hidden=head.hidden[rows]),
+            targets[rows],
+            columns["teacher_topk_ids"],
+            columns["teacher_topk_logps"],
+            columns["teacher_tail_logmass"],
+            direction="reverse" if self.offline_loss == "top_k_reverse_kl" else "forward",
+            gather_parameters=_compat.gather_lm_head,
+        )
+        self.student_logps = result.student_logps.new_zeros(mask.shape).masked_scatter(mask, result.student_logps)
+
+        def spread(values: Tensor) -> Tensor:
+            if isinstance(rows, slice):
+                return values
+            return values.new_zeros(targets.shape).masked_scatter(rows, values)
+
+        return spread(result.loss), spread(result.student_entropy), None, None, spread(result.is_top1)

@@ -1,0 +1,270 @@
+"""On-policy distillation from teacher log-probabilities that were computed once, over the SFT student's rollouts."""
+
+import textwrap
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTTrainer
+
+from ... import __version__, _compat
+from ...teacher.findings import ConsistencyReport
+from ...teacher.fingerprint import ModelIdentity
+from ...teacher.store import RolloutStore
+from .._cards import method_card
+from . import checks, data
+from .config import OfflineOPDConfig
+from .forward import OfflineForward
+from .metrics import OfflineMetrics
+
+
+logger = get_logger(__name__)
+
+Rollouts = str | RolloutStore | Dataset | IterableDataset
+
+
+class OfflineOPDTrainer(SFTTrainer):
+    r"""
+    Trainer for on-policy distillation without a live teacher.
+
+    The training data are rollouts of the SFT student with the teacher's log-probability of every token, computed once.
+    Each step is one forward and backward of the student, with the loss of
+    [Lightning OPD](https://huggingface.co/papers/2604.13010),
+    \\( -\mathrm{sg}[\log p_T(y_t) - \log p_\theta(y_t)] \log p_\theta(y_t) \\), see
+    [`~trl_blend.ops.losses.sampled_token_loss`]. At the first step its gradient is that of live distillation on the
+    same rollouts; afterwards the rollouts are those of the student that training started from, and `offline/drift_kl`
+    says how far it has moved away.
+
+    The method is only right where the teacher that scored the rollouts is the one whose samples the student was
+    fine-tuned on (teacher consistency). The constructor checks this before a model is loaded, see
+    [`~trl_blend.check_teacher_consistency`].
+
+    Rows go through truncation, packing (`packing_strategy="bfd"`) and padding-free batches with their teacher columns.
+    Left out on purpose: vision-language students, context and sequence parallelism, and packing that cuts rows.
+
+    Example:
+
+    ```python
+    from trl_blend import OfflineOPDConfig, OfflineOPDTrainer
+
+    trainer = OfflineOPDTrainer(
+        model="my-sft",
+        args=OfflineOPDConfig(output_dir="out"),
+        train_dataset="scored",  # folder or Hub id, the output of `trl-blend score`
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student that drew the rollouts.
+        args ([`OfflineOPDConfig`], *optional*):
+            Configuration of this trainer.
+        train_dataset (`str` or [`~trl_blend.RolloutStore`] or [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Scored rollouts: folder or Hub id, an opened store, or rows with its columns.
+        eval_dataset (same types, or a `dict` of them, *optional*):
+            Scored rollouts to measure the loss and the metrics on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer of the student. Defaults to the one that belongs to `model`.
+        rollout_store (`str` or [`~trl_blend.RolloutStore`], *optional*):
+            Store that the rows of a `train_dataset` given as a [`~datasets.Dataset`] were taken from: it carries
+            their provenance.
+        peft_config, **kwargs:
+            See [`~trl.SFTTrainer`].
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]:
+            If arguments are outside their range or contradict each other.
+        [`~trl_blend.errors.StoreError`]:
+            If the data cannot be trained on.
+        [`~trl_blend.errors.ConsistencyError`]:
+            If the teacher, the data and the student do not belong together, with `teacher_consistency="strict"`.
+        [`~trl_blend.errors.UnsupportedError`]:
+            If a combination would run but not correctly.
+    """
+
+    _tag_names = ["trl", "trl-blend", "offline-opd"]
+    _name = "OfflineOPD"
+    _paper = {
+        "title": "Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline On-Policy "
+        "Distillation",
+        "id": "2604.13010",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{wu2026lightning,
+                title        = {{Lightning OPD: Efficient Post-Training for Large Reasoning Models with Offline
+                                On-Policy Distillation}},
+                author       = {Yecheng Wu and Song Han and Hai Cai},
+                year         = 2026,
+                eprint       = {arXiv:2604.13010},
+            }"""),
+    }
+    _template_name = "offline_opd.md"
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        args: OfflineOPDConfig | None = None,
+        train_dataset: Rollouts | None = None,
+        eval_dataset: Rollouts | dict[str, Rollouts] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        rollout_store: str | RolloutStore | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
+            args = OfflineOPDConfig(f"{model_id.split('/')[-1]}-OfflineOPD")
+        checks.check_arguments(model, args, processing_class, peft_config, kwargs)
+        self._vocab_size = checks.vocab_size(model, args)
+        self._uses_top_k = args.uses_top_k
+        self.rollout_store, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
+        if rollout_store is not None:
+            self.rollout_store, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
+        checks.check_drift_columns(args, data.column_names(train_rows))
+        prepared = self._prepare_dataset(train_rows, processing_class, args, args.packing, None, "train")
+        self.consistency_report: ConsistencyReport | None = checks.check_teacher(
+            model, self.rollout_store or train_rows, args, processing_class
+        )
+        self._provenance = checks.find_provenance(model, args)
+        self._offline_metrics = OfflineMetrics()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=prepared,
+            eval_dataset=self._open_eval(eval_dataset, args),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        checks.check_parallelism(self.accelerator)
+        # Not through the argument, which the parent refuses with padding-free batches
+        collator = self.data_collator
+        self.data_collator = data.ScoredRolloutCollator(
+            **{name: getattr(collator, name) for name in collator.__dataclass_fields__},
+            loss_aggregation=args.loss_aggregation,
+        )
+
+    @staticmethod
+    def _open_eval(eval_dataset: Any, args: OfflineOPDConfig) -> Any:
+        if eval_dataset is None:
+            return None
+        if isinstance(eval_dataset, dict):
+            return {
+                key: checks.open_rollouts(value, f"eval_dataset[{key!r}]", args)[1]
+                for key, value in eval_dataset.items()
+            }
+        return checks.open_rollouts(eval_dataset, "eval_dataset", args)[1]
+
+    # Data
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        with args.distributed_state.main_process_first():
+            return data.prepare(
+                dataset,
+                uses_top_k=self._uses_top_k,
+                vocab_size=self._vocab_size,
+                max_length=args.max_length,
+                packing=packing,
+                shuffle_seed=args.seed if args.shuffle_dataset else None,
+                num_proc=args.dataset_num_proc,
+            )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        extra = [name for name in (*data.LOG_PROBS, *data.TOP_K) if name not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *extra]
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Evaluate on scored rollouts of any type that the constructor takes, see [`~transformers.Trainer`]."""
+        if isinstance(eval_dataset, RolloutStore) or (
+            isinstance(eval_dataset, str) and not isinstance(self.eval_dataset, dict)
+        ):
+            eval_dataset = self._open_eval(eval_dataset, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    # Loss
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # The parent counts labels. What shares the loss here is the sum of the weights: completions, or tokens
+        counted = []
+        for batch in batch_samples:
+            num_items = int(batch[data.WEIGHTS][:, 1:].sum().round())
+            counted.append({"labels": torch.zeros(1, num_items + 1, dtype=torch.long)})
+        return super()._get_num_items_in_batch(counted, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        names = [name for name in (*data.LOG_PROBS, *data.TOP_K, data.WEIGHTS) if name in inputs]
+        columns = {name: inputs.pop(name) for name in names}
+        mask = inputs["labels"][:, 1:] != -100
+        scale: float | torch.Tensor = 1.0
+        if num_items_in_batch is None:  # the parent divides by the number of tokens
+            scale = mask.sum() / columns[data.WEIGHTS][:, 1:].sum().clamp(min=1.0)
+        forward = OfflineForward(model, columns, self.args.offline_loss, scale)
+        result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        self._offline_metrics.add(mode, forward.student_logps, forward.columns, mask)
+        if self._uses_top_k:
+            self._offline_metrics.add_divergence(mode, forward.loss, mask)
+        return result
+
+    def training_step(self, *args, **kwargs):
+        with self._offline_metrics.timed():
+            return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
+        mode = "train" if self.model.training else "eval"
+        metrics = self._offline_metrics.pop(mode, self.accelerator, self._total_train_tokens)
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._bound_drift(metrics.get("offline/drift_kl"))
+        super().log(logs, start_time)
+
+    def _bound_drift(self, drift: float | None) -> None:
+        bound = self.args.max_policy_drift
+        if bound is None or drift is None or drift <= bound:
+            return
+        stops = self.args.policy_drift_action == "stop"
+        logger.warning(
+            f"Step {self.state.global_step}: `offline/drift_kl` is {drift:.3g}, above `max_policy_drift={bound}`: the "
+            "stored rollouts no longer look like the student's. "
+            + ("Training stops here. " if stops else "")
+            + "Collect and score new rollouts with the trained student to go on."
+        )
+        self.control.should_training_stop = self.control.should_training_stop or stops
+
+    # Checkpoints and card
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and beside it the record of its SFT teacher, see [`~transformers.Trainer.save_model`]."""
+        super().save_model(output_dir, _internal_call)
+        if self._provenance is not None and self.args.should_save:
+            self._provenance.save(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""
+        history = [entry for entry in self.state.log_history if "offline/drift_kl" in entry]
+        manifest = self.rollout_store.manifest if self.rollout_store else None
+        fields = {
+            "config": self.args,
+            "manifest": manifest,
+            "teacher": _describe(manifest and manifest.teacher),
+            "student": _describe(manifest and manifest.student),
+            "report": self.consistency_report,
+            "drift": history,
+            "version": __version__,
+        }
+        with method_card(self._template_name, **fields) as path:
+            self._template_file = _compat.card_template(path)
+            super().create_model_card(*args, **kwargs)
+
+
+def _describe(identity: dict[str, Any] | None) -> str:
+    return ModelIdentity.from_dict(identity).describe() if identity else "unknown: no identity was recorded"
