@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     from .generation.hooks import blended_generation
     from .generation.rules import BlendRule, LogitMixing, ProbabilityMixing
     from .generation.trust_region_rules import SpeculativeKD, TrustRegion
+    from .teacher.consistency import check_teacher_consistency
+    from .teacher.lightning import import_lightning_opd
+    from .teacher.provenance import TeacherProvenanceCallback, record_teacher
+    from .teacher.rollouts import collect_rollouts
+    from .teacher.scoring import score_rollouts
+    from .teacher.store import RolloutStore, load_rollouts, load_scored_rollouts
     from .trainers.logit_mix_grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
+    from .trainers.offline_opd import OfflineOPDConfig, OfflineOPDTrainer
     from .trainers.trust_region_opd import TrustRegionOPDConfig, TrustRegionOPDTrainer
 
 try:
@@ -42,12 +49,23 @@ _MODULE_OF = {
     "LogitMixGRPOConfig": "trl_blend.trainers.logit_mix_grpo",
     "LogitMixGRPOTrainer": "trl_blend.trainers.logit_mix_grpo",
     "LogitMixing": "trl_blend.generation.rules",
+    "OfflineOPDConfig": "trl_blend.trainers.offline_opd",
+    "OfflineOPDTrainer": "trl_blend.trainers.offline_opd",
     "ProbabilityMixing": "trl_blend.generation.rules",
+    "RolloutStore": "trl_blend.teacher.store",
     "SpeculativeKD": "trl_blend.generation.trust_region_rules",
+    "TeacherProvenanceCallback": "trl_blend.teacher.provenance",
     "TrustRegion": "trl_blend.generation.trust_region_rules",
     "TrustRegionOPDConfig": "trl_blend.trainers.trust_region_opd",
     "TrustRegionOPDTrainer": "trl_blend.trainers.trust_region_opd",
     "blended_generation": "trl_blend.generation.hooks",
+    "check_teacher_consistency": "trl_blend.teacher.consistency",
+    "collect_rollouts": "trl_blend.teacher.rollouts",
+    "import_lightning_opd": "trl_blend.teacher.lightning",
+    "load_rollouts": "trl_blend.teacher.store",
+    "load_scored_rollouts": "trl_blend.teacher.store",
+    "record_teacher": "trl_blend.teacher.provenance",
+    "score_rollouts": "trl_blend.teacher.scoring",
 }
 
 # Spelled out, not computed, so that type checkers and editors see it; a test holds it equal to `_MODULE_OF`.
@@ -56,13 +74,24 @@ __all__ = [
     "LogitMixGRPOConfig",
     "LogitMixGRPOTrainer",
     "LogitMixing",
+    "OfflineOPDConfig",
+    "OfflineOPDTrainer",
     "ProbabilityMixing",
+    "RolloutStore",
     "SpeculativeKD",
+    "TeacherProvenanceCallback",
     "TrustRegion",
     "TrustRegionOPDConfig",
     "TrustRegionOPDTrainer",
     "__version__",
     "blended_generation",
+    "check_teacher_consistency",
+    "collect_rollouts",
+    "import_lightning_opd",
+    "load_rollouts",
+    "load_scored_rollouts",
+    "record_teacher",
+    "score_rollouts",
 ]
 
 

@@ -8,6 +8,9 @@ expect, so `except ValueError` keeps working.
 |---|---|---|
 | [`ConfigError`] | a config's `__post_init__`, a trainer's constructor, a rule | a setting is outside its range or contradicts another |
 | [`TokenizerMismatchError`] | `teacher.compatibility` | student and partner do not map the same tokens to the same ids |
+| [`StoreError`] | `teacher.store`, `teacher.shards`, `teacher.validation` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
+| [`ConsistencyError`] | `teacher.consistency` | the teacher of the log-probs is not, or not provably, the teacher of the student's SFT |
+| [`EngineError`] | `teacher.vllm_client`, `teacher.vllm_server` | a vLLM server cannot be reached, refuses a request, or does not return what is needed |
 | [`UnsupportedError`] | a trainer's constructor, `blended_generation` | a combination that this package cannot run correctly |
 """
 
@@ -22,6 +25,30 @@ class ConfigError(TrlBlendError, ValueError):
 
 class TokenizerMismatchError(TrlBlendError, ValueError):
     """Two models do not share one token-to-id map, so their logits cannot be combined."""
+
+
+class StoreError(TrlBlendError, ValueError):
+    """A store of rollouts cannot be read or written: half-written, broken, of a newer schema, without what is asked."""
+
+
+class ConsistencyError(TrlBlendError, ValueError):
+    """
+    The teacher whose log-probs are stored is not, or not provably, the one the student was fine-tuned on.
+
+    Args:
+        message (`str`):
+            The findings that failed, each with its remedy.
+        report ([`~trl_blend.teacher.consistency.ConsistencyReport`], *optional*):
+            Every finding, kept as attribute `report`.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class EngineError(TrlBlendError, RuntimeError):
+    """A vLLM server cannot be reached, refuses a request, or does not return what is needed."""
 
 
 class UnsupportedError(TrlBlendError, NotImplementedError):

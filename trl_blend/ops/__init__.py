@@ -6,9 +6,12 @@ Nothing here knows a model, a trainer, a tokenizer or a logger, and importing it
 
 from trl_blend.ops.divergences import ReverseKL, SupportStatistics, reverse_kl, support_statistics
 from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
+from trl_blend.ops.losses import SampledTokenLoss, sampled_kl, sampled_token_loss, sequence_weights
 from trl_blend.ops.mixed_head import LMHead, MixedLogProbs, mixed_log_probs
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
 from trl_blend.ops.reduction import masked_mean, masked_sum
+from trl_blend.ops.token_scores import TokenLogProbs, score_tokens
+from trl_blend.ops.top_k_divergence import TopKDivergence, top_k_divergence
 from trl_blend.ops.trust_region import TrustRegionSolution, solve_trust_region
 from trl_blend.ops.vocab import EosMap, align_vocab, canonicalize_eos, eos_map
 
@@ -19,7 +22,10 @@ __all__ = [
     "LMHead",
     "MixedLogProbs",
     "ReverseKL",
+    "SampledTokenLoss",
     "SupportStatistics",
+    "TokenLogProbs",
+    "TopKDivergence",
     "TrustRegionSolution",
     "align_vocab",
     "canonicalize_eos",
@@ -31,8 +37,13 @@ __all__ = [
     "mix_probs",
     "mixed_log_probs",
     "reverse_kl",
+    "score_tokens",
+    "sampled_kl",
+    "sampled_token_loss",
+    "sequence_weights",
     "solve_trust_region",
     "summarize_importance",
     "support_statistics",
+    "top_k_divergence",
     "validate_weights",
 ]

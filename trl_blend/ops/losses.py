@@ -34,8 +34,9 @@ def sampled_token_loss(student_logps: Tensor, teacher_logps: Tensor) -> SampledT
     $$
 
     with the **current** student in the advantage. Where `y_t` is drawn from the student itself, the gradient of
-    `ℓ_t` is an unbiased estimate of that of `KL(p_θ‖p_T)` at the prefix; on stored rollouts its fixed point is still
-    `p_θ = p_T` at the visited prefixes, whichever policy drew them.
+    `ℓ_t` is an unbiased estimate of that of `KL(p_θ‖p_T)` at the prefix. On stored rollouts `p_θ = p_T` at the visited
+    prefixes is still a fixed point, whichever policy drew them; rollouts cut to a set of tokens (top-p, top-k) fix
+    `p_θ` on that set, and of the tokens outside it only their mass together.
 
     Left out on purpose, as in the reference: a ratio to the rollout policy, whitening, and KL or entropy terms. The
     PPO clip of the reference code has no effect there (one update per batch) and has none here.

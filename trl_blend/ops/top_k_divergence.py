@@ -66,7 +66,9 @@ def top_k_divergence(
 
     Gradient with respect to the student's logit of token `j` in event `c`: `p_S(j) (log p_S(c) - log p_T(c) - KL)` for
     the reverse, `p_S(j) Σ_c' p_T(c') - p_T(c) p_S(j|c)` for the forward direction. Logits are built for a few rows at
-    a time, forward and backward, so the largest temporary is 64 MB in float32 whatever `N`.
+    a time, forward and backward: a tensor of them has at most 2^24 elements (64 MB in float32) whatever `N`, and a few
+    are alive at once. Beside them the backward holds the gradient of the weight in float32, and under autocast both
+    directions hold the weight in the lower precision.
 
     Args:
         student ([`LMHead`]):
@@ -98,8 +100,8 @@ def top_k_divergence(
             f"`topk_ids` has {topk_ids.shape[-1]} tokens per position, but the student has {student.weight.shape[0]}: "
             "no other token is left. Score with a smaller `top_k`."
         )
-    teacher = torch.cat([topk_logps, tail_logmass.unsqueeze(-1)], dim=-1).to(_wide(student.hidden).dtype)
-    teacher = teacher.clamp(min=_LOG_MIN_MASS)
+    tail = tail_logmass.clamp(min=_LOG_MIN_MASS).unsqueeze(-1)
+    teacher = torch.cat([topk_logps, tail], dim=-1).to(_wide(student.hidden).dtype)
     plan = _Plan(student.logit_scale, student.softcap, projection_dtype(student.hidden), direction, gather_parameters)
     result = _TopKFunction.apply(plan, targets, topk_ids, teacher, student.hidden, student.weight, student.bias)
     return TopKDivergence(*result)
@@ -112,10 +114,11 @@ class _Plan(NamedTuple):
     direction: str
     gather_parameters: Callable[..., AbstractContextManager[Any]]
 
+    def cast(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
+
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.to(self.dtype)
-        logits = torch.nn.functional.linear(hidden.to(self.dtype), weight.to(self.dtype), bias)
-        logits = _wide(logits) * self.logit_scale
+        logits = _wide(torch.nn.functional.linear(hidden.to(self.dtype), weight, bias)) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def projection_grad(self, grad: Tensor, logits: Tensor) -> Tensor:
@@ -147,11 +150,12 @@ class _TopKFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         rows = []
         with plan.gather_parameters(*[p for p in (weight, bias) if p is not None]):
+            cast = plan.cast(weight, bias)
             for chunk in _chunks(hidden, weight):
-                logprobs = plan.logits(hidden[chunk], weight, bias).log_softmax(-1)
+                logprobs = plan.logits(hidden[chunk], *cast).log_softmax(-1)
                 divergence = plan.divergence(_events(logprobs, topk_ids[chunk]), teacher[chunk])
                 target_logps = logprobs.gather(-1, targets[chunk].unsqueeze(-1)).squeeze(-1)
-                entropy = -(logprobs.exp() * logprobs).sum(-1)
+                entropy = torch.special.entr(logprobs.exp()).sum(-1)
                 is_top1 = (logprobs.argmax(-1) == targets[chunk]).to(logprobs.dtype)
                 rows.append(torch.stack([divergence, target_logps, entropy, is_top1]))
         ctx.plan = plan
@@ -174,12 +178,13 @@ class _TopKFunction(torch.autograd.Function):
             for tensor, need in zip((hidden, weight, bias), needed, strict=True)
         ]
         with plan.gather_parameters(*[p for p in (weight, bias) if p is not None]):
+            cast = plan.cast(weight, bias)
             for chunk in _chunks(hidden, weight):
-                logits = plan.logits(hidden[chunk], weight, bias)
+                logits = plan.logits(hidden[chunk], *cast)
                 grad = _logit_grad(plan.direction, logits.log_softmax(-1), topk_ids[chunk], teacher[chunk])
                 grad = plan.projection_grad(grad * grad_loss[chunk].unsqueeze(-1), logits).to(plan.dtype)
                 if grads[0] is not None:
-                    grads[0][chunk] = (grad @ weight.to(plan.dtype)).to(wide)
+                    grads[0][chunk] = (grad @ cast[0]).to(wide)
                 if grads[1] is not None:
                     grads[1] += grad.t() @ hidden[chunk].to(plan.dtype)
                 if grads[2] is not None:

@@ -1,0 +1,277 @@
+"""`trl-blend`: options, configuration files, exit codes, one-line errors, and what `inspect` prints."""
+
+import inspect
+import json
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.teacher.collecting import rows_of, save_model, save_prompts
+from trl_blend import cli
+from trl_blend.teacher import rollouts, scoring
+from trl_blend.teacher.store import RolloutStore
+
+
+ROOT = Path(__file__).resolve().parents[1]
+COLLECT = ["--max_new_tokens", "6", "--rows_per_shard", "4", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A student, a teacher, prompts, and one store of each kind, made by the commands."""
+    folder = tmp_path_factory.mktemp("world")
+    paths = {name: str(folder / name) for name in ("student", "teacher", "prompts.jsonl", "rollouts", "scored")}
+    save_model(paths["student"])
+    save_model(paths["teacher"], seed=1)
+    save_prompts(paths["prompts.jsonl"], count=6)
+    assert cli.main([*rollouts_command(paths), *COLLECT]) == 0
+    assert cli.main([*score_command(paths), "--top_k", "3", "--quiet"]) == 0
+    return paths
+
+
+def rollouts_command(paths, output="rollouts"):
+    command = ["rollouts", "--model_name_or_path", paths["student"], "--dataset_name", paths["prompts.jsonl"]]
+    return [*command, "--output_dir", paths.get(output, output)]
+
+
+def score_command(paths, output="scored"):
+    command = ["score", "--teacher_model_name_or_path", paths["teacher"], "--rollouts", paths["rollouts"]]
+    return [*command, "--output_dir", paths.get(output, output)]
+
+
+def fails(capsys, arguments):
+    """The one line that a command with an error of the user prints."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    output, errors = capsys.readouterr()
+    assert status == 2 and output == ""
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
+    return lines[0]
+
+
+# -------------------- the commands
+
+
+def test_the_commands_make_the_stores(world):
+    store, scored = RolloutStore.open(world["rollouts"]), RolloutStore.open(world["scored"])
+    assert [row["key"] for row in rows_of(store)] == [row["key"] for row in rows_of(scored)]
+    assert len(rows_of(store)) == 6 and store.manifest.sampling["max_new_tokens"] == 6
+    assert scored.manifest.scoring["top_k"] == 3
+
+
+def test_what_is_printed_at_the_end(world, capsys):
+    assert cli.main([*rollouts_command(world), *COLLECT]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("6 rollouts with ") and f"trl-blend inspect {world['rollouts']}" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "renamed"),
+    [
+        (
+            "rollouts",
+            rollouts.collect_rollouts,
+            {"model": "model_name_or_path", "prompts": "dataset_name", "dataset_split": "dataset_train_split"},
+        ),
+        ("score", scoring.score_rollouts, {"teacher": "teacher_model_name_or_path"}),
+    ],
+)
+def test_every_argument_is_an_option_with_the_same_default(command, function, renamed):
+    required = {"rollouts": ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]}
+    required["score"] = ["--teacher_model_name_or_path", "t", "--rollouts", "r", "--output_dir", "o"]
+    options = vars(cli._build_parser().parse_args([command, *required[command]]))
+    parameters = inspect.signature(function).parameters
+    names = {renamed.get(name, name): parameter for name, parameter in parameters.items()}
+    assert set(names) - {"processing_class"} == set(options) - {"run", "config"}
+    for name, parameter in names.items():
+        if parameter.default is not inspect.Parameter.empty and name != "processing_class":
+            assert options[name] == parameter.default, name
+
+
+def test_a_configuration_file(world, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    lines = [f"model_name_or_path: {world['student']}", f"dataset_name: {world['prompts.jsonl']}", "quiet: true"]
+    lines += ["max_new_tokens: 3", "temperature: 0.5", "repair: false", "min_p: null", "seed: 4"]
+    config.write_text("\n".join([*lines, "chat_template_kwargs: {enable_thinking: false}"]))
+    folder = str(tmp_path / "store")
+    assert cli.main(["rollouts", "--config", str(config), "--output_dir", folder, "--max_new_tokens", "4"]) == 0
+    sampling = RolloutStore.open(folder).manifest.sampling
+    assert (sampling["max_new_tokens"], sampling["temperature"], sampling["seed"]) == (4, 0.5, 4)
+    capsys.readouterr()
+    config.write_text("temprature: 0.5")
+    assert "unrecognized arguments: --temprature=0.5" in fails(
+        capsys, [*rollouts_command(world), "--config", str(config)]
+    )
+    config.write_text("- a list")
+    assert "has to hold `option: value` lines" in fails(capsys, [*rollouts_command(world), "--config", str(config)])
+
+
+def test_record_teacher(world, tmp_path, capsys):
+    student = save_model(tmp_path / "student")
+    command = ["record-teacher", "--model_name_or_path", student, "--teacher_model_name_or_path"]
+    assert cli.main([*command, world["teacher"], "--note", "sft"]) == 0
+    assert "as the SFT teacher of" in capsys.readouterr().out
+    assert json.loads((tmp_path / "student" / "teacher_provenance.json").read_text())["note"] == "sft"
+    assert "records another teacher" in fails(capsys, [*command, student])
+    assert cli.main([*command, student, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert "is not a folder" in fails(capsys, [*command[:2], "nowhere", *command[3:], student])
+
+
+# -------------------- inspect
+
+
+def test_inspect_rollouts(world, capsys):
+    assert cli.main(["inspect", world["rollouts"]]) == 0
+    output = capsys.readouterr().out
+    for text in ("rollouts, made ", "6 in 2 shards", "temperature=0.7, top_p=0.9", "bytes", "log-probs in float16"):
+        assert text in output
+    assert "teacher" not in output.split("Score it with")[0] and "trl-blend score --rollouts" in output
+
+
+def test_inspect_scores_without_a_model(world, capsys):
+    assert cli.main(["inspect", world["scored"], "--verify"]) == 0
+    output = capsys.readouterr().out
+    assert output.count(", tokenizer ") == 2  # student and teacher
+    for text in (
+        "3 teacher tokens per position",
+        "[ok] manifest",
+        "[ok] tokenizer",
+        "policy_gap",
+        "--model_name_or_path",
+    ):
+        assert text in output
+
+
+def test_inspect_with_the_models(world, capsys):
+    models = ["--model_name_or_path", world["student"], "--teacher_model_name_or_path", world["teacher"]]
+    assert cli.main(["inspect", world["scored"], *models]) == 1
+    output = capsys.readouterr().out
+    assert "[missing] provenance" in output and "[ok] rescored" in output and "[ok] rollout_student" in output
+    # The recorded student is the one to compare with where none is given
+    assert cli.main(["inspect", world["scored"], *models[2:], "--sft_teacher", world["teacher"]]) == 0
+    assert "stated, not verified" in capsys.readouterr().out
+
+
+def test_inspect_as_json(world, capsys):
+    assert cli.main(["inspect", world["scored"], "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["summary"]["num_rows"] == 6 and value["summary"]["bytes_per_token"] > 0
+    assert value["consistency"]["ok"] and value["consistency"]["findings"][0]["name"] == "manifest"
+    assert cli.main(["inspect", world["rollouts"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["consistency"] is None
+
+
+# -------------------- errors of the user
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["scor"], "invalid choice: 'scor'"),
+        (["inspect"], "the following arguments are required: store"),
+        (["inspect", "nowhere"], "'nowhere' is not a folder here"),
+        (["inspect", str(ROOT / "tests")], "has no manifest.json"),
+        (["score", "--rollouts", "r"], "required: --teacher_model_name_or_path, --output_dir"),
+        (["score", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_is_asked_for(capsys, arguments, message):
+    assert message in fails(capsys, arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "0"], "`temperature=0.0` must be more than 0"),
+        (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
+        (["--temprature", "1"], "unrecognized arguments: --temprature 1"),
+        (["--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--prompt_column", "question"], "no column `question`"),
+        (["--dataset_name", "nowhere.jsonl"], "there is no such file"),
+        (["--model_name_or_path", "nowhere/x"], "`model='nowhere/x'` is neither a folder"),
+        (["--vllm_kwargs", "{"], "argument --vllm_kwargs: '{' is not JSON"),
+        (["--vllm_kwargs", "[]"], "'[]' is not a JSON object"),
+        (["--load_in_4bit"], "needs bitsandbytes"),
+        (["--output_dir", str(ROOT)], "is not empty and no store of rollouts"),
+        (["--vllm_server_url", "host"], "`vllm_server_url='host'` is no URL"),
+        (["--seed", "1"], "started with other settings (there -> now): seed: 0 -> 1"),
+    ],
+)
+def test_rollouts(world, capsys, options, message):
+    assert message in fails(capsys, [*rollouts_command(world), *COLLECT, *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top_k", "64"], "`top_k=64` must be at least 1 and less than the teacher's vocabulary size 64"),
+        (["--rollouts", "nowhere"], "'nowhere' is not a folder here"),
+        (["--teacher_model_name_or_path", "nowhere/x"], "`teacher='nowhere/x'` is neither a folder"),
+        ([], "top_k: 3 -> None"),
+    ],
+)
+def test_score(world, capsys, options, message):
+    assert message in fails(capsys, [*score_command(world), "--quiet", *options])
+
+
+def test_an_error_of_ours_keeps_its_traceback(world, monkeypatch):
+    monkeypatch.setattr(rollouts, "collect_rollouts", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(rollouts_command(world))
+
+
+def test_running_out_of_memory(world, monkeypatch, capsys):
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    def fail(*args, **kwargs):
+        raise OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rollouts, "collect_rollouts", fail)
+    assert "Lower --batch_size" in fails(capsys, rollouts_command(world))
+
+
+def test_other_processes_say_which_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert fails(capsys, ["inspect", "nowhere"]).startswith("trl-blend (process 3): error: ")
+
+
+# -------------------- as a program
+
+
+def test_it_is_installed_under_its_name():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"trl-blend": "trl_blend.cli:main"}
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, trl_blend.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)))"
+    )
+    for arguments in (["--help"], ["score", "--help"], ["rollouts", "--temprature"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_is_fast_and_names_the_commands():
+    seconds = []
+    for _ in range(3):  # the machine may be busy with something else
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "trl_blend", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.5
+    for name in ("rollouts", "score", "inspect", "record-teacher"):
+        assert name in done.stdout

@@ -1,0 +1,212 @@
+"""
+Which weights a model has: SHA-256 over names, shapes and values, whatever the files are called, however they are
+sharded and in whichever dtype the same values are stored.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from trl_blend.errors import UnsupportedError
+
+
+CHUNK_ELEMENTS = 1 << 20  # part of the definition: changing it changes every fingerprint
+
+_PROBE = 1024  # float32 weights show in the first few values that they are no bfloat16 numbers
+
+# Buffers that older releases of transformers saved with the weights and today's models compute
+_LEGACY_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
+
+LazyTensor = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class WeightsFingerprint:
+    """
+    Identity of a set of weights.
+
+    Args:
+        sha256 (`str`):
+            SHA-256 over (name, shape, values) of every tensor in the order of the names. Values are taken as float32,
+            so the same values stored in another dtype have the same fingerprint. A float64 tensor is rounded to
+            float32 and integers are taken as they are.
+        sha256_bfloat16 (`str`):
+            The same over the values rounded to bfloat16. It equals `sha256` exactly when every value is a bfloat16
+            number already: that is how a bfloat16 copy of float32 weights is recognised.
+        dtypes (`dict[str, int]`):
+            Number of elements stored in each dtype. Not part of the fingerprint.
+        num_parameters (`int`):
+            Number of elements, tied ones once.
+    """
+
+    sha256: str
+    sha256_bfloat16: str
+    dtypes: dict[str, int]
+    num_parameters: int
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether every value is a bfloat16 number, in whatever dtype it is stored."""
+        return self.sha256 == self.sha256_bfloat16
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "WeightsFingerprint":
+        return cls(**{**fields, "dtypes": dict(fields["dtypes"])})
+
+
+def compare_weights(first: WeightsFingerprint, second: WeightsFingerprint) -> str:
+    """
+    How two sets of weights are related.
+
+    Returns:
+        `"same"`; `"bfloat16_copy"` where one is the other rounded to bfloat16; `"equal_in_bfloat16"` where neither is,
+        but both round to the same (two float32 models that differ a little); else `"different"`.
+    """
+    if first.sha256 == second.sha256:
+        return "same"
+    if first.sha256_bfloat16 != second.sha256_bfloat16:
+        return "different"
+    return "bfloat16_copy" if first.is_bfloat16 or second.is_bfloat16 else "equal_in_bfloat16"
+
+
+class Layout(NamedTuple):
+    """
+    What an architecture says about the names of its weights.
+
+    Args:
+        prefix (`str`):
+            Name of the backbone inside the causal language model, left out of the fingerprint: some checkpoints have
+            it and some do not.
+        tied (`dict[str, str]`):
+            Tensors that may be a second name of another one.
+    """
+
+    prefix: str = "model."
+    tied: Mapping[str, str] = {}
+
+    def canonical(self, name: str) -> str:
+        return name.removeprefix(self.prefix)
+
+
+def layout_of(config: Any) -> Layout:
+    """The layout of a configuration's causal language model; the default one for an unknown architecture."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if isinstance(model_class, (tuple, list)):
+        model_class = model_class[0]
+    if model_class is None:
+        return Layout()
+    prefix = f"{model_class.base_model_prefix}." if model_class.base_model_prefix else ""
+    tied = model_class._tied_weights_keys
+    tied = tied if isinstance(tied, Mapping) else {}
+    return Layout(prefix, {name.removeprefix(prefix): source.removeprefix(prefix) for name, source in tied.items()})
+
+
+class _TensorDigest(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    digest: bytes
+    digest_bfloat16: bytes
+
+
+def _chunk_digests(chunk: torch.Tensor) -> tuple[bytes, bytes]:
+    """Digests of a flat piece of a tensor: of its values, and of its values rounded to bfloat16."""
+    if not chunk.is_floating_point():
+        digest = hashlib.sha256(f"{chunk.dtype}".encode() + chunk.contiguous().numpy().tobytes()).digest()
+        return digest, digest
+    if chunk.dtype == torch.bfloat16:
+        bits = chunk.view(torch.int16)
+    else:
+        values = chunk.float().contiguous()
+        lower_halves = values.view(torch.int16)[::2]  # of a little-endian float32, zero in a bfloat16 number
+        if lower_halves[:_PROBE].any() or lower_halves.any():
+            digest_bfloat16 = _digest(b"bfloat16", values.bfloat16().view(torch.int16))
+            return _digest(b"float32", values.view(torch.int32)), digest_bfloat16
+        bits = (values.view(torch.int32) >> 16).to(torch.int16)
+    # bfloat16 numbers, in whatever dtype: hashed once, two bytes each
+    digest = _digest(b"bfloat16", bits)
+    return digest, digest
+
+
+def _digest(tag: bytes, bits: torch.Tensor) -> bytes:
+    hashed = hashlib.sha256(tag)
+    hashed.update(bits.contiguous().numpy().data.cast("B"))
+    return hashed.digest()
+
+
+@torch.no_grad()
+def _tensor_digest(read: LazyTensor) -> _TensorDigest:
+    tensor = read().detach()
+    flat = tensor.reshape(-1)
+    exact, rounded = hashlib.sha256(), hashlib.sha256()
+    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
+        digests = _chunk_digests(flat[start : start + CHUNK_ELEMENTS].cpu())
+        exact.update(digests[0])
+        rounded.update(digests[1])
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _TensorDigest(tuple(tensor.shape), dtype, exact.digest(), rounded.digest())
+
+
+def fingerprint_tensors(
+    tensors: Mapping[str, LazyTensor], layout: Layout | None = None, num_threads: int | None = None
+) -> WeightsFingerprint:
+    """
+    Fingerprint of named tensors. Reads one tensor per thread at a time, one piece of
+    it at a time: memory does not grow with the model.
+
+    Args:
+        tensors (`Mapping[str, Callable[[], torch.Tensor]]`):
+            How to get each tensor.
+        layout ([`Layout`], *optional*):
+            Names of the architecture.
+        num_threads (`int`, *optional*, defaults to the number of cores, at most `8`):
+            Threads that hash.
+    """
+    layout = layout or Layout()
+    names = sorted(name for name in tensors if not _is_legacy_buffer(name, tensors))
+    workers = num_threads or min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        digests = list(pool.map(_tensor_digest, [tensors[name] for name in names]))
+    found = {layout.canonical(name): digest for name, digest in zip(names, digests, strict=True)}
+    if len(found) != len(names):
+        raise UnsupportedError(
+            f"weights hold both `{layout.prefix}x` and `x` for {len(names) - len(found)} tensors: not one causal LM"
+        )
+    for name, source in layout.tied.items():
+        # One tensor under two names; which of the two a file keeps is the writer's choice.
+        if name in found and (source not in found or _same(found[name], found[source])):
+            found[source] = found.pop(name)
+    return _combine(found)
+
+
+def _is_legacy_buffer(name: str, names: Iterable[str]) -> bool:
+    match = _LEGACY_BUFFERS.search(name)
+    return match is not None and f"{name.rsplit('.', 1)[0]}.weight" not in names
+
+
+def _same(first: _TensorDigest, second: _TensorDigest) -> bool:
+    return (first.shape, first.digest) == (second.shape, second.digest)
+
+
+def _combine(found: Mapping[str, _TensorDigest]) -> WeightsFingerprint:
+    exact, rounded = hashlib.sha256(), hashlib.sha256()
+    dtypes: dict[str, int] = {}
+    for name, tensor in sorted(found.items()):
+        header = f"{name}\0{list(tensor.shape)}\0".encode()
+        exact.update(header + tensor.digest)
+        rounded.update(header + tensor.digest_bfloat16)
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + count
+    return WeightsFingerprint(exact.hexdigest(), rounded.hexdigest(), dtypes, sum(dtypes.values()))
