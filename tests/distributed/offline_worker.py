@@ -7,6 +7,7 @@ It only produces: `FOLDER/LAUNCH/RANK.pt` holds what every check found on this r
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import LoraConfig
 
 from tests.distributed import worker
@@ -23,6 +24,8 @@ UPDATES: dict[str, dict[str, Any]] = {
     "token": {"loss_aggregation": "token"},
     "padding_free": {"padding_free": True, "gradient_accumulation_steps": 2},
     "top_k": {"offline_loss": "top_k_reverse_kl"},
+    # Three shards of different sizes for two processes
+    "streamed": {},
     "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
 }
 PEFT_UPDATES: dict[str, dict[str, Any]] = {"peft": {"gradient_accumulation_steps": 2}}
@@ -42,6 +45,8 @@ class OfflineWorker(worker.Worker):
             )
         if name == "evaluated":
             trainer_kwargs["eval_dataset"] = rows.select(range(8))
+        if name == "streamed":
+            rows = interleaved(rows)
         trainer = self.build(name, **SETTINGS, **settings, train_dataset=rows, trainer_kwargs=trainer_kwargs)
         before = full_parameters(trainer)
         trainer.train()
@@ -59,6 +64,13 @@ class OfflineWorker(worker.Worker):
             for name, settings in PEFT_UPDATES.items():
                 self.offline_update(name, settings)
         torch.save(self.found, self.folder / self.launch / f"{self.rank}.pt")
+
+
+def interleaved(rows: Dataset) -> IterableDataset:
+    parts = [rows.select(range(*bounds)).to_iterable_dataset() for bounds in ((0, 5), (5, 16), (16, len(rows)))]
+    stream = concatenate_datasets(parts)
+    assert stream.num_shards == 3
+    return stream
 
 
 if __name__ == "__main__":

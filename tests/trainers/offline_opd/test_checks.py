@@ -1,5 +1,7 @@
 """What the constructor refuses before a model is loaded, and what it accepts."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
@@ -10,6 +12,8 @@ from tests.trainers import scored
 from tests.trainers.runs import check_refusal
 from trl_blend import OfflineOPDTrainer
 from trl_blend.errors import ConfigError, StoreError, UnsupportedError
+from trl_blend.trainers.offline_opd import checks
+from trl_blend.trainers.offline_opd.checks import check_parallelism
 
 
 def refusal(build_offline, monkeypatch, error, match, **kwargs):
@@ -83,3 +87,19 @@ def test_a_tokenizer_and_a_loaded_model_are_accepted(build_offline, models):
     )
     assert trainer.consistency_report is None and trainer.rollout_store is None
     trainer.train()
+
+
+def test_rows_may_be_shuffled_before_training(build_offline, rows):
+    ordered, shuffled = (build_offline(shuffle_dataset=value).train_dataset["input_ids"] for value in (False, True))
+    assert ordered != shuffled and sorted(ordered) == sorted(shuffled)
+
+
+@pytest.mark.parametrize("enabled", ["cp_enabled", "sp_enabled"])
+def test_rows_that_are_split_over_processes(build_offline, monkeypatch, enabled):
+    split = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, "tp_size": 1, enabled: True})
+    check_parallelism(SimpleNamespace(parallelism_config=None))
+    with pytest.raises(UnsupportedError, match="cp_size"):
+        check_parallelism(SimpleNamespace(parallelism_config=split))
+    seen = []
+    monkeypatch.setattr(checks, "check_parallelism", seen.append)
+    assert seen == [build_offline().accelerator]

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 from tests import reference_offline
-from tests.tiny import tiny_lora
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import scored
 from tests.trainers.runs import assert_close_tensors, set_parameters, snapshot
 
@@ -71,6 +71,22 @@ def test_step_equals_the_reference(build_offline, models, rows, offline_loss, ag
     assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
     (gradients,) = record.gradients
     assert_close_tensors(gradients, expected, 1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_a_model_that_transformers_does_not_take_for_a_shifting_one(build_offline, tmp_path, rows, aggregation):
+    """Its labels are counted without a shift, once per micro-batch."""
+    student = tiny_model("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    expected_loss, expected = reference_step(student, rows, "sampled_token", aggregation)
+    trainer = build_offline(
+        student=student,
+        loss_aggregation=aggregation,
+        trainer_kwargs={"processing_class": tiny_tokenizer()},
+        **LAYOUTS["accumulated"],
+    )
+    record = scored.train_offline(trainer)
+    assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_tensors(record.gradients[0], expected, 1e-4)
 
 
 def test_the_two_aggregations_differ(models, rows):

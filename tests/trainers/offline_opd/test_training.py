@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.trainers import scored
 from tests.trainers.runs import assert_same_tensors, set_parameters, snapshot
+from trl_blend.trainers.offline_opd import metrics
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,44 @@ def test_a_wide_bound_changes_nothing(build_offline, many_rows, caplog):
     trainer = build_offline(train_dataset=many_rows, **RUN, max_policy_drift=1e3, policy_drift_action="stop")
     trainer.train()
     assert trainer.state.global_step == 4 and "max_policy_drift" not in caplog.text
+
+
+def test_the_clock_runs_from_log_to_log_and_stops_for_evaluations(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = metrics.OfflineMetrics()
+
+    def pass_seconds(seconds):
+        now[0] += seconds
+
+    def log(tokens):
+        clock._means["train"].add("x", torch.ones(1), torch.ones(1, dtype=torch.bool))
+        clock._means["train"].add("advantage", torch.ones(1), torch.ones(1, dtype=torch.bool))
+        clock._means["train"].add("advantage_square", torch.ones(1), torch.ones(1, dtype=torch.bool))
+        return clock.pop("train", Accelerator(cpu=True), tokens)["offline/tokens_per_second"]
+
+    clock.resume()
+    pass_seconds(2.0)
+    clock.resume()  # the second step of the same interval, and what lies between them
+    pass_seconds(3.0)
+    assert log(50.0) == 10.0
+    pass_seconds(1000.0)  # saving
+    clock.resume()
+    pass_seconds(1.0)
+    clock.pause()
+    pass_seconds(1000.0)  # evaluation
+    clock.resume()
+    pass_seconds(1.0)
+    assert log(90.0) == 20.0
+
+
+@pytest.mark.parametrize("drift", [float("nan"), None, 0.5])
+def test_a_drift_that_is_not_above_the_bound_does_not_stop(build_offline, drift):
+    trainer = build_offline(max_policy_drift=0.5, policy_drift_action="stop")
+    trainer._bound_drift(drift)
+    assert not trainer.control.should_training_stop
+    trainer._bound_drift(0.6)
+    assert trainer.control.should_training_stop
 
 
 def test_one_forward_of_the_student_per_micro_batch(build_offline, many_rows):

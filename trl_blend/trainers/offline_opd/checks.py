@@ -81,7 +81,8 @@ def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[Rollou
             Configuration.
     """
     if isinstance(value, str):
-        value = RolloutStore.open(value)
+        # Checksums too: a flipped bit would only show in what the student learns
+        value = RolloutStore.open(value, verify=args.distributed_state.is_main_process)
     if isinstance(value, RolloutStore):
         if value.kind != "scored_rollouts":
             raise ConfigError(

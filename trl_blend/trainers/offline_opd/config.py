@@ -80,8 +80,9 @@ class OfflineOPDConfig(SFTConfig):
         > Parameters that control the data
 
         streaming (`bool`, *optional*, defaults to `False`):
-            Read the shards of a store while training instead of preparing all rows before. Needs `max_steps`. Shards
-            are shuffled, and rows within a buffer, when `shuffle_dataset=True`.
+            Read the shards of a store while training instead of preparing all rows before. Needs `max_steps`. With
+            `shuffle_dataset=True` shards are shuffled, and rows within a buffer; with several processes each of them
+            reads every shard and trains on its share of the rows.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`], those of the reference code where it has
@@ -177,6 +178,13 @@ class OfflineOPDConfig(SFTConfig):
             raise ConfigError(
                 f"`max_policy_drift={drift}` must be positive and finite (nats per token). Leave it out for no bound."
             )
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if self.load_best_model_at_end and metric == "loss" and not self.uses_top_k:
+            raise ConfigError(
+                f"`load_best_model_at_end=True` with `metric_for_best_model={self.metric_for_best_model!r}`: the "
+                "sampled-token loss is no divergence by value and can rise while the student comes closer to its "
+                "teacher. Set `metric_for_best_model='eval_offline/reverse_kl'` and `greater_is_better=False`."
+            )
         if self.streaming and self.max_steps <= 0:
             raise ConfigError(
                 "`streaming=True` does not know the number of rows in advance. Set `max_steps`, or `streaming=False`."
@@ -198,12 +206,17 @@ class OfflineOPDConfig(SFTConfig):
                 f"`packing_strategy={self.packing_strategy!r}` cuts rows in two, and the second part would be read "
                 "without the context that the teacher scored it in. Use `packing_strategy='bfd'`."
             )
-        if (self.packing or self.eval_packing) and self.max_length is None:
+        if self.eval_packing and not self.packing:
+            raise ConfigError(
+                "`eval_packing=True` with `packing=False`: TRL would evaluate a pack as if it were one row, each part "
+                "reading those before it. Set `packing=True` as well, or leave `eval_packing` out."
+            )
+        if self.packing and self.max_length is None:
             raise ConfigError("`packing=True` needs the length of a pack. Set `max_length`.")
         if self.padding_free and not self.packing and self.max_length is not None:
             raise ConfigError(
-                f"`padding_free=True` with `max_length={self.max_length}` is refused by TRL unless rows are packed. Set "
-                "`packing=True`, or leave `max_length` out."
+                f"`padding_free=True` with `max_length={self.max_length}` is refused by TRL unless rows are packed. "
+                "Set `packing=True`, or leave `max_length` out."
             )
 
     def _check_rescoring(self):

@@ -1,6 +1,6 @@
 """Scored rollouts as training rows: per-token columns, through truncation, packing and collation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ def prepare(
     packing: bool,
     shuffle_seed: int | None,
     num_proc: int | None = None,
+    as_one_shard: bool = False,
 ) -> AnyDataset:
     """
     Turn scored rollouts into training rows, or leave training rows as they are.
@@ -92,6 +93,8 @@ def prepare(
             Seed to shuffle with; `None` keeps the order.
         num_proc (`int`, *optional*):
             Processes to prepare with.
+        as_one_shard (`bool`, *optional*, defaults to `False`):
+            Whether every process is to read all of a streaming dataset, see [`OfflineOPDConfig`].
 
     Raises:
         [`~trl_blend.errors.StoreError`]:
@@ -105,6 +108,8 @@ def prepare(
     shuffles = shuffle_seed is not None
     if shuffles and not packing:  # before the copy, so that the copy is in order
         dataset = dataset.shuffle(seed=shuffle_seed)
+    if isinstance(dataset, IterableDataset) and as_one_shard:
+        dataset = _as_one_shard(dataset)
     kwargs: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
     if kwargs:
         kwargs["desc"] = "Aligning teacher log-probabilities"
@@ -125,6 +130,18 @@ def prepare(
         kwargs.pop("desc", None)
         dataset = pack_dataset(dataset, max_length, "bfd", kwargs)
     return dataset
+
+
+def _as_one_shard(dataset: IterableDataset) -> IterableDataset:
+    # With as many shards as processes or more, accelerate gives each process shards of its own: they would end at
+    # different steps and wait for each other. From one shard every process takes its share of each batch.
+    if dataset.num_shards == 1:
+        return dataset
+    return IterableDataset.from_generator(_rows_of, features=dataset.features, gen_kwargs={"dataset": dataset})
+
+
+def _rows_of(dataset: IterableDataset) -> Iterator[dict[str, Any]]:
+    yield from dataset
 
 
 def _features(columns: Sequence[str]) -> Features:

@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ...ops.losses import sampled_kl
 from .._statistics import TokenMeans
+from .data import LOG_PROBS
 
 
 # Below this a token is one that the teacher would hardly ever write: e^-10 is 5 in 100,000
@@ -26,37 +26,46 @@ class OfflineMetrics:
       hold what they need they are left out;
     - `offline/divergence`: value of a top-k loss, whose terms are not sampled;
     - `offline/unlikely_share`: share of stored tokens to which the teacher gives less than `e^-10`;
-    - `offline/tokens_per_second`: tokens of prompts and completions, without padding, of all ranks per second of
-      training steps of this process. In training only.
+    - `offline/tokens_per_second`: tokens of prompts and completions, without padding, of all ranks per second since
+      the last log, evaluations left out. In training only.
     """
 
     def __init__(self) -> None:
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._seconds = 0.0
         self._tokens = 0.0
+        self._resumed_at: float | None = None
 
     def add(self, mode: str, student_logps: Tensor, columns: dict[str, Tensor], mask: Tensor) -> None:
         """Add one micro-batch: everything of shape `(B, T)`."""
         means = self._means[mode]
-        advantage = columns["teacher_logps"] - student_logps
-        means.add("advantage", advantage, mask)
-        means.add("advantage_square", advantage.double().square(), mask)
-        means.add("unlikely_share", (columns["teacher_logps"] < UNLIKELY).double(), mask)
-        rollout_logps = columns.get("rollout_logps")
+        # On the CPU: not every device has float64
+        own = student_logps[mask].cpu()
+        stored = {name: columns[name][mask].cpu() for name in LOG_PROBS if name in columns}
+        values = {
+            "advantage": (advantage := stored["teacher_logps"].double() - own.double()),
+            "advantage_square": advantage.square(),
+            "unlikely_share": (stored["teacher_logps"] < UNLIKELY).double(),
+        }
         for name, other in (("reverse_kl", "teacher_logps"), ("drift_kl", "student_logps")):
-            if rollout_logps is not None and other in columns:
-                means.add(name, sampled_kl(student_logps, columns[other], rollout_logps), mask)
+            if "rollout_logps" in stored and other in stored:
+                values[name] = sampled_kl(own, stored[other], stored["rollout_logps"])
+        for name, value in values.items():
+            means.add(name, value, torch.ones_like(value, dtype=torch.bool))
 
     def add_divergence(self, mode: str, loss: Tensor, mask: Tensor) -> None:
         """Add the values of a top-k loss, of shape `(B, T)`."""
         self._means[mode].add("divergence", loss, mask)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Time one training step."""
-        start = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - start
+    def resume(self) -> None:
+        """Let the clock of the training run, if it does not."""
+        self._resumed_at = self._resumed_at or time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop it."""
+        if self._resumed_at is not None:
+            self._seconds += time.perf_counter() - self._resumed_at
+        self._resumed_at = None
 
     def pop(self, mode: str, accelerator: Accelerator, num_tokens: float | None = None) -> dict[str, float]:
         """
@@ -75,7 +84,9 @@ class OfflineMetrics:
             return {}
         square = means.pop("advantage_square")
         means["advantage_std"] = math.sqrt(max(square - means["advantage"] ** 2, 0.0))
-        if mode == "train" and num_tokens is not None and self._seconds:
-            means["tokens_per_second"] = (num_tokens - self._tokens) / self._seconds
+        if mode == "train" and num_tokens is not None:
+            self.pause()
+            if self._seconds:
+                means["tokens_per_second"] = (num_tokens - self._tokens) / self._seconds
             self._seconds, self._tokens = 0.0, num_tokens
         return {f"offline/{name}": value for name, value in means.items()}

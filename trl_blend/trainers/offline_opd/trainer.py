@@ -41,6 +41,9 @@ class OfflineOPDTrainer(SFTTrainer):
     fine-tuned on (teacher consistency). The constructor checks this before a model is loaded, see
     [`~trl_blend.check_teacher_consistency`].
 
+    With `offline_loss="sampled_token"` the loss is no divergence: it can rise while the student comes closer to the
+    teacher. Read `offline/reverse_kl`, also to select a checkpoint (`metric_for_best_model`).
+
     Rows go through truncation, packing (`packing_strategy="bfd"`) and padding-free batches with their teacher columns.
     Left out on purpose: vision-language students, context and sequence parallelism, and packing that cuts rows.
 
@@ -63,7 +66,8 @@ class OfflineOPDTrainer(SFTTrainer):
         args ([`OfflineOPDConfig`], *optional*):
             Configuration of this trainer.
         train_dataset (`str` or [`~trl_blend.RolloutStore`] or [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Scored rollouts: folder or Hub id, an opened store, or rows with its columns.
+            Scored rollouts: folder or Hub id, an opened store, or rows with its columns. Rows that a trainer has
+            prepared before are taken as they are.
         eval_dataset (same types, or a `dict` of them, *optional*):
             Scored rollouts to measure the loss and the metrics on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -173,6 +177,7 @@ class OfflineOPDTrainer(SFTTrainer):
                 packing=packing,
                 shuffle_seed=args.seed if args.shuffle_dataset else None,
                 num_proc=args.dataset_num_proc,
+                as_one_shard=args.world_size > 1,
             )
 
     def _set_signature_columns_if_needed(self):
@@ -186,6 +191,7 @@ class OfflineOPDTrainer(SFTTrainer):
             isinstance(eval_dataset, str) and not isinstance(self.eval_dataset, dict)
         ):
             eval_dataset = self._open_eval(eval_dataset, self.args)
+        self._offline_metrics.pause()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     # Loss
@@ -195,7 +201,9 @@ class OfflineOPDTrainer(SFTTrainer):
         counted = []
         for batch in batch_samples:
             num_items = int(batch[data.WEIGHTS][:, 1:].sum().round())
-            counted.append({"labels": torch.zeros(1, num_items + 1, dtype=torch.long)})
+            labels = torch.zeros(1, num_items, dtype=torch.long)
+            # Counted as they are, whether or not transformers takes the model for one that shifts its labels
+            counted.append({"labels": labels, "shift_labels": labels})
         return super()._get_num_items_in_batch(counted, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -214,8 +222,8 @@ class OfflineOPDTrainer(SFTTrainer):
         return result
 
     def training_step(self, *args, **kwargs):
-        with self._offline_metrics.timed():
-            return super().training_step(*args, **kwargs)
+        self._offline_metrics.resume()
+        return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
@@ -229,7 +237,7 @@ class OfflineOPDTrainer(SFTTrainer):
 
     def _bound_drift(self, drift: float | None) -> None:
         bound = self.args.max_policy_drift
-        if bound is None or drift is None or drift <= bound:
+        if bound is None or drift is None or not drift > bound:
             return
         stops = self.args.policy_drift_action == "stop"
         logger.warning(
