@@ -7,8 +7,10 @@ python examples/testbed/train.py --model all --output_dir examples/testbed/check
 """
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import torch
 from datasets import Dataset
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -30,9 +33,11 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from testbed.evaluate import evaluate
+from testbed.evaluate import CHECKPOINTS, evaluate, load_checkpoint
+from testbed.samples import build_teacher_dataset
 from testbed.task import build_prompt_dataset, build_sft_dataset
 from testbed.tokenizer import build_tokenizer
+from trl_blend.teacher.provenance import TeacherProvenanceCallback
 
 
 BATCH_SIZE = 64
@@ -60,6 +65,10 @@ class Recipe:
             Steps of linear warmup.
         seed (`int`):
             Seed of the shipped checkpoint.
+        teacher (`str`, *optional*):
+            Checkpoint whose own samples are the training data. By default the data are the reference completions.
+        samples (`int`):
+            Number of samples of the teacher, one per prompt; a longer training goes through them again.
     """
 
     hidden_size: int
@@ -75,6 +84,8 @@ class Recipe:
     eval_every: int = 20
     warmup_steps: int = 20
     seed: int = 0
+    teacher: str | None = None
+    samples: int = 12_800
 
 
 SMALL = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn_size": 384}
@@ -83,6 +94,9 @@ RECIPES = {
     "student": Recipe(**SMALL, learning_rate=2e-3, max_steps=400, stop_at=0.35, eval_every=5, seed=2),
     "base": Recipe(**SMALL, learning_rate=2e-3, max_steps=400, stop_at=0.60, boxed_fraction=0.08, eval_every=10),
     "teacher": Recipe(**LARGE, learning_rate=1.5e-3, max_steps=350, eval_every=50),
+    "sft_student": Recipe(
+        **SMALL, learning_rate=2e-3, max_steps=400, stop_at=0.35, eval_every=5, seed=2, teacher="teacher"
+    ),
 }
 
 
@@ -130,24 +144,50 @@ class StopOnValidation(TrainerCallback):
         return control
 
 
-def train(name: str, output_dir: str | Path, seed: int | None = None) -> None:
+def build_training_data(recipe: Recipe, seed: int, checkpoints: str | Path = CHECKPOINTS) -> Dataset:
     """
-    Train one model of [`RECIPES`] and save it in bfloat16, with its tokenizer, to `output_dir/name`.
+    Return the conversational prompt-completion dataset that a recipe is trained on.
 
     Args:
-        name (`"student"`, `"base"` or `"teacher"`):
-            Which model.
-        output_dir (`str` or `Path`):
-            Parent folder of the checkpoint.
-        seed (`int`, *optional*):
-            Seed of the weights, of the draw of the training prompts, and of their order. Defaults to the seed of the
-            shipped checkpoint.
+        recipe ([`Recipe`]):
+            With a `teacher`, the data are that model's own samples; without, the reference completions.
+        seed (`int`):
+            Seed of the draw of the prompts, and of the sampling.
+        checkpoints (`str` or `Path`, *optional*):
+            Folder that holds the teacher. Defaults to the shipped checkpoints.
     """
-    recipe = RECIPES[name]
-    seed = recipe.seed if seed is None else seed
+    if recipe.teacher is None:
+        return build_sft_dataset("train", recipe.max_steps * BATCH_SIZE, seed, recipe.boxed_fraction)
+    model, tokenizer = load_checkpoint(Path(checkpoints) / recipe.teacher)
+    return build_teacher_dataset(model, tokenizer, recipe.samples, seed)
+
+
+def fit(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    dataset: Dataset,
+    path: str | Path,
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> int:
+    """
+    Train a model with [`~trl.SFTTrainer`], save it in bfloat16 with its tokenizer to `path`, return the steps taken.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Float32 model; it is in bfloat16 afterwards.
+        recipe ([`Recipe`]):
+            Learning rate, schedule and moment of stopping.
+        dataset ([`~datasets.Dataset`]):
+            Prompts and completions.
+        path (`str` or `Path`):
+            Folder of the checkpoint.
+        seed (`int`):
+            Seed of the order of the data.
+        callbacks (`Sequence[TrainerCallback]`, *optional*):
+            Callbacks of the trainer besides the validation.
+    """
     tokenizer = build_tokenizer()
-    model = build_model(recipe, tokenizer, seed)
-    path = Path(output_dir) / name
     arguments = SFTConfig(
         output_dir=str(path),
         max_steps=recipe.max_steps,
@@ -170,17 +210,44 @@ def train(name: str, output_dir: str | Path, seed: int | None = None) -> None:
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=build_sft_dataset("train", recipe.max_steps * BATCH_SIZE, seed, recipe.boxed_fraction),
+        train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[StopOnValidation(validation, tokenizer, recipe.eval_every, recipe.stop_at)],
+        callbacks=[StopOnValidation(validation, tokenizer, recipe.eval_every, recipe.stop_at), *callbacks],
     )
-    start = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - start
     model.config.use_cache = True  # the trainer turned it off
     model.to(torch.bfloat16).save_pretrained(path)
     build_tokenizer().save_pretrained(path)
-    steps = trainer.state.global_step
+    return trainer.state.global_step
+
+
+def train(name: str, output_dir: str | Path, seed: int | None = None) -> None:
+    """
+    Train one model of [`RECIPES`] and save it in bfloat16, with its tokenizer, to `output_dir/name`.
+
+    Args:
+        name (`str`):
+            Which model of [`RECIPES`]. `"sft_student"` learns from the samples of the teacher in `output_dir`, or of
+            the shipped one where there is none.
+        output_dir (`str` or `Path`):
+            Parent folder of the checkpoint.
+        seed (`int`, *optional*):
+            Seed of the weights, of the draw of the training prompts, and of their order. Defaults to the seed of the
+            shipped checkpoint.
+    """
+    recipe = RECIPES[name]
+    seed = recipe.seed if seed is None else seed
+    path = Path(output_dir) / name
+    start = time.perf_counter()
+    callbacks, checkpoints = [], CHECKPOINTS
+    if recipe.teacher is not None:
+        checkpoints = Path(output_dir) if (Path(output_dir) / recipe.teacher).is_dir() else CHECKPOINTS
+        # Recorded beside the student: which weights wrote what it was trained on
+        callbacks = [TeacherProvenanceCallback(os.path.relpath(checkpoints / recipe.teacher))]
+    dataset = build_training_data(recipe, seed, checkpoints)
+    model = build_model(recipe, build_tokenizer(), seed)
+    steps = fit(model, recipe, dataset, path, seed, callbacks)
+    seconds = time.perf_counter() - start
     print(f"{name}: {model.num_parameters():,} parameters, {steps} steps, {seconds:.0f} s", flush=True)
 
 

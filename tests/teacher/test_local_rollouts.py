@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from tests.ops.test_mixed_head_memory import Recorder
 from tests.teacher.collecting import assert_logps, ends_well
 from tests.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model
 from trl_blend.errors import UnsupportedError
@@ -100,6 +101,15 @@ def test_one_token():
     (rollout,) = engine.sample([[5]], [0])
     assert len(rollout.completion_ids) == 1
     assert_logps(engine.model, [5], *rollout[:3])
+
+
+def test_logits_of_a_batch_are_never_built():
+    batch, length, vocab = 8, 60, 5000
+    engine = LocalRolloutEngine(tiny_model(vocab_size=vocab), sampling_of(top_p=0.9), [EOS_ID], PAD_ID)
+    recorder = Recorder()
+    with recorder:
+        engine.sample([[5 + row] * length for row in range(batch)], list(range(batch)))
+    assert batch * vocab <= max(recorder.sizes) <= batch * vocab * 2 < length * vocab
 
 
 def test_progress_is_reported():

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ from tests.teacher.checkpoints import SAMPLING, reference_logps
 from tests.teacher.worlds import make_world, rewritten, severities
 from tests.tiny import tiny_lora, tiny_model
 from trl_blend.errors import ConfigError
-from trl_blend.teacher.consistency import check_teacher_consistency
+from trl_blend.teacher.consistency import _dtype_of, check_teacher_consistency
 from trl_blend.teacher.fingerprint import identify_model
-from trl_blend.teacher.score_checks import MAX_GAP
+from trl_blend.teacher.score_checks import MAX_GAP, rescoring_tolerance
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +213,11 @@ def test_without_end_of_sequence_ids_or_marks(world, tmp_path):
     model.generation_config.eos_token_id = None
     report = check_teacher_consistency(model, dataset)
     assert severities(report)["eos"] == severities(report)["truncation"] == "info"
+
+
+def test_tolerance_of_a_quantised_teacher_whichever_side_it_is_on():
+    for scored, live in (("4bit", "float32"), ("bfloat16", "4bit"), ("float32", "8bit")):
+        assert rescoring_tolerance("float32", {"dtype": scored}, live) == 0.25
+    assert _dtype_of(SimpleNamespace(dtype="torch.bfloat16", is_loaded_in_4bit=True)) == "4bit"
+    assert _dtype_of(SimpleNamespace(dtype="torch.bfloat16", is_quantized=True)) == "8bit"
+    assert _dtype_of(SimpleNamespace(dtype="torch.float32")) == "float32"

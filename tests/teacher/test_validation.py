@@ -150,10 +150,18 @@ def test_columns_that_are_missing(rows, form):
 def test_top_k_without_the_sampled_token(rows, form):
     sampled = rows["completion_ids"][BAD_ROW][-1]
     ids = [row.copy() for row in rows["teacher_topk_ids"]]
-    ids[BAD_ROW][-1] = (ids[BAD_ROW][-1] != sampled) * ids[BAD_ROW][-1] + (ids[BAD_ROW][-1] == sampled) * (
-        (sampled + 1) % VOCAB_SIZE
-    )
+    other = next(token for token in range(VOCAB_SIZE) if token not in ids[BAD_ROW][-1])
+    ids[BAD_ROW][-1][ids[BAD_ROW][-1] == sampled] = other
     with pytest.raises(StoreError, match=f"lacks the sampled token {sampled} .1 such.*row {BAD_ROW} "):
+        check_rows(form({**rows, "teacher_topk_ids": ids}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_top_k_with_a_token_twice(rows, form):
+    ids = [row.copy() for row in rows["teacher_topk_ids"]]
+    sampled = rows["completion_ids"][BAD_ROW][-1]
+    ids[BAD_ROW][-1][:2] = sampled
+    with pytest.raises(StoreError, match=f"holds a token twice .1 such.*row {BAD_ROW} "):
         check_rows(form({**rows, "teacher_topk_ids": ids}))
 
 

@@ -217,8 +217,15 @@ def _rescore(
         return score_checks.rescoring_failed(error)
     if tolerance is None:
         stored = manifest.logps_dtype if manifest is not None else "float16"
-        tolerance = score_checks.rescoring_tolerance(stored, scoring, str(model.dtype).removeprefix("torch."))
+        tolerance = score_checks.rescoring_tolerance(stored, scoring, _dtype_of(model))
     return score_checks.check_rescored(chosen, [np.asarray(score.logps) for score in scores], tolerance)
+
+
+def _dtype_of(model: Any) -> str:
+    for bits in ("4bit", "8bit"):
+        if getattr(model, f"is_loaded_in_{bits}", False):
+            return bits
+    return "8bit" if getattr(model, "is_quantized", False) else str(model.dtype).removeprefix("torch.")
 
 
 def _load_teacher(teacher: Any, revision: str | None, scoring: dict[str, Any] | None) -> Any:

@@ -42,10 +42,10 @@ def rescoring_tolerance(logps_dtype: str, scoring: dict[str, Any] | None, live_d
         scoring (`dict[str, Any]`, *optional*):
             The manifest's settings of scoring.
         live_dtype (`str`):
-            Dtype of the live teacher's weights.
+            Dtype of the live teacher's weights, `"4bit"` or `"8bit"` where they are quantised.
     """
     scored_dtype = str((scoring or {}).get("dtype"))
-    if "4bit" in scored_dtype or "8bit" in scored_dtype:
+    if any(bits in dtype for dtype in (scored_dtype, live_dtype) for bits in ("4bit", "8bit")):
         return TOLERANCE_QUANTIZED
     if {scored_dtype, live_dtype} != {"float32"}:
         return TOLERANCE_REDUCED

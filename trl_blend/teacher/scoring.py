@@ -149,7 +149,7 @@ def score_rollouts(
 
     state = workers.processes()
     manifest = _manifest(state, source, teacher, load, server, top_k, logps_dtype, identify)
-    manifest.scoring = {"temperature": 1.0, "top_k": top_k, "dtype": _computed_dtype(load, config)}
+    manifest.scoring = {"temperature": 1.0, "top_k": top_k, "dtype": _computed_dtype(load, None if server else config)}
     writer = workers.open_writer(state, output_dir, manifest, repair)
     shards = source.manifest.shards
     own = workers.own_shards(state, len(shards))
@@ -249,5 +249,6 @@ def _check_vocabulary(student: dict[str, Any] | None, teacher: dict[str, Any]) -
 
 
 def _computed_dtype(load: LoadOptions, config: Any) -> str:
+    # What a server computes in is its own affair: then there is no `config`
     stored = getattr(config, "dtype", None)
     return str(stored).removeprefix("torch.") if load.weights == "auto" and stored is not None else load.weights

@@ -66,7 +66,8 @@ def check_rows(
         [`~trl_blend.errors.StoreError`]: If a column is missing or has missing values; a prompt or a completion is
             empty; a column has not one value per completion token; a log-prob is NaN, infinite or above 1e-4 (the tail
             mass may be `-inf`, where the k tokens are all of the vocabulary); an id is negative or not below
-            `vocab_size`; a row's top-k is ragged or lacks the sampled token. The message names the column, the row,
+            `vocab_size`; a row's top-k is ragged, holds a token twice or lacks the sampled one. The message names the
+            column, the row,
             the value and the remedy.
     """
     if not isinstance(columns, pa.Table):
@@ -211,7 +212,12 @@ def _check_top_k(table: pa.Table, report: _Report, completion: _Lists, vocab_siz
     if "teacher_topk_logps" in flat and ids.values.size != flat["teacher_topk_logps"].values.size:
         report.fail("teacher_topk_logps", 0, "has another number of entries per token than 'teacher_topk_ids'")
     top_k = ids.values.size // max(completion.values.size, 1)
-    sampled = (ids.values.reshape(-1, max(top_k, 1)) == completion.values[:, None]).any(1)
+    ids_of_token = ids.values.reshape(-1, max(top_k, 1))
+    repeated = (np.diff(np.sort(ids_of_token, axis=1), axis=1) == 0).any(1)
+    if repeated.any():
+        row = completion.row_of(int(np.argmax(repeated)))
+        report.fail("teacher_topk_ids", row, f"holds a token twice ({int(repeated.sum())} such tokens)")
+    sampled = (ids_of_token == completion.values[:, None]).any(1)
     if not sampled.all():
         position = int(np.argmin(sampled))
         report.fail(

@@ -62,12 +62,12 @@ class VllmClient:
         self._stop = threading.Event()
 
     def get(self, path: str) -> Any:
-        """JSON of a GET request."""
-        return self._request("GET", path, None)
+        """JSON of a GET request. It asks what the server is, so a server that is not there is found out soon."""
+        return self._request("GET", path, None, min(self._max_attempts, 3))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """JSON of a POST request."""
-        return self._request("POST", path, json.dumps(body).encode())
+        return self._request("POST", path, json.dumps(body).encode(), self._max_attempts)
 
     def map(
         self,
@@ -99,9 +99,9 @@ class VllmClient:
             self._stop.clear()
         return [results[index] for index in range(len(items))]
 
-    def _request(self, method: str, path: str, body: bytes | None) -> Any:
+    def _request(self, method: str, path: str, body: bytes | None, max_attempts: int) -> Any:
         problem = ""
-        for attempt in range(self._max_attempts):
+        for attempt in range(max_attempts):
             if attempt and self._stop.wait(self._backoff * 2 ** (attempt - 1)):
                 break
             try:
@@ -120,7 +120,7 @@ class VllmClient:
             if status not in _RETRIED and status < 500:
                 self._refuse(status, path, problem)
         raise EngineError(
-            f"The vLLM server at {self.url} does not answer ({self._max_attempts} attempts; the last: {problem}). "
+            f"The vLLM server at {self.url} does not answer ({max_attempts} attempts; the last: {problem}). "
             "Check that it runs and can be reached from here, then run the same command again: what is written is "
             "kept."
         )
