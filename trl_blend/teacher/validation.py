@@ -67,8 +67,7 @@ def check_rows(
             empty; a column has not one value per completion token; a log-prob is NaN, infinite or above 1e-4 (the tail
             mass may be `-inf`, where the k tokens are all of the vocabulary); an id is negative or not below
             `vocab_size`; a row's top-k is ragged, holds a token twice or lacks the sampled one. The message names the
-            column, the row,
-            the value and the remedy.
+            column, the row, the value and the remedy.
     """
     if not isinstance(columns, pa.Table):
         try:
