@@ -6,9 +6,11 @@ its required dependencies only, from a folder outside the checkout. It writes to
 """
 
 import importlib
+import json
 import math
 import os
 import pkgutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -117,6 +119,31 @@ def train_one_step(trainer_class: type, args, metric: str, value: float, folder:
     )
 
 
+def distil_offline(folder: Path) -> None:
+    student, teacher, run = (str(folder / name) for name in ("student", "teacher", "offline"))
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two plus two", "3", "four?")))
+    commands = [
+        ["record-teacher", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher],
+        ["rollouts", "--model_name_or_path", student, "--dataset_name", str(prompts), "--max_new_tokens", "8"],
+        ["score", "--teacher_model_name_or_path", teacher, "--rollouts", str(folder / "rollouts")],
+        ["inspect", str(folder / "scored"), "--model_name_or_path", student],
+    ]
+    outputs = [[], ["--output_dir", str(folder / "rollouts")], ["--output_dir", str(folder / "scored")], []]
+    for command, output in zip(commands, outputs, strict=True):
+        subprocess.run([str(Path(sys.executable).parent / "trl-blend"), *command, *output], check=True, cwd=folder)
+    settings = {name: value for name, value in SETTINGS.items() if name != "max_completion_length"}
+    args = trl_blend.OfflineOPDConfig(output_dir=run, gradient_accumulation_steps=1, **settings)
+    trainer = trl_blend.OfflineOPDTrainer(model=student, args=args, train_dataset=str(folder / "scored"))
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "offline/drift_kl" in entry)
+    assert abs(logged["offline/drift_kl"]) < 1e-4 and logged["grad_norm"] > 0
+    assert trainer.consistency_report.ok
+    trainer.create_model_card()
+    assert "OfflineOPD" in (folder / "offline" / "README.md").read_text()
+    print(f"OfflineOPDTrainer: loss {logged['loss']:.4f}, gradient norm {logged['grad_norm']:.4f}; card written")
+
+
 def decode(folder: Path) -> None:
     student = AutoModelForCausalLM.from_pretrained(folder / "run")
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
@@ -147,3 +174,4 @@ if __name__ == "__main__":
         )
         train_one_step(trl_blend.TrustRegionOPDTrainer, region, "blend/kl_budget", 0.01, home)
         decode(home)
+        distil_offline(home)

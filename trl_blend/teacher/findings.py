@@ -101,16 +101,3 @@ class ConsistencyReport:
 
     def __str__(self) -> str:
         return "\n".join(str(finding) for finding in self.findings)
-
-    def to_table(self) -> Any:
-        """A [`rich.table.Table`] of the findings."""
-        from rich.markup import escape
-        from rich.table import Table
-
-        styles = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "bold red", "missing": "bold red"}
-        table = Table("check", "", "finding", title="Teacher consistency")
-        for finding in self.findings:
-            text = escape(finding.message)
-            text += f"\n[dim]{escape(finding.remedy)}[/dim]" if finding.remedy else ""
-            table.add_row(finding.name, f"[{styles[finding.severity]}]{finding.severity}", text)
-        return table
