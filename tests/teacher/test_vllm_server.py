@@ -1,6 +1,7 @@
 """Scores and rollouts from a server that speaks vLLM's protocol, and every way in which it can fail."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -119,6 +120,14 @@ def test_the_first_error_ends_all_requests(fake, url):
     with pytest.raises(EngineError):
         score(url, random_rows([(3, 3)] * 40), concurrency=2)
     assert len(fake.requests) < 10
+
+
+def test_what_hangs_is_broken_off_with_the_first_error(fake, url):
+    fake.failures = ["hang", "hang", 400]
+    start = time.perf_counter()
+    with pytest.raises(EngineError, match="injected 400"):
+        score(url, random_rows([(3, 3)] * 3), concurrency=3)
+    assert time.perf_counter() - start < 10  # a request may take 20 seconds here, and the fake one takes 60
 
 
 def test_an_unreachable_server():

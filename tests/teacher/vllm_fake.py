@@ -19,13 +19,14 @@ class FakeVllm:
         name (`str`): Its id.
         logprobs_mode (`str`): `"processed_logprobs"` or `"raw_logprobs"`, as vLLM's `--logprobs-mode`.
         max_model_len (`int`): Context.
-        failures (`list`): What the next requests for a completion get instead of an answer: a status, or `"drop"`.
+        failures (`list`): What the next completions get instead of an answer: a status, `"drop"` or `"hang"`.
         change: Called with every answer before it is sent.
     """
 
     def __init__(self, model, name="teacher", logprobs_mode="processed_logprobs", max_model_len=256):
         self.model, self.name, self.logprobs_mode, self.max_model_len = model, name, logprobs_mode, max_model_len
         self.failures, self.change = [], lambda answer: answer
+        self.released = threading.Event()
         self.requests, self.headers = [], []
         self.lock = threading.Lock()
         self.running = self.most_at_once = 0
@@ -99,6 +100,9 @@ def serving(fake):
             failure = fake.failures.pop(0) if fake.failures else None
             if failure == "drop":
                 return self.connection.close()
+            if failure == "hang":
+                fake.released.wait(60)
+                return None
             if failure is not None:
                 return self.answer(failure, {"error": {"message": f"injected {failure}"}})
             fake.running += 1
@@ -123,5 +127,6 @@ def serving(fake):
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
+        fake.released.set()
         server.shutdown()
         server.server_close()

@@ -185,7 +185,16 @@ def _describe(s: StoreSummary) -> list[tuple[str, str]]:
 
 
 def _flat(values: dict[str, Any] | None) -> str:
-    return ", ".join(f"{name}={value}" for name, value in (values or {}).items() if value is not None)
+    """`name=value` of what fits in a line; the manifest has the rest."""
+    return ", ".join(
+        f"{name}={value}"
+        for name, value in (values or {}).items()
+        if not (
+            value is None
+            or isinstance(value, dict)
+            or (isinstance(value, list) and value and isinstance(value[0], dict))
+        )
+    )
 
 
 def _identity(fields: dict[str, Any] | None) -> str:

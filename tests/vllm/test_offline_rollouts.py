@@ -1,0 +1,156 @@
+"""Rollouts and scores with a real vLLM engine, in this process and as a server, on the CPU (`make test-vllm`)."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from testbed import task
+from tests.teacher.collecting import assert_logps, ends_well, rows_of
+from trl_blend.errors import ConfigError
+from trl_blend.teacher.local_engine import score_sequences
+from trl_blend.teacher.rollouts import collect_rollouts
+from trl_blend.teacher.scoring import score_rollouts
+
+
+pytestmark = pytest.mark.vllm
+
+STUDENT = str(Path(task.__file__).resolve().parent / "checkpoints" / "student")
+SAMPLING = {
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "top_k": 30,
+    "max_new_tokens": 40,
+    "num_rollouts_per_prompt": 2,
+    "seed": 3,
+}
+EXACT = {"logps_dtype": "float32", "dtype": "float32", "show_progress": False}
+SHARDS = {"rows_per_shard": 8}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return task.build_prompt_dataset("train", 8)
+
+
+def start_server(port, *options):
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", STUDENT, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = start_server(port, "--logprobs-mode", "processed_logprobs", "--no-enable-prefix-caching")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, "the server ended"
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def collected(server, prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollouts") / "store"
+    return collect_rollouts(STUDENT, prompts, folder, vllm_server_url=server, **SAMPLING, **EXACT, **SHARDS)
+
+
+def assert_rows(model, store):
+    settings = {name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")}
+    eos = store.manifest.sampling["eos_token_ids"]
+    rows = rows_of(store)
+    assert len(rows) == 16
+    for row in rows:
+        ids = row["prompt_ids"], row["completion_ids"]
+        assert_logps(model, *ids, row["rollout_logps"], row["student_logps"], atol=1e-4, **settings)
+        assert ends_well(row["completion_ids"], row["truncated"], SAMPLING["max_new_tokens"], eos)
+    assert {row["truncated"] for row in rows} == {False, True}
+
+
+def test_rollouts_of_a_server(model, collected):
+    assert collected.manifest.engine["name"] == "vllm-server"
+    assert_rows(model, collected)
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_server_and_local_scores_agree(server, collected, tmp_path, top_k):
+    options = {"top_k": top_k, **EXACT}
+    remote = rows_of(score_rollouts(collected, STUDENT, tmp_path / "remote", vllm_server_url=server, **options))
+    local = rows_of(score_rollouts(collected, STUDENT, tmp_path / "local", **options))
+    for one, other in zip(remote, local, strict=True):
+        assert one["key"] == other["key"]
+        np.testing.assert_allclose(one["teacher_logps"], other["teacher_logps"], rtol=0, atol=1e-4)
+        if top_k is not None:
+            assert one["teacher_topk_ids"] == other["teacher_topk_ids"]
+            np.testing.assert_allclose(one["teacher_topk_logps"], other["teacher_topk_logps"], rtol=0, atol=1e-4)
+            mass, exact = np.exp(one["teacher_tail_logmass"]), np.exp(other["teacher_tail_logmass"])
+            np.testing.assert_allclose(mass, exact, rtol=0, atol=1e-5)
+
+
+def test_a_server_continues_what_was_interrupted(server, prompts, collected, tmp_path):
+    folder = tmp_path / "store"
+    call = (STUDENT, prompts, folder)
+    options = {"vllm_server_url": server, **SAMPLING, **EXACT, **SHARDS}
+    collect_rollouts(*call, **options)
+    (folder / "data" / "part-00001.parquet").unlink()
+    again = collect_rollouts(*call, repair=True, **options)
+    ids = [[row["completion_ids"] for row in rows_of(store)] for store in (again, collected)]
+    assert ids[0] == ids[1]
+
+
+def test_a_server_of_other_log_probabilities_is_refused(prompts, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = start_server(port)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(1)
+        with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
+            collect_rollouts(
+                STUDENT, prompts, tmp_path / "x", vllm_server_url=f"http://127.0.0.1:{port}", **SAMPLING, **EXACT
+            )
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_rollouts_of_an_engine_in_this_process(model, prompts, tmp_path):
+    engine = {"max_model_len": 128, "enforce_eager": True}
+    folder = tmp_path / "store"
+    store = collect_rollouts(
+        STUDENT, prompts, folder, use_vllm=True, vllm_kwargs=engine, **SAMPLING, **EXACT, **SHARDS
+    )
+    assert store.manifest.engine["name"] == "vllm"
+    assert_rows(model, store)
+    row = rows_of(store)[0]
+    (scores,) = score_sequences(model, [row["prompt_ids"]], [row["completion_ids"]])
+    np.testing.assert_allclose(row["student_logps"], scores.logps, rtol=0, atol=1e-4)
