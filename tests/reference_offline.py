@@ -18,6 +18,12 @@ def sampled_token_loss(student: Tensor, frozen: Tensor, token: int, teacher_logp
     return -advantage * log_softmax(student)[token]
 
 
+def corrected_loss(student: Tensor, frozen: Tensor, token: int, teacher_logp: float, rollout_logp: float) -> Tensor:
+    """The same times `sg[p_θ(y) / μ(y)]`."""
+    ratio = math.exp(log_softmax(frozen.detach())[token].item() - rollout_logp)
+    return ratio * sampled_token_loss(student, frozen, token, teacher_logp)
+
+
 def event_logmasses(row: Tensor, tokens: list[int]) -> list[Tensor]:
     """Log-masses of the tokens, and of all others together."""
     logprobs = log_softmax(row)

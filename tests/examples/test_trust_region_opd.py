@@ -23,7 +23,8 @@ from testbed.task import build_prompt_dataset
 
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "examples" / "configs").glob("*opd_*.yaml"))
+FOLDER = ROOT / "examples" / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*opd_*.yaml") if not path.stem.startswith("offline"))
 BASELINES = "examples/configs/opd_baselines_testbed.yaml"
 TESTBED = "examples/configs/trust_region_opd_testbed.yaml"
 REWARDS = ["format_and_answer_reward", "answer_reward", "format_reward"]

@@ -45,6 +45,48 @@ def test_expected_gradient_over_the_student_is_that_of_the_reverse_kl(logits):
     torch.testing.assert_close(grad, expected)
 
 
+def test_with_the_ratio_it_is_so_for_any_rollout_policy(logits):
+    teacher, rollout = (torch.randn(N, V, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    logprobs = logits.log_softmax(-1)
+    result = sampled_token_loss(logprobs, teacher, rollout)
+    (grad,) = torch.autograd.grad((rollout.exp() * result.loss).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(result.ratio, (logprobs - rollout).exp().detach())
+    plain = sampled_token_loss(logprobs, teacher).loss
+    (other,) = torch.autograd.grad((rollout.exp() * plain).sum(), logits)
+    assert (other - expected).abs().max() > 0.1
+
+
+def test_the_ratio_is_capped(logits):
+    logprobs = logits.log_softmax(-1)
+    teacher, rollout = (torch.randn(N, V, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    capped, free = (sampled_token_loss(logprobs, teacher, rollout, cap) for cap in (1.5, None))
+    assert free.ratio.max() > 1.5 and torch.equal(capped.ratio, free.ratio.clamp(max=1.5))
+    torch.testing.assert_close(capped.loss, capped.ratio * sampled_token_loss(logprobs, teacher).loss)
+
+
+@pytest.mark.parametrize("distance", ["near", "far"])
+def test_curvature_at_the_rollout_policy(distance):
+    """`(1 - KL(μ‖p_T)) F`: negative in every direction where the teacher is more than a nat away."""
+    torch.manual_seed(3)
+    start = torch.randn(V, dtype=torch.float64)
+    teacher = start * {"near": 0.8, "far": -2.0}[distance]
+    mu, target = start.softmax(-1), teacher.log_softmax(-1)
+
+    def squared_gap(z):
+        return 0.5 * (mu * (target - z.log_softmax(-1)) ** 2).sum()
+
+    z = start.clone().requires_grad_(True)
+    (grad,) = torch.autograd.grad((mu * sampled_token_loss(z.log_softmax(-1), target).loss).sum(), z)
+    (expected,) = torch.autograd.grad(squared_gap(z), z)
+    torch.testing.assert_close(grad, expected)
+    divergence = (mu * (mu.log() - target)).sum()
+    assert (divergence > 1) == (distance == "far")
+    fisher = torch.diag(mu) - torch.outer(mu, mu)
+    torch.testing.assert_close(torch.autograd.functional.hessian(squared_gap, start), (1 - divergence) * fisher)
+
+
 def test_student_equal_to_teacher_gets_no_gradient(logits):
     logprobs = logits.log_softmax(-1)
     loss = sampled_token_loss(logprobs, logprobs.detach()).loss

@@ -34,9 +34,9 @@ def random_rows(index=0, rows=5, *, scored=False, top_k=False, length=12, seed=0
     if scored:
         columns["teacher_logps"] = logps()
     if top_k:
-        ids = [rng.integers(0, VOCAB_SIZE, (len(row), TOP_K)) for row in completions]
-        for row, sampled in zip(ids, completions):
-            row[:, -1] = sampled
+        # Consecutive from a random one on: no token twice, the sampled one last
+        steps = np.arange(TOP_K - 1, -1, -1)
+        ids = [(sampled[:, None] + steps * rng.integers(1, 9)) % VOCAB_SIZE for sampled in completions]
         columns["teacher_topk_ids"] = ids
         columns["teacher_topk_logps"] = [-1 - rng.exponential(1.0, row.shape) for row in ids]
         columns["teacher_tail_logmass"] = logps()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from testbed.evaluate import CHECKPOINTS, EvalResult, evaluate, load_checkpoint
+from testbed.samples import build_teacher_dataset
 from testbed.task import (
     MAX_NEW_TOKENS,
     accuracy_reward,
@@ -25,6 +26,8 @@ from testbed.task import (
     split_of,
 )
 from testbed.tokenizer import CHAT_TEMPLATE, build_tokenizer
+from trl_blend.teacher.fingerprint import identify_model
+from trl_blend.teacher.provenance import read_provenance
 
 
 SPLITS = ("train", "validation", "test")
@@ -259,8 +262,8 @@ def test_evaluation_of_a_model_follows_a_patched_generate_and_restores_training_
 def test_checkpoints_are_small_bfloat16_and_complete():
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 15_000_000
-    assert {path.name for path in CHECKPOINTS.iterdir()} == {"student", "base", "teacher"}
-    for name in ("student", "base", "teacher"):
+    assert {path.name for path in CHECKPOINTS.iterdir()} == {"student", "base", "teacher", "sft_student"}
+    for name in ("student", "base", "teacher", "sft_student"):
         folder = CHECKPOINTS / name
         tokenizer = build_tokenizer()
         generation = json.loads((folder / "generation_config.json").read_text())
@@ -287,6 +290,42 @@ def test_student_knows_the_format_and_half_of_the_sums():
     result = evaluate_shipped("student")
     assert 0.2 < result.boxed_rate < 0.7, result
     assert result.format_rate > 0.9, result
+
+
+def test_sft_student_knows_the_format_and_a_third_of_the_sums():
+    result = evaluate_shipped("sft_student")
+    assert 0.2 < result.boxed_rate < 0.6, result
+    assert result.format_rate > 0.9, result
+
+
+def test_sft_student_names_the_teacher_whose_samples_it_was_trained_on():
+    provenance, teacher = (
+        read_provenance(str(CHECKPOINTS / "sft_student")),
+        identify_model(str(CHECKPOINTS / "teacher")),
+    )
+    assert provenance.how == "recorded"
+    assert provenance.teacher.weights.sha256 == teacher.weights.sha256
+    assert provenance.teacher.name == "examples/testbed/checkpoints/teacher"
+
+
+def test_teacher_samples_are_what_the_teacher_says():
+    model, tokenizer = load_checkpoint("teacher")
+    state = torch.get_rng_state()
+    data = build_teacher_dataset(model, tokenizer, 40, seed=3, batch_size=16)
+    assert torch.equal(state, torch.get_rng_state())
+    assert data.to_list() == build_teacher_dataset(model, tokenizer, 40, seed=3, batch_size=16).to_list()
+    asked = {row["content"] for (row,) in build_prompt_dataset("train", 40, 3)["prompt"]}
+    assert 35 < len(data) <= 40 and {row["content"] for (row,) in data["prompt"]} <= asked
+    texts = [completion[0]["content"] for completion in data["completion"]]
+    answers = [str(sum(map(int, row["content"].rstrip("=?").split("+")))) for (row,) in data["prompt"]]
+    # Right and wrong samples alike, most of them right
+    assert 0.7 < sum(accuracy_reward(texts, answers)) / len(texts) <= 1.0
+
+
+def test_teacher_samples_without_an_end_are_left_out():
+    tokenizer = build_tokenizer()
+    for text, kept in (("1" * MAX_NEW_TOKENS, 0), ("1" * (MAX_NEW_TOKENS - 1), 5)):
+        assert len(build_teacher_dataset(Echo(text), tokenizer, 5)) == kept
 
 
 def test_base_adds_better_than_the_student_but_without_the_format():

@@ -17,13 +17,21 @@ class SampledTokenLoss(NamedTuple):
             What is minimised. Its value is no divergence: read `advantage`.
         advantage (`torch.Tensor` of the same shape):
             `log p_T(y) - log p_S(y)`. No gradient.
+        ratio (`torch.Tensor` of the same shape, *optional*):
+            `p_θ(y) / μ(y)`, capped, where the loss is corrected by it. No gradient.
     """
 
     loss: Tensor
     advantage: Tensor
+    ratio: Tensor | None = None
 
 
-def sampled_token_loss(student_logps: Tensor, teacher_logps: Tensor) -> SampledTokenLoss:
+def sampled_token_loss(
+    student_logps: Tensor,
+    teacher_logps: Tensor,
+    rollout_logps: Tensor | None = None,
+    ratio_cap: float | None = None,
+) -> SampledTokenLoss:
     r"""
     Policy-gradient form of distillation on sampled tokens, the loss of
     [Lightning OPD](https://huggingface.co/papers/2604.13010):
@@ -38,20 +46,37 @@ def sampled_token_loss(student_logps: Tensor, teacher_logps: Tensor) -> SampledT
     prefixes is still a fixed point, whichever policy drew them; rollouts cut to a set of tokens (top-p, top-k) fix
     `p_θ` on that set, and of the tokens outside it only their mass together.
 
-    Left out on purpose, as in the reference: a ratio to the rollout policy, whitening, and KL or entropy terms. The
-    PPO clip of the reference code has no effect there (one update per batch) and has none here.
+    On stored rollouts this is the gradient of \\( \frac{1}{2} E_\mu[(\log p_T - \log p_\theta)^2] \\), no longer that
+    of the divergence. Its Hessian at \\( p_\theta = \mu \\), with respect to the logits, is
+    \\( (1 - KL(\mu \| p_T)) \\) times the Fisher information: where the teacher is more than one nat away from the
+    rollout policy, the student runs away from that policy in whatever direction the first steps have taken ([ours]).
+    With `rollout_logps`, the log-probabilities under the policy that drew the tokens, every token is multiplied by
+    \\( \mathrm{sg}[p_\theta(y_t) / \mu(y_t)] \\), and the expected gradient is that of `KL(p_θ‖p_T)` at every stored
+    prefix again, as far as `μ` reaches all tokens ([ours]; off by default, as in the reference).
+
+    Left out on purpose, as in the reference: whitening, and KL or entropy terms. The PPO clip of the reference code
+    has no effect there (one update per batch) and has none here.
 
     Args:
         student_logps (`torch.Tensor` of any shape):
             `log p_θ(y_t)`. Carries the gradient.
         teacher_logps (`torch.Tensor` of the same shape):
             `log p_T(y_t)`. No gradient.
+        rollout_logps (`torch.Tensor` of the same shape, *optional*):
+            `log μ(y_t)`. Without it the ratio is left out.
+        ratio_cap (`float`, *optional*):
+            Largest ratio; larger ones are cut to it. `None` means no cap.
 
     Returns:
         [`SampledTokenLoss`]: Loss and advantage of every token.
     """
     advantage = (teacher_logps - student_logps).detach()
-    return SampledTokenLoss(-advantage * student_logps, advantage)
+    loss = -advantage * student_logps
+    if rollout_logps is None:
+        return SampledTokenLoss(loss, advantage)
+    ratio = (student_logps - rollout_logps).detach().exp()
+    ratio = ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)
+    return SampledTokenLoss(ratio * loss, advantage, ratio)
 
 
 def sampled_kl(logps: Tensor, other_logps: Tensor, rollout_logps: Tensor) -> Tensor:

@@ -70,6 +70,12 @@ def test_a_bound_on_a_drift_that_cannot_be_measured(build_offline, monkeypatch, 
     refusal(build_offline, monkeypatch, ConfigError, "student_logps", train_dataset=data, max_policy_drift=0.1)
 
 
+def test_a_ratio_to_an_unknown_policy(build_offline, monkeypatch, rows):
+    data = rows.remove_columns("rollout_logps")
+    settings = {"train_dataset": data, "importance_correction": "token"}
+    refusal(build_offline, monkeypatch, ConfigError, "importance_correction='token'.*lacks rollout_logps", **settings)
+
+
 def test_another_configuration(models, rows, tmp_path):
     args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ConfigError, match="is a SFTConfig"):

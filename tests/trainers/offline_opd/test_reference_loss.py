@@ -39,7 +39,10 @@ def reference_step(model, rows, offline_loss, aggregation, frozen=None):
         losses.append([])
         for t, token in enumerate(row["completion_ids"]):
             z = logits[start + t - 1]
-            if offline_loss == "sampled_token":
+            if offline_loss == "corrected":
+                scores = row["teacher_logps"][t], row["rollout_logps"][t]
+                loss = reference_offline.corrected_loss(z, z, token, *scores)
+            elif offline_loss == "sampled_token":
                 loss = reference_offline.sampled_token_loss(z, z, token, row["teacher_logps"][t])
             else:
                 masses = [*row["teacher_topk_logps"][t], row["teacher_tail_logmass"][t]]
@@ -71,6 +74,25 @@ def test_step_equals_the_reference(build_offline, models, rows, offline_loss, ag
     assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
     (gradients,) = record.gradients
     assert_close_tensors(gradients, expected, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "accumulated, padding-free"])
+def test_ratio_to_the_policy_of_the_rollouts(build_offline, models, rows, layout):
+    student = moved(scored.load(models, "student"))
+    expected_loss, expected = reference_step(student, rows, "corrected", "sequence")
+    plain, _ = reference_step(student, rows, "sampled_token", "sequence")
+    trainer = build_offline(student=student, importance_correction="token", **LAYOUTS[layout])
+    record = scored.train_offline(trainer)
+    assert abs(expected_loss - plain) > 0.1
+    assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_tensors(record.gradients[0], expected, 1e-4)
+    assert record.logged("offline/importance_ratio")[0] > 0
+
+
+def test_cap_of_the_ratio(build_offline, models):
+    student = moved(scored.load(models, "student"))
+    trainer = build_offline(student=student, importance_correction="token", importance_cap=0.25)
+    assert scored.train_offline(trainer).logged("offline/importance_ratio")[0] <= 0.25
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])

@@ -58,14 +58,20 @@ def check_parallelism(accelerator: Any) -> None:
         )
 
 
-def check_drift_columns(args: OfflineOPDConfig, names: list[str]) -> None:
-    """Refuse a bound on the drift where it cannot be measured."""
-    missing = [name for name in ("rollout_logps", "student_logps") if name not in names]
-    if args.max_policy_drift is not None and missing:
-        raise ConfigError(
-            f"`max_policy_drift={args.max_policy_drift}` needs the log-probabilities of the student that drew the "
-            f"rollouts, but the data lacks {', '.join(missing)}. Leave it out, or collect with `trl-blend rollouts`."
-        )
+def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
+    """Refuse a ratio to the rollouts' policy, or a bound on the drift, where the data do not know that policy."""
+    needed = {
+        "max_policy_drift": ("rollout_logps", "student_logps") if args.max_policy_drift is not None else (),
+        "importance_correction": ("rollout_logps",) if args.importance_correction != "none" else (),
+    }
+    for setting, columns in needed.items():
+        missing = [name for name in columns if name not in names]
+        if missing:
+            raise ConfigError(
+                f"`{setting}={getattr(args, setting)!r}` needs the log-probabilities of the student that drew the "
+                f"rollouts, but the data lacks {', '.join(missing)}. Leave it out, or collect with `trl-blend "
+                "rollouts`."
+            )
 
 
 def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:

@@ -12,6 +12,7 @@ from ...errors import ConfigError
 _CHOICES = {
     "loss_aggregation": ("sequence", "token"),
     "offline_loss": ("sampled_token", "top_k_reverse_kl", "top_k_forward_kl"),
+    "importance_correction": ("none", "token"),
     "teacher_consistency": ("strict", "warn", "off"),
     "policy_drift_action": ("warn", "stop"),
 }
@@ -48,6 +49,13 @@ class OfflineOPDConfig(SFTConfig):
             `log p_θ`, on the stored token), or, on data scored with `top_k`, `"top_k_reverse_kl"` or
             `"top_k_forward_kl"`: the divergence over the teacher's stored tokens and one event for all others, which
             has no sampling noise ([ours]).
+        importance_correction (`str`, *optional*, defaults to `"none"`):
+            `"none"` (Lightning OPD), or `"token"`: multiply the sampled-token loss of each token by the ratio of its
+            probabilities under the current student and under the distribution it was drawn from. The expected
+            gradient is then that of the reverse KL at the stored prefixes, see
+            [`~trl_blend.ops.losses.sampled_token_loss`] ([ours]).
+        importance_cap (`float`, *optional*):
+            Cap of that ratio. `None` means no cap.
         loss_aggregation (`str`, *optional*, defaults to `"sequence"`):
             `"sequence"` (the reference's: mean over the tokens of each completion, then over completions) or
             `"token"` (mean over all tokens, as in [`~trl.DistillationTrainer`]).
@@ -120,6 +128,14 @@ class OfflineOPDConfig(SFTConfig):
             "choices": list(_CHOICES["offline_loss"]),
         },
     )
+    importance_correction: str = field(
+        default="none",
+        metadata={
+            "help": "Whether the sampled-token loss is multiplied by the ratio to the policy of the rollouts.",
+            "choices": list(_CHOICES["importance_correction"]),
+        },
+    )
+    importance_cap: float | None = field(default=None, metadata={"help": "Cap of that ratio. None: no cap."})
     loss_aggregation: str = field(
         default="sequence",
         metadata={
@@ -173,6 +189,17 @@ class OfflineOPDConfig(SFTConfig):
                 raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(choices)}.")
         self._check_parent_settings()
         self._check_rescoring()
+        if self.importance_correction != "none" and self.uses_top_k:
+            raise ConfigError(
+                f"`importance_correction={self.importance_correction!r}` has no use with `offline_loss="
+                f"{self.offline_loss!r}`, whose terms are not sampled. Leave it out."
+            )
+        cap = self.importance_cap
+        if cap is not None and (self.importance_correction == "none" or not cap > 0.0):
+            raise ConfigError(
+                f"`importance_cap={cap}` must be positive and needs `importance_correction='token'`. Leave it out, or "
+                "set both."
+            )
         drift = self.max_policy_drift
         if drift is not None and not (math.isfinite(drift) and drift > 0.0):
             raise ConfigError(

@@ -9,6 +9,7 @@ from ... import _compat
 from ...ops.losses import sampled_token_loss
 from ...ops.mixed_head import LMHead
 from ...ops.top_k_divergence import top_k_divergence
+from .config import OfflineOPDConfig
 from .data import WEIGHTS
 
 
@@ -26,8 +27,8 @@ class OfflineForward:
             The (wrapped) student.
         columns (`Mapping[str, torch.Tensor]`):
             Per-token columns of the batch and their weights, each of shape `(B, T)` or `(B, T, K)`.
-        offline_loss (`str`):
-            See [`OfflineOPDConfig`].
+        args ([`OfflineOPDConfig`]):
+            Which loss it is.
         scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
             Factor of all weights.
     """
@@ -36,24 +37,29 @@ class OfflineForward:
         self,
         student: nn.Module,
         columns: Mapping[str, Tensor],
-        offline_loss: str,
+        args: OfflineOPDConfig,
         scale: float | Tensor = 1.0,
     ):
         self.student = student
         # The fused head predicts token t from position t - 1
         self.columns = {name: column[:, 1:] for name, column in columns.items()}
-        self.offline_loss = offline_loss
+        self.args = args
         self.scale = scale
         self.student_logps: Tensor | None = None
         self.loss: Tensor | None = None
+        self.ratio: Tensor | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         if not inputs.get("fused_lm_head"):
             return self.student(**inputs)
-        if self.offline_loss == "sampled_token":
+        if not self.args.uses_top_k:
             outputs = self.student(**inputs)
             self.student_logps = outputs.log_probs.detach()
-            loss = sampled_token_loss(outputs.log_probs, self.columns["teacher_logps"]).loss
+            rollout = self.columns["rollout_logps"] if self.args.importance_correction == "token" else None
+            result = sampled_token_loss(
+                outputs.log_probs, self.columns["teacher_logps"], rollout, self.args.importance_cap
+            )
+            loss, self.ratio = result.loss, result.ratio
         else:
             mask = inputs["labels"][:, 1:] != -100
             with _compat.fused_log_prob_function(lambda *call: self._top_k(mask, *call)):
@@ -75,7 +81,7 @@ class OfflineForward:
             columns["teacher_topk_ids"],
             columns["teacher_topk_logps"],
             columns["teacher_tail_logmass"],
-            direction="reverse" if self.offline_loss == "top_k_reverse_kl" else "forward",
+            direction="reverse" if self.args.offline_loss == "top_k_reverse_kl" else "forward",
             gather_parameters=_compat.gather_lm_head,
         )
         self.student_logps = result.student_logps.new_zeros(mask.shape).masked_scatter(mask, result.student_logps)

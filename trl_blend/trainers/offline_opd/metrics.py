@@ -25,6 +25,8 @@ class OfflineMetrics:
       student that drew the rollouts, both estimated by [`~trl_blend.ops.losses.sampled_kl`]. Where the data does not
       hold what they need they are left out;
     - `offline/divergence`: value of a top-k loss, whose terms are not sampled;
+    - `offline/importance_ratio`: ratio of the current student to the policy of the rollouts, with
+      `importance_correction="token"`; 1 on average as long as the student stays where that policy reaches;
     - `offline/unlikely_share`: share of stored tokens to which the teacher gives less than `e^-10`;
     - `offline/tokens_per_second`: tokens of prompts and completions, without padding, of all ranks per second since
       the last log, evaluations left out. In training only.
@@ -53,9 +55,9 @@ class OfflineMetrics:
         for name, value in values.items():
             means.add(name, value, torch.ones_like(value, dtype=torch.bool))
 
-    def add_divergence(self, mode: str, loss: Tensor, mask: Tensor) -> None:
-        """Add the values of a top-k loss, of shape `(B, T)`."""
-        self._means[mode].add("divergence", loss, mask)
+    def add_mean(self, mode: str, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add values of shape `(B, T)` under a name of their own."""
+        self._means[mode].add(name, values, mask)
 
     def resume(self) -> None:
         """Let the clock of the training run, if it does not."""

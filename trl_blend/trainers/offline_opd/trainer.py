@@ -129,7 +129,7 @@ class OfflineOPDTrainer(SFTTrainer):
         self.rollout_store, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
         if rollout_store is not None:
             self.rollout_store, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
-        checks.check_drift_columns(args, data.column_names(train_rows))
+        checks.check_student_columns(args, data.column_names(train_rows))
         prepared = self._prepare_dataset(train_rows, processing_class, args, args.packing, None, "train")
         self.consistency_report: ConsistencyReport | None = checks.check_teacher(
             model, self.rollout_store or train_rows, args, processing_class
@@ -214,11 +214,13 @@ class OfflineOPDTrainer(SFTTrainer):
         scale: float | torch.Tensor = 1.0
         if num_items_in_batch is None:  # the parent divides by the number of tokens
             scale = mask.sum() / columns[data.WEIGHTS][:, 1:].sum().clamp(min=1.0)
-        forward = OfflineForward(model, columns, self.args.offline_loss, scale)
+        forward = OfflineForward(model, columns, self.args, scale)
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         self._offline_metrics.add(mode, forward.student_logps, forward.columns, mask)
         if self._uses_top_k:
-            self._offline_metrics.add_divergence(mode, forward.loss, mask)
+            self._offline_metrics.add_mean(mode, "divergence", forward.loss, mask)
+        if forward.ratio is not None:
+            self._offline_metrics.add_mean(mode, "importance_ratio", forward.ratio, mask)
         return result
 
     def training_step(self, *args, **kwargs):
