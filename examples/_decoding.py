@@ -100,6 +100,47 @@ def greedy_rewards(trainer: Any, rows: list[dict[str, Any]], role: str) -> torch
     return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
 
 
+def greedy_completion_rewards(
+    trainer: Any, rows: list[dict[str, Any]], reward_funcs: Sequence[Any], max_new_tokens: int
+) -> torch.Tensor:
+    """
+    Decode the prompts of `rows` greedily with the model of a [`~trl.SFTTrainer`] and reward the completions.
+
+    The rows are split over the processes. Nothing is drawn from the random generators, nothing is logged.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer whose model must be prepared, as it is from `on_train_begin` on.
+        rows (`list[dict]`):
+            Rows of a dataset, the same on every process.
+        reward_funcs (`Sequence[Callable]`):
+            Reward functions, called as in TRL's GRPO.
+        max_new_tokens (`int`):
+            Limit on the length of a completion.
+
+    Returns:
+        `torch.Tensor` of shape `(N, F)`: Reward of each row by each function, NaN where it returned `None`. Equal on
+        every process.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    mine = own_share(rows, accelerator)
+    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in mine])
+    ends = {tokenizer.eos_token_id, *eos_token_ids(accelerator.unwrap_model(trainer.model_wrapped))}
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=sorted(ends),
+        disable_compile=True,
+    )
+    with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as student:
+        with evaluation_mode(student):
+            completion_ids = decode(student, prompt_ids, settings, args.per_device_train_batch_size)
+    rewards = score_rollouts(reward_funcs, mine, completion_ids, tokenizer, trainer.state)
+    return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
+
+
 def eos_token_ids(model: Any) -> list[int]:
     """End-of-sequence tokens that the `generation_config` of a model declares."""
     declared = model.generation_config.eos_token_id

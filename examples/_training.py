@@ -1,6 +1,7 @@
 """What the scripts share about a run: scores before and after it, and what is left when it is over."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ class _OnTrainBegin(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.result = self.function()
+
+
+class StepTimes(TrainerCallback):
+    """Wall time from the end of each optimizer step to the end of the next; a step's data are part of it."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
 
 
 def train_and_score(trainer: Any, score: Callable[[], Any]) -> tuple[Any, Any]:

@@ -13,13 +13,16 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "examples" / "reproduce" / "results"
 OPD_PAGE = "examples/trust_region_opd.md"
+OFFLINE_PAGE = "examples/offline_opd.md"
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     OPD_PAGE,
+    OFFLINE_PAGE,
     "examples/testbed/README.md",
     "examples/benchmarks/results/README.md",
     "examples/reproduce/results/trust_region.md",
+    "examples/reproduce/results/offline_opd.md",
 ]
 
 
@@ -65,6 +68,25 @@ def test_the_trust_region_tables_are_those_of_the_runs(shown_as, column):
         assert row == {name: expected[name] for name in row}
 
 
+def test_the_numbers_of_the_offline_page_are_those_of_the_runs():
+    page, report = ((ROOT / path).read_text(encoding="utf-8") for path in (OFFLINE_PAGE, RESULTS / "offline_opd.md"))
+    tables = [{row["arm"]: row for row in rows(part, "arm")} for part in report.split("## Cost")]
+    shown = rows(page, "arm")
+    assert [row["arm"] for row in shown] == list(tables[0])
+    for row in shown:
+        expected = tables[0][row["arm"]] | {"tokens/CPU s": tables[1][row["arm"]]["tokens/CPU s"]}
+        assert row == {name: expected[name] for name in row}
+    # What the text repeats stands in the report
+    text = " ".join(page.partition("## What we measured")[2].partition("## Memory")[0].split())
+    text = re.sub(r"\|[^.]*?\|", "", text)
+    for number in re.findall(r"(?<![\w.])[-+]?\d+\.\d{2,}", text):
+        assert number in report, number
+    assert (
+        re.search(r"takes ([\d.]+) bytes on disk.*?and ([\d.]+) with", " ".join(page.split())).groups()
+        == re.search(r"On disk: ([\d.]+) bytes.*?, ([\d.]+) with", report).groups()
+    )
+
+
 def test_the_rewards_on_the_page_are_those_of_the_runs():
     reward = {row["policy"]: row["reward"] for row in rows((RESULTS / "trust_region.md").read_text(), "policy")}
     text = " ".join((ROOT / OPD_PAGE).read_text(encoding="utf-8").split())
@@ -90,7 +112,7 @@ def test_the_cost_table_is_that_of_the_benchmarks():
         assert row == {name: measured[row["quantity"]][name] for name in row}
 
 
-@pytest.mark.parametrize("page", ["README.md", OPD_PAGE])
+@pytest.mark.parametrize("page", ["README.md", OPD_PAGE, OFFLINE_PAGE])
 def test_python_blocks_parse(page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
@@ -109,3 +131,8 @@ def test_runs_have_three_seeds_each():
         name, seed = path.stem.split("-seed")
         seeds.setdefault(name, set()).add(seed)
     assert len(seeds) == 10 and all(len(found) >= 3 for found in seeds.values())
+    seeds = {}
+    for path in (RESULTS / "offline_opd_runs").glob("*-seed*.json"):
+        name, seed = path.stem.split("-seed")
+        seeds.setdefault(name, set()).add(seed)
+    assert len(seeds) == 15 + 6 and all(len(found) >= 3 for found in seeds.values())

@@ -188,7 +188,7 @@ def load_checkpoint(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["student", "base", "teacher"])
+    parser.add_argument("--models", nargs="+", default=["student", "base", "teacher", "sft_student"])
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--data_seed", type=int, default=0)

@@ -1,0 +1,151 @@
+"""The offline script: its settings file parses, it refuses before loading anything, and its tables are right."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import offline_opd
+from testbed.evaluate import CHECKPOINTS, evaluate, load_checkpoint
+from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
+from trl_blend import collect_rollouts, score_rollouts
+
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTBED = ROOT / "examples" / "configs" / "offline_opd_testbed.yaml"
+STUDENT, TEACHER = str(CHECKPOINTS / "sft_student"), str(CHECKPOINTS / "teacher")
+REWARDS = ["format_and_answer_reward", "answer_reward", "format_reward"]
+NUM_PROMPTS = 11
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Scored rollouts of the shipped student, as the demo makes them."""
+    folder = tmp_path_factory.mktemp("stores")
+    settings = {"dtype": "float32", "show_progress": False}
+    rollouts = collect_rollouts(
+        STUDENT, build_prompt_dataset("train", ROWS), folder / "rollouts", temperature=1.0, top_p=1.0,
+        max_new_tokens=MAX_NEW_TOKENS, **settings,
+    )  # fmt: skip
+    score_rollouts(rollouts, TEACHER, folder / "scored", top_k=4, **settings)
+    return folder / "scored"
+
+
+def run(script, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def parse(tmp_path, *arguments, config=()):
+    cpu = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    return offline_opd.make_parser().parse_args_and_config([*config, *cpu, *arguments])
+
+
+def expected_rates(checkpoint):
+    """The evaluation of the test-bed, which shares no code with the script."""
+    model, tokenizer = load_checkpoint(checkpoint)
+    result = evaluate(model, tokenizer, build_prompt_dataset("test", NUM_PROMPTS), max_new_tokens=MAX_NEW_TOKENS)
+    return [
+        (rate, math.sqrt(rate * (1 - rate) / (NUM_PROMPTS - 1)))
+        for rate in (result.reward_rate, result.answer_rate, result.format_rate)
+    ]
+
+
+def assert_rates(found, expected):
+    assert [tuple(cell) for cell in found] == [pytest.approx(cell, abs=1e-6) for cell in expected]
+
+
+def test_the_testbed_run_prints_and_saves_what_its_checkpoints_score(scored, tmp_path):
+    printed = run(
+        "examples/offline_opd.py", "--config", str(TESTBED), "--dataset_name", str(scored), "--output_dir",
+        str(tmp_path), "--max_steps", "3", "--per_device_train_batch_size", "4", "--learning_rate", "1e-3",
+        "--num_test_prompts", str(NUM_PROMPTS), "--compare_live_steps", "2", "--teacher_model_name_or_path", TEACHER,
+    )  # fmt: skip
+    table = json.loads((tmp_path / "before_after.json").read_text())
+    assert (table["rewards"], table["prompts"]) == (REWARDS, NUM_PROMPTS)
+    assert_rates(table["before"]["student"], expected_rates("sft_student"))
+    assert_rates(table["after"]["student"], expected_rates(tmp_path))
+    assert table["before"]["student"] != table["after"]["student"]
+    for mean, error in (*table["before"]["student"], *table["after"]["student"]):
+        assert f"{mean:.3f} ± {error:.3f}" in printed
+    card = (tmp_path / "README.md").read_text()
+    assert "2604.13010" in card
+    # Ratios of the times that stand beside them
+    rows = re.findall(r"│ (offline|live, [^│]+?) +│ +([\d.]+) │ +([\d,]+) │ +([\d.]+) │", printed)
+    assert [name for name, *_ in rows] == ["offline", "live, sampled token", "live, full KL (TRL)"]
+    seconds = [float(row[1]) for row in rows]
+    for (_, _, tokens, ratio), own in zip(rows, seconds, strict=True):
+        assert float(ratio) == pytest.approx(own / seconds[0], rel=0.05)
+        assert int(tokens.replace(",", "")) > 0
+
+
+def test_prompts_of_the_testbed_are_written_as_json_lines(tmp_path):
+    file = tmp_path / "new" / "prompts.jsonl"
+    run("examples/testbed/prompts.py", "--n", "5", "--seed", "3", "--output", str(file))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows == build_prompt_dataset("train", 5, 3).to_list()
+
+
+def test_the_settings_file_parses_and_is_complete(tmp_path):
+    given = yaml.safe_load(TESTBED.read_text())
+    script_args, training_args, model_args = parse(tmp_path, config=("--config", str(TESTBED)))
+    assert model_args.model_name_or_path == "examples/testbed/checkpoints/sft_student"
+    assert script_args.test_dataset_name == "testbed" and training_args.teacher_consistency == "strict"
+    assert (training_args.max_steps, training_args.offline_loss) == (given["max_steps"], "top_k_reverse_kl")
+    # A step is 64 rollouts, each used once: what the demo collects must be enough for the steps
+    demo = (ROOT / "Makefile").read_text()
+    (prompts,) = re.findall(r"prompts.py --n (\d+)", demo)
+    assert int(prompts) == training_args.max_steps * training_args.per_device_train_batch_size
+    assert training_args.gradient_accumulation_steps == 1 and "--top_k " in demo
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "set `dataset_name`"),
+        (("--dataset_name", "scored"), "set `model_name_or_path`"),
+        (("--reward_funcs", "accuracy_reward"), "set `test_dataset_name`"),
+        (("--compare_live_steps", "2", "--test_dataset_name", "testbed"), "set `teacher_model_name_or_path`"),
+        (
+            ("--compare_live_steps", "2", "--teacher_model_name_or_path", TEACHER),
+            "without gradient accumulation",
+        ),
+        (
+            (
+                "--compare_live_steps", "2", "--teacher_model_name_or_path", TEACHER, "--gradient_accumulation_steps",
+                "1",
+            ),
+            "set `test_dataset_name`",
+        ),
+        (("--test_dataset_name", "testbed", "--reward_funcs", "nonsense"), "`reward_funcs` has 'nonsense'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_blend.OfflineOPDTrainer", None)
+    rest = ("--dataset_name", "nowhere", "--model_name_or_path", "nowhere")
+    if not arguments or "--dataset_name" in arguments:
+        rest = ()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        offline_opd.main(*parse(tmp_path, *arguments, *rest))
+
+
+def test_without_test_prompts_there_is_no_table(scored, tmp_path, capsys):
+    script, training, model = parse(
+        tmp_path, "--dataset_name", str(scored), "--model_name_or_path", STUDENT, "--max_steps", "1",
+        "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--report_to", "none",
+        "--dtype", "float32",
+    )  # fmt: skip
+    offline_opd.main(script, training, model)
+    assert "held-out prompts" not in capsys.readouterr().out
+    assert not (tmp_path / "before_after.json").exists() and (tmp_path / "model.safetensors").exists()
