@@ -94,6 +94,15 @@ def test_the_rewards_on_the_page_are_those_of_the_runs():
     assert "{} without, {} at ε = 0.01, {} at 0.05".format(*values) in text
 
 
+def test_the_offline_table_is_that_of_the_runs():
+    full = {row["arm"]: row for row in rows((RESULTS / "offline_opd.md").read_text(), "arm")}
+    shown = rows(README, "offline study: arm")
+    assert len(shown) == 10
+    for row in shown:
+        expected = full[row.pop("offline study: arm")]
+        assert row == {name: expected[name] for name in row}
+
+
 def test_the_sweep_numbers_are_those_of_the_sweep():
     with open(RESULTS / "weight_sweep.csv", newline="") as file:
         table = list(csv.DictReader(file))
