@@ -60,7 +60,7 @@ REFUSED = {
     "sft_teacher='t'": {"sft_teacher": "t"},
     "max_policy_drift=0": {"max_policy_drift": 0.0},
     "max_policy_drift=nan": {"max_policy_drift": float("nan")},
-    "streaming=True": {"streaming": True, "max_steps": -1},
+    "stream_rollouts=True": {"stream_rollouts": True, "max_steps": -1},
 }
 
 
@@ -77,3 +77,10 @@ def test_a_teacher_is_asked_to_score_some_rows(tmp_path):
 
 def test_packing_strategy_without_packing_is_left_alone(tmp_path):
     assert offline_config(tmp_path, packing_strategy="wrapped").packing_strategy == "wrapped"
+
+
+def test_the_fields_fit_beside_those_of_a_trl_script():
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+    parser = TrlParser((ScriptArguments, OfflineOPDConfig, ModelConfig, DatasetMixtureConfig))
+    assert "stream_rollouts" in parser.format_help()

@@ -89,7 +89,7 @@ def test_an_opened_store_and_rows_of_it(build, folder):
 
 
 def test_streaming_a_store(build):
-    trainer = build(streaming=True, max_steps=2, per_device_train_batch_size=4)
+    trainer = build(stream_rollouts=True, max_steps=2, per_device_train_batch_size=4)
     record = scored.train_offline(trainer)
     assert len(record.steps) == 2 and trainer.consistency_report.ok
 

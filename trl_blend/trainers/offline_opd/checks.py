@@ -95,7 +95,7 @@ def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[Rollou
                 f"`{name}={value.name!r}` holds rollouts without teacher log-probabilities. Score them first: "
                 "`trl-blend score --teacher_model_name_or_path ... --rollouts ... --output_dir ...`."
             )
-        return value, value.dataset(streaming=args.streaming)
+        return value, value.dataset(streaming=args.stream_rollouts)
     if not isinstance(value, (Dataset, IterableDataset)):
         raise ConfigError(
             f"`{name}` is a {type(value).__name__}. Pass the folder or Hub id of scored rollouts, the "

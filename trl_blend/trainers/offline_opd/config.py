@@ -87,7 +87,7 @@ class OfflineOPDConfig(SFTConfig):
 
         > Parameters that control the data
 
-        streaming (`bool`, *optional*, defaults to `False`):
+        stream_rollouts (`bool`, *optional*, defaults to `False`):
             Read the shards of a store while training instead of preparing all rows before. Needs `max_steps`. With
             `shuffle_dataset=True` shards are shuffled, and rows within a buffer; with several processes each of them
             reads every shard and trains on its share of the rows.
@@ -177,7 +177,7 @@ class OfflineOPDConfig(SFTConfig):
     )
 
     # Data
-    streaming: bool = field(default=False, metadata={"help": "Read the shards while training. Needs max_steps."})
+    stream_rollouts: bool = field(default=False, metadata={"help": "Read the shards while training. Needs max_steps."})
 
     def __post_init__(self):
         for name, (value, reason) in _FIXED.items():
@@ -212,9 +212,9 @@ class OfflineOPDConfig(SFTConfig):
                 "sampled-token loss is no divergence by value and can rise while the student comes closer to its "
                 "teacher. Set `metric_for_best_model='eval_offline/reverse_kl'` and `greater_is_better=False`."
             )
-        if self.streaming and self.max_steps <= 0:
+        if self.stream_rollouts and self.max_steps <= 0:
             raise ConfigError(
-                "`streaming=True` does not know the number of rows in advance. Set `max_steps`, or `streaming=False`."
+                "`stream_rollouts=True` does not know the number of rows. Set `max_steps`, or `stream_rollouts=False`."
             )
 
     def _check_parent_settings(self):
