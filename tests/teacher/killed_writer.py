@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 from tests.teacher.stores import make_manifest, random_rows
 from trl_blend.teacher import shards
@@ -22,8 +23,9 @@ from trl_blend.teacher.shards import ShardWriter
 CHANGES = ("fsync", "replace", "unlink")
 
 
+# A manifest after every shard: as many states between the two as there can be
+@patch.object(shards, "MANIFEST_INTERVAL", 0.0)
 def job(folder, num_shards, rank=0, world_size=1, pause=0.0):
-    shards.MANIFEST_INTERVAL = 0.0  # a manifest after every shard: as many states between the two as there can be
     writer = ShardWriter(folder, make_manifest(num_shards=num_shards), is_main_process=rank == 0)
     print("started", flush=True)
     for index in range(rank, num_shards, world_size):
