@@ -128,7 +128,13 @@ def _add_rollouts(parser: argparse.ArgumentParser) -> None:
     add("--max_new_tokens", type=int, default=4096, help="length limit of a completion (default: 4096)")
     add("--num_rollouts_per_prompt", type=int, default=1, help="completions per prompt (default: 1)")
     add("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    add("--batch_size", type=int, default=32, help="completions drawn at once by transformers (default: 32)")
+    add(
+        "--batch_size",
+        type=int,
+        default=32,
+        help="completions drawn at once by transformers; decides the draws, so a store is continued with the same "
+        "one (default: 32)",
+    )
     add("--rows_per_shard", type=int, default=256, help="rows of a file, what a kill can cost (default: 256)")
     add("--logps_dtype", default="float16", help="float16 or float32, as stored (default: float16)")
     add("--chat_template_kwargs", type=_json_object, metavar="JSON", help="arguments of the chat template")

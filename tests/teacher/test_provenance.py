@@ -55,9 +55,12 @@ def test_another_teacher_is_refused_without_overwrite(student, teacher):
 def test_record_needs_a_folder_and_a_teacher(tmp_path, teacher):
     with pytest.raises(ConfigError, match="checkpoint_folder=.*nowhere' is not a folder"):
         record_teacher(tmp_path / "nowhere", teacher)
+    with pytest.raises(ConfigError, match="holds no model"):
+        record_teacher(tmp_path, teacher)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="'no/teacher' is neither a folder"):
         record_teacher(tmp_path, "no/teacher")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_an_adapter_has_its_own_record_or_that_of_its_base(student, teacher, tmp_path):

@@ -198,7 +198,7 @@ def test_a_broken_shard_is_made_again_on_request(student, prompts, finished, tmp
         ({"temperature": 0.8}, "temperature: 0.7 -> 0.8"),
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"batch_size": 8}, "batch_size: 4 -> 8"),
-        ({"max_new_tokens": 9, "top_p": 1.0}, r"max_new_tokens: 8 -> 9\s+top_p: 0.9 -> 1"),
+        ({"max_new_tokens": 9, "top_p": 1.0}, r"max_new_tokens: 8 -> 9; top_p: 0.9 -> 1"),
         ({"dtype": "bfloat16"}, "dtype: 'auto' -> 'bfloat16'"),
         ({"logps_dtype": "float16"}, "logps_dtype: 'float32' -> 'float16'"),
         ({"rows_per_shard": 12}, "rows_per_shard: 6 -> 12"),
@@ -261,6 +261,7 @@ def test_vllm_has_to_be_installed(student, prompts, tmp_path, no_model, monkeypa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ("empty.jsonl", "is empty"),
         ("missing.jsonl", "`prompts='missing.jsonl'`: there is no such file"),
         (Dataset.from_dict({"prompt": []}), "`prompts` is empty"),
         (["1", ""], "Row 1 of the prompts has no tokens"),
@@ -271,7 +272,9 @@ def test_vllm_has_to_be_installed(student, prompts, tmp_path, no_model, monkeypa
         (7, "is a int"),
     ],
 )
-def test_prompts(student, tmp_path, no_model, given, message):
+def test_prompts(student, tmp_path, no_model, given, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ConfigError, match=message):
         collect_rollouts(student, given, tmp_path / "store", **SETTINGS)
 

@@ -103,7 +103,9 @@ def top_k_divergence(
     tail = tail_logmass.clamp(min=_LOG_MIN_MASS).unsqueeze(-1)
     teacher = torch.cat([topk_logps, tail], dim=-1).to(_wide(student.hidden).dtype)
     plan = _Plan(student.logit_scale, student.softcap, projection_dtype(student.hidden), direction, gather_parameters)
-    result = _TopKFunction.apply(plan, targets, topk_ids, teacher, student.hidden, student.weight, student.bias)
+    result = _TopKFunction.apply(  # type: ignore[no-untyped-call]
+        plan, targets, topk_ids, teacher, student.hidden, student.weight, student.bias
+    )
     return TopKDivergence(*result)
 
 
@@ -146,7 +148,16 @@ def _events(logprobs: Tensor, topk_ids: Tensor) -> Tensor:
 
 class _TopKFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, targets, topk_ids, teacher, hidden, weight, bias):
+    def forward(
+        ctx: Any,
+        plan: _Plan,
+        targets: Tensor,
+        topk_ids: Tensor,
+        teacher: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         rows = []
         with plan.gather_parameters(*[p for p in (weight, bias) if p is not None]):
@@ -167,7 +178,7 @@ class _TopKFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *unused):
+    def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
         topk_ids, teacher, hidden, weight, bias = ctx.saved_tensors
         plan, needed = ctx.plan, ctx.needs_input_grad[4:]
         if grad_loss is None:

@@ -71,6 +71,8 @@ def _read(name: str, config: str | None, split: str) -> Dataset:
         if suffix in _FORMATS:
             if not Path(name).is_file():
                 raise ConfigError(f"`prompts={name!r}`: there is no such file. Correct the path.")
+            if not Path(name).stat().st_size:
+                raise ConfigError(f"`prompts={name!r}` is empty. Write one prompt per line.")
             return load_dataset(_FORMATS[suffix], data_files=name, split=split)
         return load_dataset(name, config, split=split)
     except ConfigError:

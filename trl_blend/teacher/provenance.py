@@ -124,6 +124,11 @@ def record_teacher(
     folder = Path(checkpoint_folder)
     if not folder.is_dir():
         raise ConfigError(f"checkpoint_folder={str(folder)!r} is not a folder: give the student's checkpoint.")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError(
+            f"checkpoint_folder={str(folder)!r} holds no model (no config.json or adapter_config.json): give the "
+            "student's checkpoint."
+        )
     identity = identify_teacher(teacher, revision)
     if not overwrite:
         _refuse_another(folder, identity, "`overwrite=True` (`--overwrite`) replaces it")

@@ -198,9 +198,9 @@ class ShardWriter:
             return manifest  # the shards say what is in them
         differences = found.differences(manifest)
         if differences:
-            listed = "\n".join(f"  {line}" for line in differences)
+            listed = "; ".join(differences)
             raise ConfigError(
-                f"{self.folder} holds a store that was started with other settings (there -> now):\n{listed}\n"
+                f"{self.folder} holds a store that was started with other settings (there -> now): {listed}. "
                 "Pass the same settings to continue it, or choose another output_dir."
             )
         return found

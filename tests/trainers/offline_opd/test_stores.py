@@ -94,6 +94,29 @@ def test_streaming_a_store(build):
     assert len(record.steps) == 2 and trainer.consistency_report.ok
 
 
+def test_a_ratio_to_rollouts_of_a_nucleus_is_warned_of(build, folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        build(importance_correction="token")
+        assert "sampled with {'top_p': 0.9}" in caplog.text and "--top_p 1" in caplog.text
+        caplog.clear()
+        build()
+        build(train_dataset=load_scored_rollouts(folder / "scored_teacher").dataset(), teacher_consistency="off")
+    assert "top_p" not in caplog.text
+
+
+def test_rows_that_lose_their_end_are_counted(build, folder, caplog):
+    rows = load_scored_rollouts(folder / "scored_teacher").dataset()
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows]
+    limit = sorted(lengths)[-3]
+    with caplog.at_level(logging.WARNING):
+        build(max_length=limit)
+        expected = sum(length > limit for length in lengths)
+        assert 0 < expected < len(rows) and f"{expected} of {len(rows)} rows are longer" in caplog.text
+        caplog.clear()
+        build(max_length=max(lengths))
+    assert "rows are longer" not in caplog.text
+
+
 # Teacher consistency
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyarrow.compute as pc
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
@@ -72,6 +73,34 @@ def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
                 f"rollouts, but the data lacks {', '.join(missing)}. Leave it out, or collect with `trl-blend "
                 "rollouts`."
             )
+
+
+def warn_of_cut_rollouts(store: RolloutStore | None, args: OfflineOPDConfig) -> None:
+    """Say so where the ratio to the policy of the rollouts misses tokens that this policy could not draw."""
+    sampling = (store.manifest.sampling if store is not None else None) or {}
+    neutral = {"top_p": (1.0, None), "top_k": (0, None), "min_p": (0.0, None)}
+    cut = {name: sampling[name] for name, values in neutral.items() if sampling.get(name) not in values}
+    if args.importance_correction != "none" and cut:
+        logger.warning(
+            f"`importance_correction={args.importance_correction!r}` with rollouts that were sampled with {cut}: the "
+            "tokens left out there never enter the loss, which is then not the whole reverse KL. Collect with "
+            "`--temperature 1 --top_p 1` for that."
+        )
+
+
+def warn_of_long_rows(dataset: Any, max_length: int | None) -> None:
+    """Say how many rows lose their end."""
+    if max_length is None or not isinstance(dataset, Dataset) or "prompt_ids" not in dataset.column_names:
+        return
+    columns = ("prompt_ids", "completion_ids")
+    batches = dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=1000)
+    lengths = [pc.add(*(pc.list_value_length(table[name]) for name in columns)) for table in batches]
+    cut = sum(pc.sum(pc.greater(batch, max_length)).as_py() or 0 for batch in lengths)
+    if cut:
+        logger.warning(
+            f"{cut} of {len(dataset)} rows are longer than `max_length={max_length}` tokens: they lose their end, or "
+            "are left out where nothing of the completion remains. Raise `max_length`, or leave it out."
+        )
 
 
 def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:

@@ -130,6 +130,8 @@ class OfflineOPDTrainer(SFTTrainer):
         if rollout_store is not None:
             self.rollout_store, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
         checks.check_student_columns(args, data.column_names(train_rows))
+        checks.warn_of_cut_rollouts(self.rollout_store, args)
+        checks.warn_of_long_rows(train_rows, args.max_length)
         prepared = self._prepare_dataset(train_rows, processing_class, args, args.packing, None, "train")
         self.consistency_report: ConsistencyReport | None = checks.check_teacher(
             model, self.rollout_store or train_rows, args, processing_class
