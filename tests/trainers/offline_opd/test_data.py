@@ -115,6 +115,9 @@ def test_prepared_rows_are_left_alone(rows):
 def test_shuffling(rows):
     first, again, other = (prepare(rows, shuffle_seed=seed)["input_ids"] for seed in (0, 0, 1))
     assert first == again and first != other and sorted(first) == sorted(prepare(rows)["input_ids"])
+    packing = {"packing": True, "max_length": 20}
+    shuffled, plain = (prepare(rows, shuffle_seed=seed, **packing)["input_ids"] for seed in (0, None))
+    assert shuffled != plain  # rows that were shuffled before are packed in another way
 
 
 # Batches

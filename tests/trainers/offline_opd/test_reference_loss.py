@@ -10,8 +10,12 @@ from tests import reference_offline
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import scored
 from tests.trainers.runs import assert_close_tensors, set_parameters, snapshot
+from trl_blend.ops import LMHead, top_k_divergence
+from trl_blend.trainers.offline_opd.data import TOP_K, ScoredRolloutCollator, prepare
+from trl_blend.trainers.offline_opd.forward import OfflineForward
 
 
+PLAIN = {"vocab_size": 64, "max_length": None, "packing": False, "shuffle_seed": None}
 LOSSES = ("sampled_token", "top_k_reverse_kl", "top_k_forward_kl")
 LAYOUTS = {
     "padded": {},
@@ -74,6 +78,25 @@ def test_step_equals_the_reference(build_offline, models, rows, offline_loss, ag
     assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
     (gradients,) = record.gradients
     assert_close_tensors(gradients, expected, 1e-4)
+
+
+@pytest.mark.parametrize("labelled_only", [False, True])
+def test_top_k_reads_all_positions_or_the_labelled_ones(models, tmp_path, rows, labelled_only):
+    """TRL hands the fused head the labelled positions alone where it has kernels for it, and all of them elsewhere."""
+    args = scored.offline_config(tmp_path, offline_loss="top_k_reverse_kl")
+    features = ScoredRolloutCollator(pad_token_id=0)(list(prepare(rows, uses_top_k=True, **PLAIN)))
+    mask = features["labels"][:, 1:] != -100
+    hidden, weight = torch.randn(*mask.shape, 4), torch.randn(64, 4)
+    targets = features["labels"][:, 1:].clamp(min=0)
+    kept = mask.reshape(-1) if labelled_only else slice(None)
+    forward = OfflineForward(None, {name: features[name] for name in TOP_K}, args)
+    head = LMHead(hidden.reshape(-1, 4)[kept], weight)
+    loss, *_ = forward._top_k(mask, head, targets.reshape(-1)[kept], 1.0, ("log_probs",))
+    columns = (features[name][:, 1:][mask] for name in TOP_K)
+    expected = top_k_divergence(LMHead(hidden[mask], weight), targets[mask], *columns).loss
+    found = loss if labelled_only else loss.reshape(mask.shape)[mask]
+    torch.testing.assert_close(found, expected)
+    assert len(loss) == len(targets.reshape(-1)[kept])
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "accumulated, padding-free"])
