@@ -160,6 +160,18 @@ def test_a_stated_teacher_is_called_stated(build, folder):
         build(student="unrecorded", sft_teacher=str(folder / "second"))
 
 
+@pytest.mark.parametrize("how", ["strict", "warn", "off"])
+def test_a_broken_record(build, folder, tmp_path, how):
+    shutil.copytree(folder / "student", tmp_path / "broken")
+    (tmp_path / "broken" / PROVENANCE_FILE).write_text("{")
+    settings = {"student": tmp_path / "broken", "teacher_consistency": how}
+    if how == "off":
+        assert build(**settings)._provenance is None
+    else:
+        with pytest.raises(ConfigError, match="not a teacher provenance record"):
+            build(**settings)
+
+
 def test_rows_are_scored_again(build, folder):
     live = {"teacher_model_name_or_path": str(folder / "teacher"), "rescore_num_rows": 4}
     load = {"teacher_model_init_kwargs": {"dtype": "float32"}}
