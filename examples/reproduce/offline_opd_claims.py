@@ -61,35 +61,56 @@ def claims(runs: Runs) -> Iterator[Claim]:
     )
 
 
+OURS = (
+    (
+        "Offline, the reverse KL over the teacher's stored top tokens performs like TRL's live full KL.",
+        ("offline_topk", "live_full"),
+        not_worse,
+    ),
+    (
+        "It performs at least as well as live distillation on sampled tokens.",
+        ("offline_topk", "live"),
+        not_worse,
+    ),
+    (
+        "The same from the late student, against live distillation on sampled tokens.",
+        ("late_offline_topk", "late_live"),
+        not_worse,
+    ),
+    (
+        "What sets the paper's loss apart from live distillation is the missing ratio to the rollout policy: with "
+        "it, offline distillation on sampled tokens performs like live distillation.",
+        ("offline_ratio", "live"),
+        not_worse,
+    ),
+    (
+        "Offline, it performs at least as well as the loss on sampled tokens.",
+        ("offline_topk", "offline"),
+        not_worse,
+    ),
+    (
+        "With that loss, too, the second teacher is worse.",
+        ("offline_topk_second", "offline_topk"),
+        worse,
+    ),
+    (
+        "As many rollouts of a quarter of the prompts, 4 each, perform as well.",
+        ("offline_4", "offline"),
+        not_worse,
+    ),
+    (
+        "Rollouts at temperature 0.7 and top-p 0.9 perform at least as well as at temperature 1.",
+        ("offline_paper", "offline"),
+        not_worse,
+    ),
+)
+
+
 def ours(runs: Runs) -> Iterator[Claim]:
     """The same for what this package adds."""
-    if runs.has("offline_topk", "live_full"):
-        claim = "Offline, the reverse KL over the teacher's stored top tokens performs like TRL's live full KL."
-        yield _comparison(runs, claim, [("offline_topk", "live_full")], not_worse)
-    if runs.has("offline_topk", "live"):
-        claim = "It performs at least as well as live distillation on sampled tokens."
-        yield _comparison(runs, claim, [("offline_topk", "live")], not_worse)
-    if runs.has("late_offline_topk", "late_live"):
-        claim = "The same from the late student, against live distillation on sampled tokens."
-        yield _comparison(runs, claim, [("late_offline_topk", "late_live")], not_worse)
-    if runs.has("offline_ratio", "live"):
-        claim = (
-            "What sets the paper's loss apart from live distillation is the missing ratio to the rollout policy: with "
-            "it, offline distillation on sampled tokens performs like live distillation."
-        )
-        yield _comparison(runs, claim, [("offline_ratio", "live")], not_worse)
-    if runs.has("offline_topk", "offline"):
-        claim = "Offline, it performs at least as well as the loss on sampled tokens."
-        yield _comparison(runs, claim, [("offline_topk", "offline")], not_worse)
-    if runs.has("offline_topk_second", "offline_topk"):
-        claim = "With that loss, too, the second teacher is worse."
-        yield _comparison(runs, claim, [("offline_topk_second", "offline_topk")], worse)
-    if runs.has("offline_4", "offline"):
-        claim = "As many rollouts of a quarter of the prompts, 4 each, perform as well."
-        yield _comparison(runs, claim, [("offline_4", "offline")], not_worse)
-    if runs.has("offline_paper", "offline"):
-        claim = "Rollouts at temperature 0.7 and top-p 0.9 perform at least as well as at temperature 1."
-        yield _comparison(runs, claim, [("offline_paper", "offline")], not_worse)
+    for claim, pair, judge in OURS:
+        if runs.has(*pair):
+            yield _comparison(runs, claim, [pair], judge)
     offline = [name for name in runs.by_arm if runs.arm(name).offline]
     wrong = [name for name in offline if runs.arm(name).data.teacher == "second"]
     if wrong:

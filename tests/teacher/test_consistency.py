@@ -273,12 +273,6 @@ def test_a_student_that_cannot_be_hashed_is_compared_through_its_checkpoint(worl
 # Tokenizers and templates
 
 
-def with_tokenizer(model, folder, change):
-    tokenizer = tiny_tokenizer()
-    change(tokenizer)
-    return save_model(model, folder, tokenizer)
-
-
 def add_token(tokenizer):
     tokenizer.add_tokens(["<tool>"])
 

@@ -49,7 +49,7 @@ def sampled_token_loss(
     On stored rollouts this is the gradient of \\( \frac{1}{2} E_\mu[(\log p_T - \log p_\theta)^2] \\), no longer that
     of the divergence. Its Hessian at \\( p_\theta = \mu \\), with respect to the logits, is
     \\( (1 - KL(\mu \| p_T)) \\) times the Fisher information: where the teacher is more than one nat away from the
-    rollout policy, the student runs away from that policy in whatever direction the first steps have taken ([ours]).
+    rollout policy, the loss is concave there, and steps in any direction, of noise too, are amplified ([ours]).
     With `rollout_logps`, the log-probabilities under the policy that drew the tokens, every token is multiplied by
     \\( \mathrm{sg}[p_\theta(y_t) / \mu(y_t)] \\), and the expected gradient is that of `KL(p_θ‖p_T)` at every stored
     prefix again, as far as `μ` reaches all tokens ([ours]; off by default, as in the reference).

@@ -27,6 +27,9 @@ import pyarrow as pa
 from trl_blend.errors import StoreError
 
 
+UNLIKELY_LOGP = -10.0
+"""Below this a token is one that the teacher would hardly ever write: e^-10 is 5 in 100,000."""
+
 ID_COLUMNS = ("prompt_ids", "completion_ids")
 TOKEN_COLUMNS = ("rollout_logps", "student_logps", "teacher_logps", "teacher_tail_logmass")
 TOP_K_COLUMNS = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")

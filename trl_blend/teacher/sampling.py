@@ -1,7 +1,7 @@
 """How rollouts are drawn, and what every engine hands back for one of them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -97,6 +97,12 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Dictionary of JSON values."""
         return asdict(self)
+
+
+def nucleus_settings(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a manifest's sampling settings that leave tokens out of the distribution."""
+    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0)}
+    return {name: sampling[name] for name, values in neutral.items() if sampling.get(name) not in values}
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from trl_blend.errors import UnsupportedError
+from trl_blend.teacher.columns import UNLIKELY_LOGP
 from trl_blend.teacher.findings import Finding
 from trl_blend.teacher.sampled_rows import SampledRows
+from trl_blend.teacher.sampling import nucleus_settings
 
 
 # Mean absolute difference per token between stored and re-computed log-probs
@@ -24,7 +26,6 @@ ROW_FACTOR = 5.0  # how much more a single row may differ than the mean
 BIAS_FACTOR = 0.5  # rounding has no direction, another temperature has
 
 MAX_GAP = 0.5  # nats per token
-UNLIKELY_LOGP = -10.0
 MAX_UNLIKELY_SHARE = 0.01
 MIN_EOS_LOGP = -5.0
 MAX_TRUNCATED_SHARE = 0.5
@@ -174,8 +175,7 @@ def check_policy_gap(rows: SampledRows, sampling: dict[str, Any] | None) -> Find
 
 
 def _is_plain_sampling(sampling: dict[str, Any] | None) -> bool:
-    neutral = {"temperature": (1.0,), "top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0)}
-    return sampling is not None and all(sampling.get(name) in values for name, values in neutral.items())
+    return sampling is not None and sampling.get("temperature") == 1.0 and not nucleus_settings(sampling)
 
 
 def check_unlikely_tokens(rows: SampledRows) -> Finding:

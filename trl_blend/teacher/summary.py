@@ -8,12 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from trl_blend.teacher.columns import UNLIKELY_LOGP
+
 
 if TYPE_CHECKING:
     from trl_blend.teacher.store import RolloutStore
-
-UNLIKELY_LOGP = -10.0
-"""A sampled token below this log-prob is one that the teacher practically excludes."""
 
 
 @dataclass(frozen=True)

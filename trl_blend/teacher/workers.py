@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from trl_blend.errors import ConfigError, StoreError, TrlBlendError
+from trl_blend.errors import ConfigError, StoreError
 from trl_blend.teacher.folder_lock import LOCK_NAME
 from trl_blend.teacher.manifest import LOGPS_DTYPES, MANIFEST_NAME, Manifest
 from trl_blend.teacher.shard_files import DATA_FOLDER, shard_index, shards_on_disk
@@ -40,13 +40,14 @@ def processes() -> PartialState:
 
 def on_main_process(state: PartialState, compute: Callable[[], Value]) -> Value:
     """
-    Value of `compute()` on the main process, for all of them; it has to be picklable. What it raises, all raise.
+    Value of `compute()` on the main process, for all of them; it has to be picklable. What it raises, all raise: the
+    others wait for the outcome, whatever it is.
     """
     answer: list[Any] = [None, None]
     if state.is_main_process:
         try:
             answer[0] = compute()
-        except TrlBlendError as error:
+        except Exception as error:
             answer[1] = error
     if state.num_processes > 1:
         broadcast_object_list(answer, from_process=0)

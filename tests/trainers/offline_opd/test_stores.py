@@ -13,7 +13,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import scored
 from tests.trainers.runs import PROMPTS, check_refusal, snapshot
 from tests.trainers.trust_region_opd.test_model_card import rows_of
-from trl_blend import OfflineOPDTrainer, RolloutStore, collect_rollouts, load_scored_rollouts, score_rollouts
+from trl_blend import collect_rollouts, load_scored_rollouts, score_rollouts
 from trl_blend.errors import ConfigError, ConsistencyError, StoreError
 from trl_blend.teacher.provenance import PROVENANCE_FILE, TeacherProvenance, record_teacher
 
@@ -232,7 +232,3 @@ def test_card_of_rows_without_a_manifest(build_offline):
     card = card_of(build_offline(offline_loss="top_k_reverse_kl"))
     assert "unknown: no identity was recorded" in card and "where they came from is not recorded" in card
     assert "is a choice of `trl_blend`" in card
-
-
-def test_names():
-    assert OfflineOPDTrainer._paper["id"] == "2604.13010" and RolloutStore.open

@@ -4,7 +4,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -12,7 +12,9 @@ from ...errors import ConfigError, UnsupportedError
 from ...teacher.consistency import check_teacher_consistency
 from ...teacher.findings import ConsistencyReport
 from ...teacher.provenance import TeacherProvenance, read_provenance
+from ...teacher.sampling import nucleus_settings
 from ...teacher.store import RolloutStore
+from ...teacher.workers import on_main_process
 from .. import _partners
 from .config import OfflineOPDConfig
 
@@ -78,8 +80,7 @@ def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
 def warn_of_cut_rollouts(store: RolloutStore | None, args: OfflineOPDConfig) -> None:
     """Say so where the ratio to the policy of the rollouts misses tokens that this policy could not draw."""
     sampling = (store.manifest.sampling if store is not None else None) or {}
-    neutral = {"top_p": (1.0, None), "top_k": (0, None), "min_p": (0.0, None)}
-    cut = {name: sampling[name] for name, values in neutral.items() if sampling.get(name) not in values}
+    cut = nucleus_settings(sampling)
     if args.importance_correction != "none" and cut:
         logger.warning(
             f"`importance_correction={args.importance_correction!r}` with rollouts that were sampled with {cut}: the "
@@ -116,14 +117,15 @@ def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[Rollou
             Configuration.
     """
     if isinstance(value, str):
-        # Checksums too: a flipped bit would only show in what the student learns
-        value = RolloutStore.open(value, verify=args.distributed_state.is_main_process)
+        value = RolloutStore.open(value)
     if isinstance(value, RolloutStore):
         if value.kind != "scored_rollouts":
             raise ConfigError(
                 f"`{name}={value.name!r}` holds rollouts without teacher log-probabilities. Score them first: "
                 "`trl-blend score --teacher_model_name_or_path ... --rollouts ... --output_dir ...`."
             )
+        # A flipped bit would only show in what the student learns
+        on_main_process(args.distributed_state, value.verify)
         return value, value.dataset(streaming=args.stream_rollouts)
     if not isinstance(value, (Dataset, IterableDataset)):
         raise ConfigError(
@@ -145,7 +147,7 @@ def find_provenance(model: str | PreTrainedModel, args: OfflineOPDConfig) -> Tea
     try:
         return read_provenance(model, revision=(args.model_init_kwargs or {}).get("revision"))
     except ConfigError:
-        if args.teacher_consistency == "strict":
+        if args.teacher_consistency != "off":
             raise
         return None
 
@@ -168,16 +170,7 @@ def check_teacher(
     """
     if args.teacher_consistency == "off":
         return None
-    outcome: list[Any] = [None]
-    if args.distributed_state.is_main_process:
-        try:
-            outcome = [_run_check(model, scored, args, processing_class)]
-        except Exception as error:  # the others wait for the outcome, whatever it is
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    report: ConsistencyReport = outcome[0]
+    report = on_main_process(args.distributed_state, lambda: _run_check(model, scored, args, processing_class))
     if args.teacher_consistency == "strict":
         report.raise_if_failed()
     if not report.ok:

@@ -8,12 +8,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ...ops.losses import sampled_kl
+from ...teacher.columns import UNLIKELY_LOGP
 from .._statistics import TokenMeans
 from .data import LOG_PROBS
-
-
-# Below this a token is one that the teacher would hardly ever write: e^-10 is 5 in 100,000
-UNLIKELY = -10.0
 
 
 class OfflineMetrics:
@@ -41,13 +38,14 @@ class OfflineMetrics:
     def add(self, mode: str, student_logps: Tensor, columns: dict[str, Tensor], mask: Tensor) -> None:
         """Add one micro-batch: everything of shape `(B, T)`."""
         means = self._means[mode]
-        # On the CPU: not every device has float64
-        own = student_logps[mask].cpu()
-        stored = {name: columns[name][mask].cpu() for name in LOG_PROBS if name in columns}
+        names = [name for name in LOG_PROBS if name in columns]
+        # In one transfer to the CPU; not every device has float64
+        own, *rows = torch.stack([student_logps.float(), *(columns[name] for name in names)])[:, mask].cpu()
+        stored = dict(zip(names, rows, strict=True))
         values = {
             "advantage": (advantage := stored["teacher_logps"].double() - own.double()),
             "advantage_square": advantage.square(),
-            "unlikely_share": (stored["teacher_logps"] < UNLIKELY).double(),
+            "unlikely_share": (stored["teacher_logps"] < UNLIKELY_LOGP).double(),
         }
         for name, other in (("reverse_kl", "teacher_logps"), ("drift_kl", "student_logps")):
             if "rollout_logps" in stored and other in stored:
