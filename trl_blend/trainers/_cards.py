@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from .. import __version__, _compat
 from .._resources import model_card_template
 
 
@@ -42,3 +43,12 @@ def method_card(template: str, **fields: Any) -> Iterator[str]:
         path = Path(folder) / template
         path.write_text(environment.from_string(source).render(**fields), encoding="utf-8")
         yield str(path)
+
+
+@contextmanager
+def template_in_use(trainer: Any) -> Iterator[None]:
+    """Let `create_model_card` of TRL read the trainer's template with its fields filled in."""
+    fields = {"config": trainer.args, "version": __version__, **trainer.card_fields()}
+    with method_card(trainer._template_name, **fields) as path:
+        trainer._template_file = _compat.card_template(path)
+        yield

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from ... import __version__, _compat
+from ... import _compat
 from ...generation.hooks import blended_generation
 from ...generation.partner import adapter_layers, evaluation_mode
 from ...generation.recording import RolloutRecord
@@ -24,7 +24,7 @@ from ...generation.rules import BlendRule, LogitMixing, ProbabilityMixing
 from ...ops.importance import ImportanceSums
 from ...schedules import make_schedule
 from .. import _partners
-from .._cards import method_card
+from .._run import RunMixin
 from .._statistics import TokenMeans
 from .adaptive import AdaptiveWeightCallback
 from .checks import check_arguments, check_student, warn_of_few_prompts
@@ -35,7 +35,7 @@ from .mixed_forward import MixedForward
 from .state import load_state, save_state
 
 
-class LogitMixGRPOTrainer(GRPOTrainer):
+class LogitMixGRPOTrainer(RunMixin, GRPOTrainer):
     r"""
     Trainer for GRPO with a teacher (or frozen SFT reference) mixed into every decoding step.
 
@@ -323,12 +323,9 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         if checkpoint is not None:
             load_state(self, Path(checkpoint))
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""
+    def card_fields(self) -> dict[str, Any]:
+        """Fields of `model_cards/logit_mix_grpo.md`."""
         names = [_compat.get_config_model_id(partner.config) or "an unnamed model" for partner in self.partners]
         weights = self.current_weights() if self.args.mixes else (0.0,)
         weights = weights[0] if len(weights) == 1 else weights
-        fields = {"config": self.args, "teachers": names, "last_weights": weights, "version": __version__}
-        with method_card(self._template_name, **fields) as path:
-            self._template_file = _compat.card_template(path)
-            super().create_model_card(*args, **kwargs)
+        return {"teachers": names, "last_weights": weights}

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from ... import __version__, _compat
+from ... import _compat
 from ...teacher.findings import ConsistencyReport
 from ...teacher.fingerprint import ModelIdentity
 from ...teacher.store import RolloutStore
-from .._cards import method_card
+from .._run import RunMixin
 from . import checks, data
 from .config import OfflineOPDConfig
 from .forward import OfflineForward
@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 Rollouts = str | RolloutStore | Dataset | IterableDataset
 
 
-class OfflineOPDTrainer(SFTTrainer):
+class OfflineOPDTrainer(RunMixin, SFTTrainer):
     r"""
     Trainer for on-policy distillation without a live teacher.
 
@@ -117,7 +117,6 @@ class OfflineOPDTrainer(SFTTrainer):
         *,
         rollout_store: str | RolloutStore | None = None,
         peft_config: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -125,7 +124,6 @@ class OfflineOPDTrainer(SFTTrainer):
             args = OfflineOPDConfig(f"{model_id.split('/')[-1]}-OfflineOPD")
         checks.check_arguments(model, args, processing_class, peft_config, kwargs)
         self._vocab_size = checks.vocab_size(model, args)
-        self._uses_top_k = args.uses_top_k
         self.rollout_store, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
         if rollout_store is not None:
             self.rollout_store, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
@@ -145,7 +143,6 @@ class OfflineOPDTrainer(SFTTrainer):
             eval_dataset=self._open_eval(eval_dataset, args),
             processing_class=processing_class,
             peft_config=peft_config,
-            callbacks=callbacks,
             **kwargs,
         )
         checks.check_parallelism(self.accelerator)
@@ -173,7 +170,7 @@ class OfflineOPDTrainer(SFTTrainer):
         with args.distributed_state.main_process_first():
             return data.prepare(
                 dataset,
-                uses_top_k=self._uses_top_k,
+                uses_top_k=args.uses_top_k,
                 vocab_size=self._vocab_size,
                 max_length=args.max_length,
                 packing=packing,
@@ -219,7 +216,7 @@ class OfflineOPDTrainer(SFTTrainer):
         forward = OfflineForward(model, columns, self.args, scale)
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         self._offline_metrics.add(mode, forward.student_logps, forward.columns, mask)
-        if self._uses_top_k:
+        if self.args.uses_top_k:
             self._offline_metrics.add_mean(mode, "divergence", forward.loss, mask)
         if forward.ratio is not None:
             self._offline_metrics.add_mean(mode, "importance_ratio", forward.ratio, mask)
@@ -260,22 +257,17 @@ class OfflineOPDTrainer(SFTTrainer):
         if self._provenance is not None and self.args.should_save:
             self._provenance.save(output_dir or self.args.output_dir)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""
+    def card_fields(self) -> dict[str, Any]:
+        """Fields of `model_cards/offline_opd.md`."""
         history = [entry for entry in self.state.log_history if "offline/drift_kl" in entry]
         manifest = self.rollout_store.manifest if self.rollout_store else None
-        fields = {
-            "config": self.args,
+        return {
             "manifest": manifest,
             "teacher": _describe(manifest and manifest.teacher),
             "student": _describe(manifest and manifest.student),
             "report": self.consistency_report,
             "drift": history,
-            "version": __version__,
         }
-        with method_card(self._template_name, **fields) as path:
-            self._template_file = _compat.card_template(path)
-            super().create_model_card(*args, **kwargs)
 
 
 def _describe(identity: dict[str, Any] | None) -> str:

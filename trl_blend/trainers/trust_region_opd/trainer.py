@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 
-from ... import __version__, _compat
+from ... import _compat
 from ...generation.hooks import blended_generation
 from ...generation.partner import evaluation_mode
 from ...generation.rules import BlendRule, LogitMixing
@@ -21,7 +21,7 @@ from ...generation.trust_region_rules import SpeculativeKD, TrustRegion
 from ...ops.divergences import reverse_kl
 from ...schedules import linear
 from .. import _partners
-from .._cards import method_card
+from .._run import RunMixin
 from .._settings import read_settings, write_settings
 from .base_teacher import BaseTeacher
 from .checks import check_arguments, check_loaded, find_eos_map
@@ -58,7 +58,7 @@ _SETTINGS = (
 )
 
 
-class TrustRegionOPDTrainer(DistillationTrainer):
+class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     r"""
     Trainer for on-policy distillation with trust-region behaviour blending.
 
@@ -342,19 +342,10 @@ class TrustRegionOPDTrainer(DistillationTrainer):
         if checkpoint is not None:
             read_settings(Path(checkpoint) / _SETTINGS_FILE, self.args, _SETTINGS)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]."""
+    def card_fields(self) -> dict[str, Any]:
+        """Fields of `model_cards/trust_region_opd.md`."""
         teacher = "the student's base, adapters disabled"
         if self.partners:
             teacher = _compat.get_config_model_id(self.partners[0].config) or "an unnamed model"
         history = [entry for entry in self.state.log_history if "blend/kl_behavior_student" in entry]
-        fields = {
-            "config": self.args,
-            "teacher": teacher,
-            "realised": history,
-            "eos": self.eos,
-            "version": __version__,
-        }
-        with method_card(self._template_name, **fields) as path:
-            self._template_file = _compat.card_template(path)
-            super().create_model_card(*args, **kwargs)
+        return {"teacher": teacher, "realised": history, "eos": self.eos}

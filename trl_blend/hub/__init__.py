@@ -1,0 +1,1 @@
+"""Models on the Hub: exporting a mixed policy, cards, curves."""
