@@ -1,14 +1,12 @@
 """
 Every method of TRL, transformers and accelerate that this package overrides or calls although nobody promises to keep
-it, with its parameters and the part of this package that would break.
+it, with its parameters and the part of this package that would break. `trl-blend env` and `tests/contract/` hold the
+installed versions against it.
 
 Parameters are written by name: `name=` has a default, `*` and `**` collect the rest.
 """
 
-import importlib
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Seam(NamedTuple):
@@ -29,10 +27,12 @@ _GREEDY = "trainers/logit_mix_grpo/greedy.py"
 _OPD = "trainers/trust_region_opd/trainer.py (override)"
 _REPEATS = "_compat.py (repeated_prompts)"
 _ENGINE = "trainers/trust_region_opd/trainer.py (_generate_single_turn, with `use_vllm`)"
+_RUN = "trainers/_run.py (RunMixin)"
 _OFFLINE = "trainers/offline_opd/trainer.py (override)"
 _ROWS = "trainers/offline_opd/data.py"
 _PARTNER = "generation/partner.py (PartnerDecoder)"
 _HOOKS = "generation/hooks.py (_BlendedGenerate)"
+_EXPORT = "hub/custom_generate/generate.py (which runs without this package)"
 
 SEAMS = {
     "trl.GRPOTrainer.__init__": Seam(
@@ -56,10 +56,10 @@ SEAMS = {
     ),
     "trl.GRPOTrainer._compute_loss": Seam("self, model, inputs", _TRAINER),
     "trl.GRPOTrainer.prediction_step": Seam("self, model, inputs, prediction_loss_only, ignore_keys=", _TRAINER),
-    "trl.GRPOTrainer._save_checkpoint": Seam("self, model, trial", _TRAINER),
+    "trl.GRPOTrainer._save_checkpoint": Seam("self, model, trial", _RUN),
     "trl.GRPOTrainer._load_optimizer_and_scheduler": Seam("self, checkpoint", _TRAINER),
     "trl.GRPOTrainer.create_model_card": Seam("self, model_name=, dataset_name=, tags=", _TRAINER),
-    "trl.GRPOTrainer._get_output_dir": Seam("self, trial", "trainers/logit_mix_grpo/trainer.py (_save_checkpoint)"),
+    "trl.GRPOTrainer._get_output_dir": Seam("self, trial", _RUN),
     "trl.DistillationTrainer.__init__": Seam(
         "self, model, teacher_model=, args=, train_dataset=, eval_dataset=, processing_class=, callbacks=, "
         "optimizers=, quantization_config=, peft_config=, tools=",
@@ -80,12 +80,10 @@ SEAMS = {
     "trl.DistillationTrainer._get_train_sampler": Seam("self, dataset=", _OPD),
     "trl.DistillationTrainer.get_train_dataloader": Seam("self", _OPD),
     "trl.DistillationTrainer.log": Seam("self, logs, start_time=", _OPD),
-    "trl.DistillationTrainer._save_checkpoint": Seam("self, model, trial", _OPD),
+    "trl.DistillationTrainer._save_checkpoint": Seam("self, model, trial", _RUN),
     "trl.DistillationTrainer._load_optimizer_and_scheduler": Seam("self, checkpoint", _OPD),
     "trl.DistillationTrainer.create_model_card": Seam("self, model_name=, dataset_name=, tags=", _OPD),
-    "trl.DistillationTrainer._get_output_dir": Seam(
-        "self, trial", "trainers/trust_region_opd/trainer.py (_save_checkpoint)"
-    ),
+    "trl.DistillationTrainer._get_output_dir": Seam("self, trial", _RUN),
     "trl.trainer.distillation_trainer._chunked_divergence_loss": Seam(
         "student_hidden_states, teacher_hidden_states, student_lm_head_weight, teacher_lm_head_weight, "
         "completion_mask, beta, num_items_in_batch=, student_lm_head_bias=, teacher_lm_head_bias=, "
@@ -120,6 +118,14 @@ SEAMS = {
     "trl.SFTTrainer.log": Seam("self, logs, start_time=", _OFFLINE),
     "trl.SFTTrainer.save_model": Seam("self, output_dir=, _internal_call=", _OFFLINE),
     "trl.SFTTrainer.create_model_card": Seam("self, model_name=, dataset_name=, tags=", _OFFLINE),
+    "trl.SFTTrainer._save_checkpoint": Seam("self, model, trial", _RUN),
+    "trl.SFTTrainer._get_output_dir": Seam("self, trial", _RUN),
+    "transformers.Trainer.init_hf_repo": Seam("self, token=, private=", _RUN),
+    "transformers.Trainer.push_to_hub": Seam(
+        "self, commit_message=, blocking=, token=, revision=, private=, **kwargs", _RUN
+    ),
+    "transformers.Trainer._push_from_checkpoint": Seam("self, checkpoint_folder", _RUN),
+    "transformers.Trainer._finish_current_push": Seam("self", _RUN),
     "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": Seam(
         "self, pad_token_id, padding_free=, return_position_ids=, pad_to_multiple_of=, return_tensors=", _ROWS
     ),
@@ -134,8 +140,29 @@ SEAMS = {
     "trl.trainer.utils.maybe_gather_lm_head_ctx": Seam("*params", "_compat.py (gather_lm_head)"),
     "trl.trainer.utils.get_config_model_id": Seam("config", "_compat.py"),
     "trl.trainer.utils.get_callable_name": Seam("func", "_compat.py"),
+    "trl.trainer.utils.print_prompt_completions_sample": Seam(
+        "prompts, completions, rewards, advantages, step, num_samples=, extra=",
+        "_compat.py (for trainers/trust_region_opd/completions.py)",
+    ),
     "trl.trainer.utils.create_model_from_path": Seam(
         "model_id, architecture=, **kwargs", "_compat.py (load_replicated)"
+    ),
+    "transformers.Trainer.save_model": Seam(
+        "self, output_dir=, _internal_call=", "trainers/logit_mix_grpo/saving.py (override)"
+    ),
+    "transformers.GenerationMixin.load_custom_generate": Seam(
+        "self, pretrained_model_name_or_path=, trust_remote_code=, **kwargs", _EXPORT
+    ),
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module": Seam(
+        "class_reference, pretrained_model_name_or_path, cache_dir=, force_download=, proxies=, token=, revision=, "
+        "local_files_only=, repo_type=, code_revision=, **kwargs",
+        _EXPORT,
+    ),
+    "transformers.utils.cached_file": Seam("path_or_repo_id, filename, **kwargs", _EXPORT),
+    "transformers.integrations.peft.PeftAdapterMixin.load_adapter": Seam(
+        "self, peft_model_id=, adapter_name=, peft_config=, adapter_state_dict=, low_cpu_mem_usage=, is_trainable=, "
+        "hotswap=, local_files_only=, adapter_kwargs=, load_config=, **kwargs",
+        _EXPORT,
     ),
     "transformers.GenerationMixin.generate": Seam(
         "self, inputs=, generation_config=, logits_processor=, stopping_criteria=, prefix_allowed_tokens_fn=, "
@@ -197,37 +224,21 @@ TRAINER_ATTRIBUTES = {
 DISTILLATION_ATTRIBUTES = {
     "_dist": "trainers/trust_region_opd/trainer.py (uses_own_divergence)",
     "_is_vlm": "trainers/trust_region_opd/checks.py (check_loaded)",
+    "_logs": "trainers/trust_region_opd/completions.py (CompletionsTable)",
     "_metrics": "trainers/trust_region_opd/diagnostics.py (_log)",
     "_tokenizer": "trainers/trust_region_opd/checks.py (find_eos_map)",
     "eos_token_ids": "trainers/trust_region_opd/checks.py (find_eos_map)",
     "generation_config": "trainers/trust_region_opd/temperature.py (warmed_up_sampling)",
     "generation_kwargs": "trainers/trust_region_opd/temperature.py (warmed_up_sampling)",
+    "log_completions": "trainers/trust_region_opd/completions.py (CompletionsTable)",
+    "log_unique_prompts": "trainers/trust_region_opd/completions.py (CompletionsTable)",
+    "max_completion_length": "trainers/trust_region_opd/completions.py (CompletionsTable)",
     "model_wrapped": "trainers/trust_region_opd/trainer.py (_generate_single_turn)",
+    "num_completions_to_print": "trainers/trust_region_opd/completions.py (CompletionsTable)",
     "teacher_model": "trainers/trust_region_opd/trainer.py (_prepare_teacher)",
     "temperature": "trainers/trust_region_opd/temperature.py (sampling_temperature)",
     "use_vllm": "trainers/trust_region_opd/trainer.py (_decoding_with_transformers)",
 }
 """The same of a `DistillationTrainer` instance."""
 
-
-def resolve(path: str) -> Callable[..., Any]:
-    """The object that a dotted path names."""
-    parts = path.split(".")
-    for length in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:length]))
-        except ModuleNotFoundError:
-            continue
-        for name in parts[length:]:
-            found = getattr(found, name)
-        return found
-    raise ModuleNotFoundError(path)
-
-
-def parameters(function: Callable[..., Any]) -> str:
-    """Parameters of a function in the notation of [`Seam`]."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return ", ".join(
-        stars.get(one.kind, "") + one.name + ("" if one.default is one.empty else "=")
-        for one in inspect.signature(function).parameters.values()
-    )
+TRAINERS = {"trl.GRPOTrainer": TRAINER_ATTRIBUTES, "trl.DistillationTrainer": DISTILLATION_ATTRIBUTES}
