@@ -91,7 +91,7 @@ fresh:  ## clone HEAD into a temporary folder and run `make test` and `make demo
 		git clone -q . "$$folder/trl_blend" && cd "$$folder/trl_blend" && \
 		$(MAKE) test VENV=.venv && $(MAKE) demo VENV=.venv
 
-wheel-test: install  ## build the wheel, install it in a new environment outside the checkout, import it and train one step
+wheel-test: install  ## build the wheel, install it in a new environment outside the checkout, train, run its commands
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		$(BIN)/python -m hatchling build -t wheel -d "$$folder" && \
 		$(PYTHON) -m venv "$$folder/venv" && \
@@ -108,6 +108,7 @@ reproduce: install  ## repeat the comparisons of the papers (examples/reproduce;
 	$(BIN)/python examples/reproduce/logit_mixing.py
 	$(BIN)/python examples/reproduce/trust_region.py
 	$(BIN)/python examples/reproduce/offline_opd.py
+	$(BIN)/python examples/reproduce/metric_ranges.py
 
 clean:  ## remove the environment, caches and build results
 	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache

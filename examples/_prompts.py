@@ -9,6 +9,8 @@ from typing import Any
 
 from trl import ScriptArguments
 
+from trl_blend.errors import ConfigError
+
 
 TESTBED = Path(__file__).resolve().parent / "testbed" / "checkpoints"
 TESTBED_REWARDS = [
@@ -83,13 +85,18 @@ def load_prompts(script_args: Any, dataset_args: Any) -> tuple[Any, Any]:
         dataset = load_dataset("json", data_files={script_args.dataset_train_split: name})
     else:
         dataset = load_dataset(name, name=script_args.dataset_config)
+    if script_args.dataset_train_split not in dataset:
+        raise ConfigError(
+            f"`dataset_train_split={script_args.dataset_train_split}` is no split of the dataset. It has "
+            f"{', '.join(dataset)}."
+        )
     columns = next(iter(dataset.values())).column_names
     for option in ("prompt_column", "answer_column"):
         column = getattr(script_args, option)
         if column and column not in columns:
-            raise ValueError(f"`{option}={column}` is not a column of the dataset. It has {', '.join(columns)}.")
+            raise ConfigError(f"`{option}={column}` is not a column of the dataset. It has {', '.join(columns)}.")
     if not script_args.prompt_column and "prompt" not in columns:
-        raise ValueError(f"The dataset has no column `prompt` but {', '.join(columns)}. Set `prompt_column`.")
+        raise ConfigError(f"The dataset has no column `prompt` but {', '.join(columns)}. Set `prompt_column`.")
     if script_args.prompt_column:
         system = [{"role": "system", "content": script_args.system_prompt}] if script_args.system_prompt else []
         dataset = dataset.map(
@@ -112,11 +119,24 @@ def load_reward(name: str) -> Callable[..., Any]:
     """A reward function by the name of one of TRL's, or by its dotted import path."""
     module_name, _, function = name.rpartition(".")
     if not module_name and name not in ("accuracy_reward", "think_format_reward"):
-        raise ValueError(
+        raise ConfigError(
             f"`reward_funcs` has {name!r}. Use accuracy_reward, think_format_reward, or a dotted import path such as "
             "rewards.boxed_accuracy_reward."
         )
-    return getattr(importlib.import_module(module_name or "trl.rewards"), function)
+    module_name = module_name or "trl.rewards"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # something that the module imports
+        raise ConfigError(
+            f"`reward_funcs` has {name!r}, but there is no module {error.name!r} on the import path. Add its folder "
+            "to PYTHONPATH."
+        ) from error
+    if not hasattr(module, function):
+        known = [name for name, value in vars(module).items() if callable(value) and name.endswith("reward")]
+        raise ConfigError(f"`reward_funcs` has {name!r}, but {module_name} has no {function!r}: {', '.join(known)}.")
+    return getattr(module, function)
 
 
 def check_reward_columns(reward_funcs: Sequence[Callable[..., Any]], columns: Sequence[str]) -> None:
@@ -129,7 +149,7 @@ def check_reward_columns(reward_funcs: Sequence[Callable[..., Any]], columns: Se
             )
             if required and name not in _PASSED_TO_REWARDS and name not in columns:
                 remedy = " Name the column of reference answers with `answer_column`." if name == "solution" else ""
-                raise ValueError(
+                raise ConfigError(
                     f"{getattr(function, '__name__', function)} reads the column `{name}`, which the dataset lacks: "
                     f"it has {', '.join(columns)}.{remedy}"
                 )

@@ -1,6 +1,7 @@
 """What the scripts share about a run: scores before and after it, and what is left when it is over."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from _interrupt import StopOnInterrupt, say_how_to_go_on
 from _results import print_table
+from trl_blend.cli.messages import EXIT_INTERRUPTED
 
 
 class _OnTrainBegin(TrainerCallback):
@@ -38,29 +41,46 @@ class StepTimes(TrainerCallback):
 
 def train_and_score(trainer: Any, score: Callable[[], Any]) -> tuple[Any, Any]:
     """
-    Train, and score before and after.
+    Train, save the model, and score before and after.
 
     Before is when training begins: only then have FSDP and ZeRO put the weights in place. After a resume it is the
-    checkpoint that the run starts from.
+    checkpoint that the run starts from. After Ctrl-C this process ends with a checkpoint.
     """
-    begin = _OnTrainBegin(score)
+    begin, stop = _OnTrainBegin(score), StopOnInterrupt(trainer.accelerator)
     trainer.add_callback(begin)
+    trainer.add_callback(stop)  # from here on, a checkpoint is worth something
     # On the command line "true" means the latest checkpoint of `output_dir`
     checkpoint = trainer.args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
-    return begin.result, score()
+    try:
+        trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+    finally:
+        stop.restore()
+    if stop.checkpoint is not None:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        trainer.end()
+        say_how_to_go_on(
+            f"Stopped after step {step} of {steps}; the checkpoint is {stop.checkpoint}.", stop.checkpoint
+        )
+        sys.exit(EXIT_INTERRUPTED)
+    trainer.save_model(trainer.args.output_dir)
+    try:
+        return begin.result, score()
+    except KeyboardInterrupt:
+        trainer.accelerator.print(f"The trained model is in {trainer.args.output_dir}; it has not been scored.")
+        raise
 
 
 def finish(
     trainer: Any, before: dict, after: dict, rewards: Sequence[str], num_prompts: int, dataset_name: str | None
 ) -> None:
-    """Save model and card, print the table and write it to `before_after.json`, push on request."""
+    """Save the card, print the table and write it to `before_after.json`, push on request."""
     folder = Path(trainer.args.output_dir)
-    trainer.save_model(str(folder))
+    results = {"rewards": rewards, "prompts": num_prompts, "before": before, "after": after}
+    if num_prompts:
+        trainer.card_results = {**results, "decoding": "greedy"}
     trainer.create_model_card(model_name=folder.name, dataset_name=dataset_name)
     if trainer.accelerator.is_main_process and num_prompts:
         print_table(before, after, rewards, num_prompts)
-        results = {"rewards": rewards, "prompts": num_prompts, "before": before, "after": after}
         (folder / "before_after.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.print(f"Model saved to {folder}.")
     if trainer.args.push_to_hub:

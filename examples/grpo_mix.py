@@ -25,6 +25,8 @@ from _prompts import (
     load_prompts,
     load_reward,
 )
+from _script import run
+from trl_blend.errors import ConfigError
 
 
 @dataclass
@@ -79,7 +81,7 @@ def main(script_args, training_args, model_args, dataset_args):
         training_args.reward_weights = [1.0, 0.0, 0.0]
     given = training_args.reward_weights
     if given is not None and len(given) != len(reward_funcs):
-        raise ValueError(
+        raise ConfigError(
             f"`reward_weights` has {len(given)} values for the {len(reward_funcs)} reward(s) {reward_funcs}. Give one "
             "weight per reward; the settings file may hold weights for its own rewards."
         )
@@ -124,4 +126,4 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser)

@@ -28,6 +28,8 @@ from _prompts import (
     load_reward,
 )
 from _results import means_and_errors
+from _script import run
+from trl_blend.errors import ConfigError
 
 
 TESTBED_PROMPTS = "testbed"
@@ -84,7 +86,7 @@ def load_test(script_args):
     name = script_args.test_dataset_name
     if not name:
         if script_args.reward_funcs or script_args.compare_live_steps:
-            raise ValueError("`reward_funcs` and `compare_live_steps` need prompts: set `test_dataset_name`.")
+            raise ConfigError("`reward_funcs` and `compare_live_steps` need prompts: set `test_dataset_name`.")
         return None, None, {}
     is_testbed = name == TESTBED_PROMPTS
     named = replace(script_args, dataset_name=None if is_testbed else name)
@@ -100,9 +102,9 @@ def check_comparison(script_args, training_args):
     if not script_args.compare_live_steps:
         return
     if not training_args.teacher_model_name_or_path:
-        raise ValueError("`compare_live_steps` needs a teacher: set `teacher_model_name_or_path`.")
+        raise ConfigError("`compare_live_steps` needs a teacher: set `teacher_model_name_or_path`.")
     if training_args.world_size > 1 or training_args.gradient_accumulation_steps > 1:
-        raise ValueError(
+        raise ConfigError(
             "`compare_live_steps` is for one process without gradient accumulation. Leave it out, or set "
             "`gradient_accumulation_steps=1`."
         )
@@ -116,9 +118,9 @@ def main(script_args, training_args, model_args):
     from trl_blend import OfflineOPDTrainer, load_scored_rollouts
 
     if not script_args.dataset_name:
-        raise ValueError("Scored rollouts are required: set `dataset_name` to the output of `trl-blend score`.")
+        raise ConfigError("Scored rollouts are required: set `dataset_name` to the output of `trl-blend score`.")
     if not model_args.model_name_or_path:
-        raise ValueError("The student that made the rollouts is required: set `model_name_or_path`.")
+        raise ConfigError("The student that made the rollouts is required: set `model_name_or_path`.")
     check_comparison(script_args, training_args)
     train_prompts, test_prompts, rewards = load_test(script_args)
     scored = load_scored_rollouts(script_args.dataset_name, revision=script_args.dataset_revision)
@@ -173,4 +175,4 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser)

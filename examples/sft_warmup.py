@@ -23,6 +23,8 @@ import argparse
 from dataclasses import dataclass, field
 
 from _prompts import TESTBED, PromptScriptArguments, is_testbed, load_prompts
+from _script import run
+from trl_blend.errors import ConfigError
 
 
 @dataclass
@@ -55,14 +57,14 @@ def prompts_of_first_steps(dataset, steps, rollouts_per_step, rollouts_per_promp
     from trl.trainer.utils import RepeatSampler
 
     if steps < 1 or rollouts_per_step % rollouts_per_prompt:
-        raise ValueError(
+        raise ConfigError(
             f"`max_steps={steps}` must be positive, and `num_rollouts_per_prompt={rollouts_per_prompt}` must divide "
             f"the {rollouts_per_step} rollouts of a step (devices x batch x accumulation)."
         )
     prompts_per_step = rollouts_per_step // rollouts_per_prompt
     sampler = RepeatSampler(dataset, rollouts_per_prompt, batch_size=prompts_per_step, shuffle=True, seed=seed)
     if not len(sampler):
-        raise ValueError(f"A step draws {prompts_per_step} prompts, but the data set has {len(dataset)}.")
+        raise ConfigError(f"A step draws {prompts_per_step} prompts, but the data set has {len(dataset)}.")
     indices: list[int] = []
     while len(indices) < steps * rollouts_per_step:  # every epoch in another order, like the trainer
         indices.extend(sampler)
@@ -112,9 +114,9 @@ def main(script_args, training_args, model_args, dataset_args):
     train_dataset, _ = load_prompts(script_args, dataset_args)
     teacher = script_args.teacher_model_name_or_path
     if not teacher and not is_testbed(script_args, dataset_args):
-        raise ValueError("A teacher is required: set `teacher_model_name_or_path`.")
+        raise ConfigError("A teacher is required: set `teacher_model_name_or_path`.")
     if model_args.use_peft:
-        raise ValueError("`use_peft` is not supported: the second command needs the weights of a whole model.")
+        raise ConfigError("`use_peft` is not supported: the second command needs the weights of a whole model.")
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     per_step, per_prompt = batch * training_args.world_size, script_args.num_rollouts_per_prompt
     prompts = prompts_of_first_steps(train_dataset, training_args.max_steps, per_step, per_prompt, training_args.seed)
@@ -147,4 +149,4 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser)

@@ -31,6 +31,8 @@ from _prompts import (
     load_reward,
 )
 from _results import means_and_errors
+from _script import run
+from trl_blend.errors import ConfigError
 
 
 @dataclass
@@ -69,7 +71,7 @@ def find_teacher(script_args, training_args, dataset_args):
         return training_args.teacher_model_name_or_path
     if is_testbed(script_args, dataset_args):
         return str(TESTBED / "teacher")
-    raise ValueError(
+    raise ConfigError(
         "A teacher is required: set `teacher_model_name_or_path`. Without one the teacher would be the student's own "
         "base, from which a new adapter has nothing to learn."
     )
@@ -130,4 +132,4 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run(main, make_parser)

@@ -4,14 +4,13 @@ import inspect
 import json
 import subprocess
 import sys
-import time
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.teacher.collecting import rows_of, save_model, save_prompts
 from trl_blend import cli
+from trl_blend.cli import program
 from trl_blend.teacher import rollouts, scoring
 from trl_blend.teacher.store import RolloutStore
 
@@ -45,10 +44,7 @@ def score_command(paths, output="scored"):
 
 def fails(capsys, arguments):
     """The one line that a command with an error of the user prints."""
-    try:
-        status = cli.main(arguments)
-    except SystemExit as exit:  # argparse
-        status = exit.code
+    status = cli.main(arguments)
     output, errors = capsys.readouterr()
     assert status == 2 and output == ""
     lines = errors.strip().splitlines()
@@ -86,10 +82,10 @@ def test_what_is_printed_at_the_end(world, capsys):
 def test_every_argument_is_an_option_with_the_same_default(command, function, renamed):
     required = {"rollouts": ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]}
     required["score"] = ["--teacher_model_name_or_path", "t", "--rollouts", "r", "--output_dir", "o"]
-    options = vars(cli._build_parser().parse_args([command, *required[command]]))
+    options = vars(program._build_parser()[1][command].parse_args(required[command]))
     parameters = inspect.signature(function).parameters
     names = {renamed.get(name, name): parameter for name, parameter in parameters.items()}
-    assert set(names) - {"processing_class"} == set(options) - {"run", "config"}
+    assert set(names) - {"processing_class"} == set(options) - {"run", "renamed", "config"}
     for name, parameter in names.items():
         if parameter.default is not inspect.Parameter.empty and name != "processing_class":
             assert options[name] == parameter.default, name
@@ -106,9 +102,13 @@ def test_a_configuration_file(world, tmp_path, capsys):
     assert (sampling["max_new_tokens"], sampling["temperature"], sampling["seed"]) == (4, 0.5, 4)
     capsys.readouterr()
     config.write_text("temprature: 0.5")
-    assert "unrecognized arguments: --temprature=0.5" in fails(
-        capsys, [*rollouts_command(world), "--config", str(config)]
-    )
+    message = fails(capsys, [*rollouts_command(world), "--config", str(config)])
+    assert f"`--config {config}`: unknown key `temprature`; did you mean `temperature`?" in message
+    config.write_text("temperature: hot")
+    message = fails(capsys, [*rollouts_command(world), "--config", str(config)])
+    assert "argument --temperature: invalid float value: 'hot'" in message
+    config.write_text("temperature: [")
+    assert "is not YAML" in fails(capsys, [*rollouts_command(world), "--config", str(config)])
     config.write_text("- a list")
     assert "has to hold `option: value` lines" in fails(capsys, [*rollouts_command(world), "--config", str(config)])
 
@@ -169,6 +169,15 @@ def test_inspect_as_json(world, capsys):
     assert json.loads(capsys.readouterr().out)["consistency"] is None
 
 
+def test_inspect_says_what_it_does_not_compare(world, capsys):
+    given = ["--model_name_or_path", world["student"], "--sft_teacher", world["teacher"]]
+    assert cli.main(["inspect", world["rollouts"], *given]) == 0
+    note = f"note: {world['rollouts']} is not scored yet, so --model_name_or_path, --sft_teacher was not compared."
+    assert note in capsys.readouterr().err
+    assert cli.main(["inspect", world["scored"], *given]) == 0
+    assert "note:" not in capsys.readouterr().err
+
+
 # -------------------- errors of the user
 
 
@@ -176,12 +185,20 @@ def test_inspect_as_json(world, capsys):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["scor"], "invalid choice: 'scor'"),
+        (["scor"], "unknown command `scor`; did you mean `score`? There are grpo-mix, "),
+        (["help"], "unknown command `help`. There are"),
+        (["--versoin"], "unknown option `--versoin`; did you mean `--version`?"),
         (["inspect"], "the following arguments are required: store"),
         (["inspect", "nowhere"], "'nowhere' is not a folder here"),
         (["inspect", str(ROOT / "tests")], "has no manifest.json"),
         (["score", "--rollouts", "r"], "required: --teacher_model_name_or_path, --output_dir"),
-        (["score", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["score", "--config", "nowhere.yaml"], "`--config nowhere.yaml`: there is no such file."),
+        (["score", "--config", "examples/configs/grpo_mix_testbd.yaml"], "did you mean `grpo_mix_testbed.yaml`?"),
+        (["score", "--config"], "`--config` needs a value"),
+        (["score", "--config", "tests"], "`--config tests` cannot be read: "),
+        (["score", "--rolouts", "r"], "unknown option `--rolouts`; did you mean `--rollouts`? (see `trl-blend score"),
+        (["inspect", "a", "b"], "unexpected argument `b` (see `trl-blend inspect --help`)"),
+        (["demo", "--max-step", "3"], "unknown option `--max-step`; did you mean `--max_steps`?"),
     ],
 )
 def test_what_is_asked_for(capsys, arguments, message):
@@ -191,18 +208,18 @@ def test_what_is_asked_for(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--temperature", "0"], "`temperature=0.0` must be more than 0"),
+        (["--temperature", "0"], "`--temperature=0.0` must be more than 0"),
         (["--temperature", "hot"], "argument --temperature: invalid float value: 'hot'"),
-        (["--temprature", "1"], "unrecognized arguments: --temprature 1"),
-        (["--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--temprature", "1"], "unknown option `--temprature`; did you mean `--temperature`?"),
+        (["--temp", "1"], "unknown option `--temp`"),
         (["--prompt_column", "question"], "no column `question`"),
         (["--dataset_name", "nowhere.jsonl"], "there is no such file"),
-        (["--model_name_or_path", "nowhere/x"], "`model='nowhere/x'` is neither a folder"),
+        (["--model_name_or_path", "nowhere/x"], "`--model_name_or_path='nowhere/x'` is neither a folder"),
         (["--vllm_kwargs", "{"], "argument --vllm_kwargs: '{' is not JSON"),
         (["--vllm_kwargs", "[]"], "'[]' is not a JSON object"),
         (["--load_in_4bit"], "needs bitsandbytes"),
         (["--output_dir", str(ROOT)], "is not empty and no store of rollouts"),
-        (["--vllm_server_url", "host"], "`vllm_server_url='host'` is no URL"),
+        (["--vllm_server_url", "host"], "`--vllm_server_url='host'` is no URL"),
         (["--seed", "1"], "started with other settings (there -> now): seed: 0 -> 1"),
     ],
 )
@@ -213,9 +230,12 @@ def test_rollouts(world, capsys, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--top_k", "64"], "`top_k=64` must be at least 1 and less than the teacher's vocabulary size 64"),
+        (["--top_k", "64"], "`--top_k=64` must be at least 1 and less than the teacher's vocabulary size 64"),
         (["--rollouts", "nowhere"], "'nowhere' is not a folder here"),
-        (["--teacher_model_name_or_path", "nowhere/x"], "`teacher='nowhere/x'` is neither a folder"),
+        (
+            ["--teacher_model_name_or_path", "nowhere/x"],
+            "`--teacher_model_name_or_path='nowhere/x'` is neither a folder",
+        ),
         ([], "top_k: 3 -> None"),
     ],
 )
@@ -245,33 +265,11 @@ def test_other_processes_say_which_they_are(capsys, monkeypatch):
     assert fails(capsys, ["inspect", "nowhere"]).startswith("trl-blend (process 3): error: ")
 
 
-# -------------------- as a program
-
-
-def test_it_is_installed_under_its_name():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"trl-blend": "trl_blend.cli:main"}
-
-
-def test_help_loads_nothing_heavy():
-    code = (
-        "import sys, trl_blend.cli as cli\n"
-        "try: cli.main(sys.argv[1:])\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)))"
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_silences_the_bars_of_transformers_too(world, tmp_path, quiet):
+    command = [*rollouts_command(world, str(tmp_path / "store")), *COLLECT[:-1], *["--quiet"][:quiet]]
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_blend", *command], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    for arguments in (["--help"], ["score", "--help"], ["rollouts", "--temprature"]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_help_is_fast_and_names_the_commands():
-    seconds = []
-    for _ in range(3):  # the machine may be busy with something else
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "trl_blend", "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.5
-    for name in ("rollouts", "score", "inspect", "record-teacher"):
-        assert name in done.stdout
+    assert done.returncode == 0
+    assert ("Loading weights" in done.stderr, "%|" in done.stderr) == (not quiet, not quiet)

@@ -147,6 +147,14 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
+def packed_examples() -> set[str]:
+    """What a user runs: scripts, their settings, launch configurations, the test-bed with its checkpoints."""
+    patterns = ["*.py", "configs/*.yaml", "accelerate_configs/*.yaml", "testbed/*.py", "testbed/checkpoints/*/*"]
+    found = {path for pattern in patterns for path in (ROOT / "examples").glob(pattern)}
+    assert len(found) > 40 and ROOT / "examples/testbed/checkpoints/teacher/model.safetensors" in found
+    return {f"trl_blend/{path.relative_to(ROOT)}" for path in found}
+
+
 def test_wheel_carries_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -157,7 +165,7 @@ def test_wheel_carries_the_package_and_nothing_else(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert cards and "trl_blend/py.typed" in files
-    assert packed == files | cards
+    assert packed == files | cards | packed_examples()
 
 
 def test_wheel_metadata(wheel):
@@ -185,11 +193,33 @@ def test_wheel_finds_its_own_templates(wheel, tmp_path):
     assert Path(done.stdout.strip()) == tmp_path / "trl_blend" / "model_cards" / name
 
 
+def test_wheel_finds_its_own_examples(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from trl_blend import _resources\nfrom trl_blend.cli import settings, training\n"
+        "print(_resources.examples_dir())\nprint(training._script('grpo-mix'))\n"
+        "print(training._accelerate_config('cpu'))\n"
+        "print(settings.read_script_config('grpo_mix_testbed')[0]['model_name_or_path'])"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    examples = tmp_path / "trl_blend" / "examples"
+    assert [Path(line) for line in done.stdout.split()] == [
+        examples,
+        examples / "grpo_mix.py",
+        examples / "accelerate_configs" / "cpu.yaml",
+        examples / "testbed" / "checkpoints" / "student",
+    ]
+
+
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in SOURCES if path.name == "trainer.py"))
 def test_every_trainer_has_a_card_template(folder):
     template = Path(model_card_template(f"{folder}.md"))
     assert template.is_absolute()
-    assert "{{ card_data }}" in template.read_text()
+    assert template.read_text().startswith('[% extends "_card.md" %]')
+    assert "{{ card_data }}" in (template.parent / "_card.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["missing.md", "../README.md", ""])

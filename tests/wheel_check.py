@@ -1,5 +1,6 @@
 """
-What a user of the wheel does first: import everything, train one step, read the card, decode with the teacher.
+What a user of the wheel does first: import everything, train one step, read the card, decode with the teacher, run
+the commands.
 
 Not a pytest module. `make wheel-test` runs it as `python -I wheel_check.py` in an environment that holds the wheel and
 its required dependencies only, from a folder outside the checkout. It writes to a temporary folder.
@@ -119,6 +120,27 @@ def train_one_step(trainer_class: type, args, metric: str, value: float, folder:
     )
 
 
+def run_program(folder: Path, *arguments: str) -> str:
+    """The installed command, in a folder without a checkout; what it prints."""
+    program = str(Path(sys.executable).parent / "trl-blend")
+    return subprocess.run([program, *arguments], check=True, cwd=folder, stdout=subprocess.PIPE, text=True).stdout
+
+
+def check_commands(folder: Path) -> None:
+    environment = run_program(folder, "env")
+    assert environment.split()[:2] == ["trl_blend", trl_blend.__version__]
+    assert "checked: as this package was written for" in environment
+    run_program(folder, "demo", "--output_dir", "demo", "--max_steps", "1", "--num_test_prompts", "4")
+    table = json.loads((folder / "demo" / "before_after.json").read_text())
+    assert table["prompts"] == 4 and list(table["before"]) == ["student alone", "mixed, weight 0.10", "teacher alone"]
+    assert (folder / "demo" / "model.safetensors").is_file()
+    teacher = ["--teacher_model_name_or_path", str(folder / "teacher"), "--teacher_weight", "0.3"]
+    student = ["--model_name_or_path", str(folder / "student"), "--output_dir", str(folder / "exported")]
+    run_program(folder, "export", *student, *teacher)
+    assert (folder / "exported" / "custom_generate" / "generate.py").is_file()
+    print("env, demo and export work")
+
+
 def distil_offline(folder: Path) -> None:
     student, teacher, run = (str(folder / name) for name in ("student", "teacher", "offline"))
     prompts = folder / "prompts.jsonl"
@@ -131,7 +153,7 @@ def distil_offline(folder: Path) -> None:
     ]
     outputs = [[], ["--output_dir", str(folder / "rollouts")], ["--output_dir", str(folder / "scored")], []]
     for command, output in zip(commands, outputs, strict=True):
-        subprocess.run([str(Path(sys.executable).parent / "trl-blend"), *command, *output], check=True, cwd=folder)
+        run_program(folder, *command, *output)
     settings = {name: value for name, value in SETTINGS.items() if name != "max_completion_length"}
     args = trl_blend.OfflineOPDConfig(output_dir=run, gradient_accumulation_steps=1, **settings)
     trainer = trl_blend.OfflineOPDTrainer(model=student, args=args, train_dataset=str(folder / "scored"))
@@ -175,3 +197,4 @@ if __name__ == "__main__":
         train_one_step(trl_blend.TrustRegionOPDTrainer, region, "blend/kl_budget", 0.01, home)
         decode(home)
         distil_offline(home)
+        check_commands(home)

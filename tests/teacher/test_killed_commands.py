@@ -39,7 +39,11 @@ def score_command(inputs, rollouts, folder):
 def server():
     """See `command_server`."""
     command = [sys.executable, str(Path(__file__).with_name("command_server.py"))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Ctrl-C is ignored in what a shell without job control starts in the background, and in all that this starts
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     yield process
     process.kill()
     process.wait()

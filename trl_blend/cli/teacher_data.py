@@ -1,116 +1,31 @@
-"""
-`trl-blend`: the command line of offline distillation.
-
-A command is a table of options and a function that hands them to the Python call of the same name. What a user can get
-wrong is said in one line, with exit code 2; nothing heavy is imported before a command runs.
-"""
+"""The commands of offline distillation: tables of options, and functions that hand them to the Python call."""
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
-from trl_blend import __version__
-from trl_blend.errors import ConfigError, TrlBlendError
+from trl_blend.cli.messages import EXIT_FAILED, say, tell
 
 
-EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line per error; the options are in `--help`."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (see `{self.prog} --help`)\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """
-    Run one command.
-
-    Args:
-        arguments (`Sequence[str]`, *optional*):
-            Arguments of the command line, those of this process by default.
-
-    Returns:
-        `int`: 0; 1 if `inspect` finds the data inconsistent; 2 for an error of the user; 130 after Ctrl-C.
-    """
-    try:
-        options = vars(
-            _build_parser().parse_args(_with_config(list(sys.argv[1:] if arguments is None else arguments)))
-        )
-        run: Callable[..., int] = options.pop("run")
-        options.pop("config", None)
-        return run(**options)
-    except KeyboardInterrupt:
-        _say("Interrupted. What is written is kept: run the same command again to go on.")
-        return EXIT_INTERRUPTED
-    except (TrlBlendError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        return EXIT_USER_ERROR
-    except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        _say(
-            "error: Out of memory on the accelerator. Lower --batch_size (rollouts; starts a new store) or "
-            f"--tokens_per_batch (scores), or set --dtype bfloat16. ({str(error).splitlines()[0]})"
-        )
-        return EXIT_USER_ERROR
-
-
-def _say(message: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    print(f"trl-blend{'' if rank == '0' else f' (process {rank})'}: {message}", file=sys.stderr, flush=True)
-
-
-def _print(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(message)
-
-
-def _with_config(arguments: list[str]) -> list[str]:
-    """The settings of `--config file.yaml` as options in front of the others, which so override them."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    file = parser.parse_known_args(arguments)[0].config
-    if file is None:
-        return arguments
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"`--config {file}` is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"`--config {file}` has to hold `option: value` lines.")
-    added: list[str] = []
-    for name, value in settings.items():
-        if value is True:
-            added.append(f"--{name}")
-        elif value not in (None, False):
-            added.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return [*arguments[:1], *added, *arguments[1:]]
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="trl-blend", description="Offline distillation: rollouts, teacher scores, consistency.")
-    parser.add_argument("--version", action="version", version=f"trl_blend {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        added.set_defaults(run=run)
-        added.add_argument("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-        return added
-
-    _add_rollouts(command("rollouts", _rollouts, "sample completions of a student, with their log-probs; resumable"))
-    _add_score(command("score", _score, "give every token of rollouts a teacher's log-prob; resumable"))
+def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands to the command line."""
+    student = {"model": "model_name_or_path", "revision": "model_revision"}
+    teacher = {"teacher": "teacher_model_name_or_path", "revision": "teacher_model_revision"}
+    prompts = {"prompts": "dataset_name", "dataset_split": "dataset_train_split"}
+    _add_rollouts(
+        command("rollouts", _rollouts, "sample completions of a student, with log-probs; resumable", student | prompts)
+    )
+    _add_score(command("score", _score, "give every token of rollouts a teacher's log-prob; resumable", teacher))
     _add_inspect(command("inspect", _inspect, "say what is in a store, who made it, and whether it is consistent"))
-    _add_record(command("record-teacher", _record_teacher, "write down whose samples a student was fine-tuned on"))
-    return parser
+    _add_record(
+        command(
+            "record-teacher",
+            _record_teacher,
+            "write down whose samples a student was fine-tuned on",
+            {"model": "model_name_or_path"} | teacher,
+        )
+    )
 
 
 def _add_rollouts(parser: argparse.ArgumentParser) -> None:
@@ -194,7 +109,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--no_identify", action="store_false", dest="identify", help="do not record which model it is")
     add("--repair", action="store_true", help="verify what is there and redo what is bad")
-    add("--quiet", action="store_false", dest="show_progress", help="no progress bar")
+    add("--quiet", action="store_false", dest="show_progress", help="no progress bars")
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -212,19 +127,34 @@ def _rollouts(
 ) -> int:
     from trl_blend.teacher.rollouts import collect_rollouts
 
+    _silence_bars(not options["show_progress"])
     store = collect_rollouts(
         model_name_or_path, dataset_name, output_dir, dataset_split=dataset_train_split, **options
     )
-    _print(_finished(store, "rollouts"))
+    tell(_finished(store, "rollouts"))
     return 0
 
 
 def _score(teacher_model_name_or_path: str, rollouts: str, output_dir: str, **options: Any) -> int:
     from trl_blend.teacher.scoring import score_rollouts
 
+    _silence_bars(not options["show_progress"])
     store = score_rollouts(rollouts, teacher_model_name_or_path, output_dir, **options)
-    _print(_finished(store, "scored rollouts"))
+    tell(_finished(store, "scored rollouts"))
     return 0
+
+
+def _silence_bars(quiet: bool) -> None:
+    """The bars of what we are built on; they are not turned back on, for this process is ours."""
+    if not quiet:
+        return
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
 
 
 def _finished(store: Any, what: str) -> str:
@@ -235,11 +165,18 @@ def _finished(store: Any, what: str) -> str:
     )
 
 
+# What `inspect` compares scored rollouts with
+_SCORED_ONLY = ("model_name_or_path", "teacher_model_name_or_path", "sft_teacher")
+
+
 def _inspect(store: str, as_json: bool, **options: Any) -> int:
     from trl_blend.teacher.inspection import inspect_store
 
     inspection = inspect_store(store, **options)
-    _print(json.dumps(inspection.to_dict(), indent=2) if as_json else str(inspection))
+    ignored = [name for name in _SCORED_ONLY if options[name] is not None and inspection.report is None]
+    if ignored:
+        say(f"note: {store} is not scored yet, so {', '.join(f'--{name}' for name in ignored)} was not compared.")
+    tell(json.dumps(inspection.to_dict(), indent=2) if as_json else str(inspection))
     return 0 if inspection.ok else EXIT_FAILED
 
 
@@ -251,5 +188,5 @@ def _record_teacher(
     provenance = record_teacher(
         model_name_or_path, teacher_model_name_or_path, revision=teacher_model_revision, **options
     )
-    _print(f"Recorded {provenance.teacher.describe()} as the SFT teacher of {model_name_or_path}.")
+    tell(f"Recorded {provenance.teacher.describe()} as the SFT teacher of {model_name_or_path}.")
     return 0

@@ -1,0 +1,76 @@
+"""What the example scripts refuse in one line before a model is loaded: rewards, splits, checkpoints."""
+
+import sys
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+import _prompts
+import _script
+import grpo_mix
+from trl_blend.errors import ConfigError
+
+
+def parse(monkeypatch, *arguments):
+    given = ["--use_cpu", "true", "--bf16", "false", *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", ["grpo_mix.py", *given])
+    monkeypatch.delenv("TRL_BLEND_NUM_PROCESSES", raising=False)
+    return _script._parse(grpo_mix.make_parser())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.reward", "no module 'nowhere' on the import path"),
+        ("testbed.tusk.reward", "no module 'testbed.tusk' on the import path"),
+        ("rewards.boxed_accuracy", "rewards has no 'boxed_accuracy': accuracy_reward, boxed_format_reward, boxed_acc"),
+    ],
+)
+def test_rewards_that_do_not_exist(name, message):
+    with pytest.raises(ConfigError, match=message):
+        _prompts.load_reward(name)
+
+
+def test_a_reward_whose_module_is_broken_keeps_its_error(tmp_path, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        _prompts.load_reward("broken_reward.reward")
+
+
+def test_a_split_that_does_not_exist(tmp_path, monkeypatch):
+    rows = Dataset.from_dict({"prompt": ["1+1="] * 4})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: DatasetDict(training=rows))
+    script_args, *_, dataset_args = parse(monkeypatch, "--output_dir", tmp_path, "--dataset_name", "some/prompts")
+    with pytest.raises(ConfigError, match="`dataset_train_split=train` is no split of the dataset. It has training."):
+        _prompts.load_prompts(script_args, dataset_args)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("true", "`resume_from_checkpoint=true`: there is no checkpoint in "),
+        ("checkpoint-3", "`resume_from_checkpoint=checkpoint-3` is no folder with a trainer_state.json"),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_is_no_checkpoint(tmp_path, monkeypatch, given, message, exists):
+    output = tmp_path / "out"
+    if exists:
+        output.mkdir()
+    with pytest.raises(ConfigError, match=message):
+        parse(monkeypatch, "--output_dir", output, "--resume_from_checkpoint", given)
+
+
+def test_checkpoints_that_can_be_resumed_from(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").touch()
+    for given in ("true", str(checkpoint)):
+        _, args, *_ = parse(monkeypatch, "--output_dir", tmp_path, "--resume_from_checkpoint", given)
+        assert args.resume_from_checkpoint == given
+
+
+def test_an_error_of_a_configuration_is_one_of_the_user(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="must be divisible|not divisible"):
+        parse(monkeypatch, "--output_dir", tmp_path, "--per_device_train_batch_size", 3, "--num_generations", 2)

@@ -1,0 +1,82 @@
+"""`trl-blend export`: a mixed policy as a folder, or repository, that runs without this package."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trl_blend.cli.messages import tell
+
+
+RENAMED = {
+    "student": "model_name_or_path",
+    "reference": "teacher_model_name_or_path",
+    "student_revision": "model_revision",
+    "reference_revision": "teacher_model_revision",
+}
+
+
+def add_command(command: Callable[..., Any]) -> None:
+    """Add the command to the command line."""
+    add = command(
+        "export", run, "write a student and its teacher as one model that transformers decodes", RENAMED
+    ).add_argument
+    add("--model_name_or_path", required=True, help="student: folder or Hub id, a whole model or an adapter")
+    add(
+        "--teacher_model_name_or_path",
+        nargs="+",
+        metavar="NAME",
+        help="teacher(s) that it is decoded with; none for the student's own base with its adapter switched off",
+    )
+    add("--teacher_weight", type=float, nargs="+", required=True, help="weight of each teacher in the mixture")
+    add("--output_dir", required=True, help="folder to write to")
+    add("--mixing_space", default="logits", choices=("logits", "probs"), help="what is mixed (default: logits)")
+    add("--model_revision", help="branch, tag or commit of the student on the Hub")
+    add("--teacher_model_revision", help="branch, tag or commit of the teacher on the Hub")
+    add("--copy_reference", action="store_true", default=None, help="write the teacher's weights too, of a Hub id")
+    add("--no_copy_reference", action="store_false", dest="copy_reference", help="only name the teacher")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the checkpoints")
+    add("--push_to_hub", metavar="REPOSITORY", help="repository to push the folder to")
+    add("--private", action="store_true", help="make that repository private if it is new")
+
+
+def run(
+    model_name_or_path: str,
+    teacher_model_name_or_path: list[str] | None,
+    teacher_weight: list[float],
+    output_dir: str,
+    model_revision: str | None,
+    teacher_model_revision: str | None,
+    push_to_hub: str | None,
+    private: bool,
+    **options: Any,
+) -> int:
+    """Export, and push on request."""
+    from trl_blend.hub.mixed_policy import export_mixed_policy
+
+    teachers = teacher_model_name_or_path
+    folder = export_mixed_policy(
+        model_name_or_path,
+        teachers[0] if teachers is not None and len(teachers) == 1 else teachers,
+        teacher_weight[0] if len(teacher_weight) == 1 else teacher_weight,
+        output_dir,
+        student_revision=model_revision,
+        reference_revision=teacher_model_revision,
+        **options,
+    )
+    tell(f"Mixed policy written to {folder}.")
+    if push_to_hub:
+        tell(f"Pushed: {_push(folder, push_to_hub, private)}")
+    return 0
+
+
+def _push(folder: Path, repository: str, private: bool) -> str:
+    """Push a folder as a model; returns the address of the commit."""
+    from huggingface_hub import HfApi
+
+    from trl_blend.teacher.hub_errors import Push, explained_errors
+
+    kept = f"The mixed policy is in {str(folder)!r}."
+    with explained_errors(Push(repository, "--push_to_hub", "HF_TOKEN", kept=kept)):
+        api = HfApi()
+        name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload mixed policy"))

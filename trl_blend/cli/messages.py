@@ -1,0 +1,100 @@
+"""How the command line speaks: exit codes, one line per error, and the nearest name for a misspelt one."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from trl_blend.errors import ConfigError
+
+
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of a launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks."""
+    return " ".join(str(message).split())
+
+
+def say(message: object) -> None:
+    """Write one line to standard error, with the number of the process unless it is the first."""
+    who = "" if is_main_process() else f" (process {os.environ['RANK']})"
+    print(f"trl-blend{who}: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def tell(message: str) -> None:
+    """Write a result to standard output, once per launch."""
+    if is_main_process():
+        print(message)
+
+
+def nearest(name: str, known: Iterable[str], mark: str = "") -> str:
+    """`"; did you mean ...?"` with the most similar known name, or nothing."""
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean `{mark}{found[0]}`?" if found else ""
+
+
+def option_names(parser: argparse.ArgumentParser) -> set[str]:
+    """Long options of a parser, without dashes in front."""
+    return {option[2:] for option in parser._option_string_actions if option.startswith("--")}
+
+
+def unknown_options(arguments: Sequence[str], known: Iterable[str], seen: str) -> ConfigError:
+    """
+    The error for arguments that nobody knows.
+
+    Args:
+        arguments (`Sequence[str]`):
+            What is left over, options with their values.
+        known (`Iterable[str]`):
+            Option names to choose the nearest from.
+        seen (`str`):
+            Command whose help lists them.
+    """
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    if not options:
+        return ConfigError(f"unexpected argument `{arguments[0]}` (see `{seen} --help`)")
+    known = set(known)
+    said = ", ".join(f"`{name}`{nearest(name.lstrip('-').replace('-', '_'), known, '--')}" for name in options)
+    return ConfigError(f"unknown option {said} (see `{seen} --help`)")
+
+
+def fail_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Let a parser raise [`~trl_blend.errors.ConfigError`] where it would print its usage and exit."""
+
+    def error(message: str) -> NoReturn:
+        # `--max_steps/--max-steps` is one option under two spellings
+        message = re.sub(r"(--\w+)(/--?[\w-]+)+", r"\1", message)
+        raise ConfigError(f"{message} (see `{parser.prog} --help`)")
+
+    parser.error = error
+
+
+def name_options(message: str, options: Iterable[str], renamed: dict[str, str]) -> str:
+    """
+    A message of the Python API in the words of the command line: `` `model='x'` `` becomes
+    `` `--model_name_or_path='x'` ``.
+
+    Args:
+        message (`str`):
+            Message of an error.
+        options (`Iterable[str]`):
+            Options of the command.
+        renamed (`dict[str, str]`):
+            Python arguments whose option has another name.
+    """
+    names = {name: name for name in options} | renamed
+
+    def replace(found: re.Match[str]) -> str:
+        name = names.get(found[2])
+        return found[0] if name is None or found[1] else f"`--{name}{found[3]}"
+
+    return re.sub(r"(columns? )?`([a-z_0-9]+)(=|`|\[)", replace, message)
