@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .generation.hooks import blended_generation
     from .generation.rules import BlendRule, LogitMixing, ProbabilityMixing
     from .generation.trust_region_rules import SpeculativeKD, TrustRegion
+    from .hub.mixed_policy import export_mixed_policy
     from .teacher.consistency import check_teacher_consistency
     from .teacher.lightning import import_lightning_opd
     from .teacher.provenance import TeacherProvenanceCallback, record_teacher
@@ -61,6 +62,7 @@ _MODULE_OF = {
     "blended_generation": "trl_blend.generation.hooks",
     "check_teacher_consistency": "trl_blend.teacher.consistency",
     "collect_rollouts": "trl_blend.teacher.rollouts",
+    "export_mixed_policy": "trl_blend.hub.mixed_policy",
     "import_lightning_opd": "trl_blend.teacher.lightning",
     "load_rollouts": "trl_blend.teacher.store",
     "load_scored_rollouts": "trl_blend.teacher.store",
@@ -87,6 +89,7 @@ __all__ = [
     "blended_generation",
     "check_teacher_consistency",
     "collect_rollouts",
+    "export_mixed_policy",
     "import_lightning_opd",
     "load_rollouts",
     "load_scored_rollouts",

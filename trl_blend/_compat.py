@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.resources import files
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import transformers.trainer as hf_trainer
 import trl.trainer.distillation_trainer as trl_distillation
 import trl.trainer.utils as trl_utils
 from transformers import PretrainedConfig, PreTrainedModel
@@ -203,6 +205,11 @@ def get_callable_name(function: Callable) -> str:
     return trl_utils.get_callable_name(function)
 
 
+def print_prompt_completions_sample(*args, **kwargs) -> None:
+    """Upstream: `trl.trainer.utils.print_prompt_completions_sample`. Removal: it becomes public."""
+    trl_utils.print_prompt_completions_sample(*args, **kwargs)
+
+
 def card_template(path: str) -> str:
     """
     A trainer's `_template_file` for a template outside TRL.
@@ -211,3 +218,26 @@ def card_template(path: str) -> str:
     given relative to that folder. Removal: TRL accepts a path.
     """
     return os.path.relpath(path, str(files("trl") / "templates"))
+
+
+@contextmanager
+def before_upload(folder: Path, prepare: Callable[[], None]) -> Iterator[None]:
+    """
+    Call `prepare` just before `Trainer._push_from_checkpoint` uploads `folder`.
+
+    Upstream: that method decides whether to push, copies the model's files from the checkpoint to `output_dir` and
+    uploads it through `transformers.trainer.hf_api()`, all in one. Removal: a hook between the copy and the upload.
+    """
+    original = hf_trainer.hf_api
+
+    class Prepared:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(original(), name)
+
+        def upload_folder(self, *, folder_path: str, **kwargs: Any) -> Any:
+            if Path(folder_path) == folder:
+                prepare()
+            return original().upload_folder(folder_path=folder_path, **kwargs)
+
+    with patch.object(hf_trainer, "hf_api", Prepared):
+        yield

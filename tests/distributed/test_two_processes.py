@@ -4,8 +4,11 @@ Two CPU processes against one: equal parameters, equal updates, equal metrics, n
 `worker.py` runs the trainer and keeps what it found; everything that is asserted is asserted here.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import worker
 from tests.tiny import tiny_model
@@ -97,3 +100,36 @@ def test_partner_and_student_are_whole_where_weights_are_loaded_on_one_rank(laun
 def test_base_of_a_sharded_peft_student_is_refused(launched):
     for rank in launched("fsdp2"):
         assert "`teacher_model=None`" in rank["peft_refused"] and "FSDP" in rank["peft_refused"]
+
+
+@pytest.mark.parametrize(
+    ("launch", "name"), [("ddp", "mixed_logits"), ("fsdp2", "mixed_logits"), ("ddp", "peft_mixed")]
+)
+def test_what_two_processes_save_decodes_the_mixed_policy_of_one(launched, launch, name, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    (single,), (first, second) = launched("single"), launched(launch)
+    assert first[name]["output_dir"] == second[name]["output_dir"] != single[name]["output_dir"]
+    folders = [Path(found[name]["output_dir"]) for found in (single, first)]
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*") if wanted(path)) for folder in folders]
+    assert files[0] == files[1] and Path("mixing.json") in files[0]
+    if name == "mixed_logits":
+        assert Path("checkpoint-2/mixing.json") in files[0] and Path("reference/model.safetensors") in files[0]
+    scores = [step_scores(folder) for folder in folders]
+    assert (scores[0] - scores[1]).abs().max() < 1e-4
+    # It is the mixture, and that of the last step
+    alone = step_scores(folders[0], mixed=False)
+    assert (scores[0] - alone).abs().max() > 1e-2
+
+
+def wanted(path):
+    """What belongs to the saved policy rather than to the state of one process."""
+    return path.is_file() and not path.name.startswith(("rng_state", "optimizer", "scheduler", "pytorch_model_fsdp"))
+
+
+def step_scores(folder, mixed=True):
+    """Log-probabilities of the first decoding step, with transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    inputs = AutoTokenizer.from_pretrained(folder)("3+4=", return_tensors="pt")
+    generate = model.generate if mixed else lambda **kwargs: type(model).generate(model, **kwargs)
+    settings = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    return generate(**inputs, **settings).scores[0].log_softmax(-1)

@@ -43,6 +43,9 @@ PEFT_UPDATES: dict[str, dict[str, Any]] = {
     "peft_mixed": {**SGD, "teacher_weight": 0.3},
     "peft_student": {**SGD, "teacher_weight": 0.3, "objective": "student"},
 }
+# With a checkpoint at every step
+SAVED = ("mixed_logits", "peft_mixed")
+UPDATES["mixed_logits"].update(save_strategy="steps", save_steps=1)
 END_TO_END: dict[str, dict[str, Any]] = {
     "sampled_mixed": {"teacher_weight": 0.3, "max_steps": 3},
     "sampled_student": {"teacher_weight": 0.3, "max_steps": 3, "objective": "student"},
@@ -87,7 +90,9 @@ class Worker:
         else:
             replay_rollouts(trainer, torch.load(path, weights_only=False))
         trainer.train()
-        self.found[name] = {"parameters": full_parameters(trainer)}
+        self.found[name] = {"parameters": full_parameters(trainer), "output_dir": trainer.args.output_dir}
+        if name in SAVED:
+            trainer.save_model()
         if self.launch == "single":
             self.found[name]["before"] = before
             torch.save(batches, path)

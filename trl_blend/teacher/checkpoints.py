@@ -94,7 +94,7 @@ def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, Laz
         stem (`str`, *optional*, defaults to `"model"`):
             `"adapter_model"` for an adapter.
     """
-    files = _weight_files(checkpoint, stem)
+    files = weight_files(checkpoint, stem)
     tensors: dict[str, LazyTensor] = {}
     for file in files:
         if file.suffix == ".safetensors":
@@ -114,7 +114,19 @@ def _read_safetensors(handle, name: str) -> torch.Tensor:  # type: ignore[no-unt
     return handle().get_tensor(name)
 
 
-def _weight_files(checkpoint: Checkpoint, stem: str) -> list[Path]:
+def weight_files(checkpoint: Checkpoint, stem: str = "model") -> list[Path]:
+    """
+    The files that hold a checkpoint's weights, fetched if they have to be; without the index of shards.
+
+    Args:
+        checkpoint ([`Checkpoint`]):
+            Where.
+        stem (`str`, *optional*, defaults to `"model"`):
+            `"adapter_model"` for an adapter.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there are none, or some are missing.
+    """
     legacy = {"model": "pytorch_model"}.get(stem, stem)
     for single in (f"{stem}.safetensors", f"{legacy}.bin"):
         if found := _fetched(checkpoint, [single], missing_ok=True):

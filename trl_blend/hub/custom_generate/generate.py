@@ -1,0 +1,374 @@
+"""
+Decodes a mixed policy: the model of this repository (the student) and frozen reference models, token by token.
+
+    model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+    model.generate(**inputs)                                                     # either
+    model.generate(**inputs, custom_generate=repository, trust_remote_code=True)  # or, for a student loaded otherwise
+
+What there is to audit: this file reads `mixing.json` beside it (weights, space, references), loads the references from
+this repository (every file compared with its SHA-256) or from the Hub (pinned to a commit), and puts one logits
+processor in front of those that `generate` gets. It writes no file, opens no connection but the Hub client's
+downloads, and runs no other code of a repository. It needs torch and transformers, and peft if the student is an
+adapter. The same file is in every export of `trl_blend`; nothing of that package is needed to run it.
+
+Mixed are next-token logits, `(1 - sum(w)) * student + sum(w_i * reference_i)` with `"space": "logits"`, or the
+probabilities with `"space": "probs"` (each model divided by the temperature first). Temperature, top-k, top-p and the
+caller's own processors then act on the mixture. Only `generate` mixes: `forward` is the student's.
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import cached_file
+
+
+SCHEMA_VERSION = 1
+HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+_SIGNATURE = inspect.signature(GenerationMixin.generate)
+# Tensors that the references get too, or that do not concern them; any other would reach the student alone
+_SHARED_TENSORS = {"input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"}
+
+
+class MixedPolicyError(RuntimeError):
+    """The mixture cannot be decoded. Never an OSError: transformers takes one for a repository without this file."""
+
+
+class Repository(NamedTuple):
+    """Where `mixing.json` and `reference/` are: an absolute folder, or a Hub id with its commit and access options."""
+
+    name: str
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, options: dict[str, Any]) -> "Repository":
+        options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+        if os.path.isdir(name):
+            return cls(os.path.abspath(name), {})
+        # transformers copies this file of a Hub repository into a folder named after the commit
+        commit = Path(__file__).parents[1].name
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise MixedPolicyError(
+                f"The mixed policy was loaded from the folder {name!r}, which is not there (any more), seen from "
+                f"{os.getcwd()!r}. Load it again from where it is now."
+            )
+        return cls(name, options | {"revision": commit})
+
+    def file(self, name: str) -> Path:
+        try:
+            return Path(cached_file(self.name, name, **self.options))
+        except OSError as error:
+            raise MixedPolicyError(
+                f"{name!r} is missing from the mixed policy {self.name!r}, or cannot be had ({error}). Without it the "
+                "policy cannot be decoded: restore the file, export or download the repository again; for a private "
+                "repository or another cache pass `token` or `cache_dir` to `from_pretrained` or `generate`."
+            ) from error
+
+    def folder(self, source: dict[str, Any]) -> str:
+        """Folder of the files listed in `source`, each compared with its recorded SHA-256."""
+        if self.options and source["path"].startswith(".."):
+            raise MixedPolicyError(f"{self.name!r} is a training checkpoint, whose reference was left behind.")
+        for name, expected in source["files"].items():
+            path = self.file(f"{source['path']}/{name}")
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                raise MixedPolicyError(
+                    f"The reference was changed: {path} has SHA-256 {found[:12]}..., and {expected[:12]}... is "
+                    "recorded in mixing.json. Restore the file, or export the policy again with this reference."
+                )
+        return str(path.parent)
+
+
+class MixedPolicy:
+    """What `AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)` finds through `config.json`."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args: Any, config: Any, **kwargs: Any) -> Any:
+        """The student, an ordinary transformers model, with `generate` replaced by the one below."""
+        repository = Repository.of(str(name), kwargs)
+        spec = _read_spec(repository)
+        del config.auto_map  # a copy that is saved elsewhere has no such file
+        kwargs.update(trust_remote_code=False)
+        adapter = spec["adapter"]
+        if adapter is not None:
+            kwargs.pop("adapter_kwargs", None)
+            name, kwargs = _located(repository, spec["base"], kwargs)
+            own = GenerationConfig.from_pretrained(repository.name, **repository.options)
+            kwargs.setdefault("generation_config", own)
+        loaded = AutoModelForCausalLM.from_pretrained(name, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if adapter is not None:
+            repository.file(f"{adapter}/adapter_model.safetensors")
+            model.load_adapter(str(repository.file(f"{adapter}/adapter_config.json").parent))
+        model.generate = functools.partial(generate, model=model, _repository=repository)
+        return loaded
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Called by transformers; there is nothing to register, the class loads other classes."""
+
+
+def generate(*args: Any, model: Any, _repository: Repository | None = None, **kwargs: Any) -> Any:
+    """`model.generate(*args, **kwargs)` of the mixture; see [`~transformers.GenerationMixin.generate`]."""
+    named, loaded_here = kwargs.pop("custom_generate", None), _repository is not None
+    if _repository is None:
+        caller = sys._getframe(1)
+        if caller.f_code is inspect.unwrap(GenerationMixin.generate).__code__:
+            # With `custom_generate=repository`, transformers calls this function without saying which repository
+            named = caller.f_locals.get("custom_generate")
+        _repository = Repository.of(str(named or model.name_or_path), kwargs)
+    elif named is not None and Repository.of(str(named), kwargs).name != _repository.name:
+        raise MixedPolicyError(f"`custom_generate={named!r}`: this model already decodes {_repository.name!r}.")
+    for option in (*HUB_OPTIONS, "trust_remote_code"):
+        kwargs.pop(option, None)
+    mixtures = _MIXTURES.setdefault(model, {})
+    if _repository.name not in mixtures:
+        mixtures[_repository.name] = _load_mixture(model, _repository, loaded_here)
+    mixture = mixtures[_repository.name]
+
+    arguments = dict(_SIGNATURE.bind(model, *args, **kwargs).arguments)
+    del arguments["self"]
+    arguments.update(arguments.pop("kwargs", {}))
+    if mixture.references:
+        processor = _processor(model, mixture, arguments)
+        # First among the caller's processors, so that those act on the mixture
+        arguments["logits_processor"] = LogitsProcessorList([processor, *(arguments.get("logits_processor") or [])])
+    return type(model).generate(model, **arguments)
+
+
+# Loading and verifying
+
+
+class Mixture(NamedTuple):
+    """References with their weights, those of weight 0 left out; `None` is the student without its adapters."""
+
+    space: str
+    references: list[Any]
+    weights: list[float]
+
+
+_MIXTURES: "weakref.WeakKeyDictionary[Any, dict[str, Mixture]]" = weakref.WeakKeyDictionary()
+
+
+def _read_spec(repository: Repository) -> dict[str, Any]:
+    spec = json.loads(repository.file("mixing.json").read_text(encoding="utf-8"))
+    if spec.get("schema_version") != SCHEMA_VERSION:
+        raise MixedPolicyError(
+            f"mixing.json of {repository.name!r} has schema_version {spec.get('schema_version')!r}, and this "
+            f"generate.py reads {SCHEMA_VERSION}. Take both from the same export."
+        )
+    weights, references = spec["weights"], spec["references"]
+    in_range = all(0.0 <= weight <= 1.0 for weight in weights) and math.fsum(weights) <= 1.0 + 1e-9
+    if not in_range or len(weights) != len(references) or spec["space"] not in ("logits", "probs"):
+        raise MixedPolicyError(
+            f"mixing.json of {repository.name!r} has weights {weights} for {len(references)} reference(s) and space "
+            f"{spec['space']!r}. It needs one weight in [0, 1] per reference, at most 1 together, and 'logits' or "
+            "'probs'. Export the policy again."
+        )
+    return spec
+
+
+def _load_mixture(student: Any, repository: Repository, loaded_here: bool) -> Mixture:
+    spec = _read_spec(repository)
+    active = [(entry, weight) for entry, weight in zip(spec["references"], spec["weights"], strict=True) if weight > 0]
+    if active:
+        _check_tokenizer(spec, repository)
+    references = [
+        _check_base(student, repository, loaded_here) if entry.get("base") else _load(entry, student, repository)
+        for entry, _ in active
+    ]
+    return Mixture(spec["space"], references, [weight for _, weight in active])
+
+
+def _check_tokenizer(spec: dict[str, Any], repository: Repository) -> None:
+    repository.file("tokenizer_config.json")
+    tokenizer = AutoTokenizer.from_pretrained(repository.name, **repository.options)
+    text = json.dumps(tokenizer.get_vocab(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != spec["tokenizer_sha256"]:
+        raise MixedPolicyError(
+            f"The tokenizer of {repository.name!r} was changed: its ids are not those that the student and the "
+            "reference share. Restore its files, or export the policy again."
+        )
+
+
+def _check_base(student: Any, repository: Repository, loaded_here: bool) -> None:
+    layers = _adapter_layers(student)
+    if not loaded_here or not layers or any(getattr(layer, "merged", False) for layer in layers):
+        raise MixedPolicyError(
+            f"The reference of {repository.name!r} is the student's own base without its adapter, and this model is "
+            "not known to be that base with that adapter, unmerged. Load it with "
+            f"`AutoModelForCausalLM.from_pretrained({repository.name!r}, trust_remote_code=True)`."
+        )
+
+
+def _load(entry: dict[str, Any], student: Any, repository: Repository) -> Any:
+    dtype = getattr(torch, entry["dtype"]) if entry["dtype"] else student.dtype
+    spread = len(set((getattr(student, "hf_device_map", None) or {}).values())) > 1
+    name, kwargs = _located(repository, entry, {key: v for key, v in repository.options.items() if key != "revision"})
+    kwargs.update(attn_implementation=student.config._attn_implementation, device_map="auto" if spread else None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    except OSError as error:
+        raise MixedPolicyError(
+            f"The reference {name!r} of the mixed policy {repository.name!r} cannot be had ({error}). Without it the "
+            "policy cannot be decoded: see that its Hub repository can be reached, or fetch it before going offline."
+        ) from error
+    return model.requires_grad_(False).eval()
+
+
+def _located(repository: Repository, source: dict[str, Any], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name of a model and arguments to load it with: a verified folder, or a Hub id pinned to its commit."""
+    if source.get("repo_id"):
+        return source["repo_id"], kwargs | {"revision": source["commit"]}
+    return repository.folder(source), {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
+
+
+# Decoding
+
+
+class MixtureProcessor(LogitsProcessor):
+    """Replaces the student's scores by those of the mixture, times the temperature that `generate` divides by."""
+
+    def __init__(self, mixture: Mixture, followers: list["Follower"], temperature: float) -> None:
+        self.mixture, self.followers, self.temperature = mixture, followers, temperature
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = [follower.step(input_ids).to(scores) for follower in self.followers]
+        # Forbidden: what `generate` forbade, and rows that a reference lacks, being padding and no tokens
+        forbidden = scores == -math.inf
+        forbidden[:, min(one.shape[-1] for one in logits) :] = True
+        models = [scores, *(_aligned(one, scores.shape[-1]) for one in logits)]
+        models = [one.masked_fill(forbidden, -math.inf) / self.temperature for one in models]
+        return _mix(self.mixture, models) * self.temperature
+
+
+def _aligned(logits: torch.Tensor, rows: int) -> torch.Tensor:
+    missing = max(rows - logits.shape[-1], 0)
+    return torch.nn.functional.pad(logits[:, :rows], (0, missing), value=-math.inf)
+
+
+def _mix(mixture: Mixture, models: list[torch.Tensor]) -> torch.Tensor:
+    rest = 1.0 - math.fsum(mixture.weights)
+    weights = [rest if rest > 1e-9 else 0.0, *mixture.weights]
+    # A model of weight 0 is left out: 0 * -inf would be NaN. Half precision has too few bits to average in.
+    models = [one if one.dtype == torch.float64 else one.float() for one in models]
+    terms = [(one, weight) for one, weight in zip(models, weights, strict=True) if weight > 0]
+    if mixture.space == "logits":
+        return functools.reduce(torch.add, [one * weight for one, weight in terms])
+    return torch.stack([one.log_softmax(dim=-1) + math.log(weight) for one, weight in terms]).logsumexp(dim=0)
+
+
+class Follower:
+    """Lets a reference read along: the prompt first, then one token per step, with a key-value cache of its own."""
+
+    def __init__(self, model: Any, mask: torch.Tensor, *, without_adapters: bool) -> None:
+        self.model, self.mask, self.without_adapters = model, mask, without_adapters
+        self.state: dict[str, Any] | None = None
+
+    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        model, first = self.model, self.state is None
+        input_ids = input_ids.to(model.device)
+        if self.state is None:
+            self.state = self._prepared(input_ids)
+        inputs = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **self.state
+        )
+        with _adapters_disabled(model) if self.without_adapters else contextlib.nullcontext():
+            outputs = model(**inputs, return_dict=True)
+        self.state = model._update_model_kwargs_for_generation(outputs, self.state)
+        return outputs.logits[:, -1].clone()
+
+    def _prepared(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        rows = self.model.get_input_embeddings().num_embeddings
+        if int(input_ids.max()) >= rows:
+            raise MixedPolicyError(f"Token id {int(input_ids.max())} of the prompt is beyond the reference's {rows}.")
+        mask = self.mask.to(input_ids.device)
+        state: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+        state["position_ids"] = self.model._prepare_position_ids_for_generation(input_ids, state)
+        if bool(mask.all()):
+            state["attention_mask"] = None  # no padding: the causal mask is enough, and faster
+        if self.model._supports_logits_to_keep():
+            state["logits_to_keep"] = 1
+        self.model._prepare_cache_for_generation(
+            GenerationConfig(use_cache=True), state, GenerationMode.SAMPLE, *input_ids.shape
+        )
+        return state
+
+
+def _adapter_layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+
+
+@contextmanager
+def _adapters_disabled(model: Any) -> Iterator[None]:
+    layers = _adapter_layers(model)
+    saved = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, saved, strict=True):
+            layer._disable_adapters = value
+
+
+def _processor(student: Any, mixture: Mixture, arguments: dict[str, Any]) -> MixtureProcessor:
+    """The processor of one call of `generate`, after refusing what would not decode the mixture."""
+    named = {*_SIGNATURE.parameters, "tokenizer", "assistant_tokenizer"}
+    settings, inputs = student._prepare_generation_config(
+        arguments.get("generation_config"), **{name: v for name, v in arguments.items() if name not in named}
+    )
+    mode = settings.get_generation_mode(arguments.get("assistant_model"))
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH) or settings.cache_implementation == "paged":
+        mode_name = "paged attention" if settings.cache_implementation == "paged" else mode.value.replace("_", " ")
+        raise MixedPolicyError(
+            f"A mixed policy cannot be decoded by {mode_name}. Use sampling or greedy search, one beam "
+            "(`num_beams=1`), without an assistant."
+        )
+    cache = inputs.pop("past_key_values", None)
+    foreign = [name for name, v in inputs.items() if isinstance(v, torch.Tensor) and name not in _SHARED_TENSORS]
+    if foreign or (cache is not None and cache.get_seq_length() > 0):
+        raise MixedPolicyError(
+            f"{foreign or ['past_key_values']} would reach the student and not the reference. A mixed policy decodes "
+            "whole prompts, given as `input_ids` and `attention_mask`."
+        )
+    prompt = arguments.get("inputs")
+    prompt = inputs.get("input_ids") if prompt is None else prompt
+    if prompt is None or prompt.dim() != 2:
+        raise MixedPolicyError("A mixed policy needs a prompt: pass `input_ids` of shape (batch, length).")
+    mask = inputs.get("attention_mask")
+    if mask is None:  # what `generate` infers
+        student._prepare_special_tokens(settings, kwargs_has_attention_mask=True, device=prompt.device)
+        mask = student._prepare_attention_mask_for_generation(prompt, settings, {})
+    mask = mask.repeat_interleave(settings.num_return_sequences or 1, dim=0)
+    followers = []
+    for reference in mixture.references:
+        is_base = reference is None
+        if not is_base and getattr(reference, "hf_device_map", None) is None:
+            reference.to(student.device)  # the student may have moved since the last call
+        followers.append(Follower(student if is_base else reference, mask, without_adapters=is_base))
+    temperature = settings.temperature if settings.do_sample and settings.temperature is not None else 1.0
+    return MixtureProcessor(mixture, followers, temperature)
