@@ -1,6 +1,5 @@
 """Pushing a store and opening it again, through the client of the Hub and over HTTP to a stand-in of the Hub."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tests.teacher.hub_server import running_hub
+from tests.hub_server import running_hub
 from tests.teacher.stores import contents, write_store
 from trl_blend.teacher.store import RolloutStore, load_rollouts
 
@@ -18,9 +17,9 @@ PUSH = """
 import sys
 from trl_blend.teacher.store import RolloutStore
 four, three = map(RolloutStore.open, sys.argv[1:])
-print(four.push_to_hub("me/store", private=True, token="hf_x"))
-print(three.push_to_hub("me/store", token="hf_x"))
-print(four.push_to_hub("me/store", revision="v2", commit_message="said so", token="hf_x"))
+print(four.push_to_hub("me/store", private=True))
+print(three.push_to_hub("me/store"))
+print(four.push_to_hub("me/store", revision="v2", commit_message="said so"))
 store = RolloutStore.open("me/store", verify=True)
 print(store.digest, store.name, store.folder)
 print(RolloutStore.open("me/store", revision="v2").digest)
@@ -39,27 +38,26 @@ def pushed(tmp_path_factory):
     store = write_store(folder / "three", 3)
     (store.folder / "notes.txt").write_text("mine")
     (store.folder / "data" / ".part-00007.parquet.1.tmp").write_text("left over")
-    with running_hub() as (hub, address):
-        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
-        environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    with running_hub() as (hub, _):
+        environment = hub.environment(folder / "home")
         command = [sys.executable, "-c", PUSH, str(folder / "four"), str(store.folder)]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    return store, hub, done.stdout.splitlines()
+    return store, hub.dataset("me/store"), done.stdout.splitlines()
 
 
 def test_what_is_uploaded(pushed):
-    store, hub, printed = pushed
-    assert hub.created == [("me/store", "dataset", private) for private in (True, False, False)]
+    store, repository, printed = pushed
+    assert repository.private  # what the first push said; the later ones find it created
     for branch, num_shards in (("main", 3), ("v2", 4)):  # the fourth of the first push is gone from main
-        assert set(hub.branches[branch]) == {
+        assert set(repository.files(branch)) == {
             ".gitattributes",
             "README.md",
             "manifest.json",
             *(f"data/part-0000{index}.parquet" for index in range(num_shards)),
         }
-    assert hub.branches["main"]["manifest.json"] == (store.folder / "manifest.json").read_bytes()
-    assert hub.commits == [("main", "Upload 20 rollouts"), ("main", "Upload 15 rollouts"), ("v2", "said so")]
+    assert repository.files()["manifest.json"] == (store.folder / "manifest.json").read_bytes()
+    assert repository.commits == [("main", "Upload 20 rollouts"), ("main", "Upload 15 rollouts"), ("v2", "said so")]
     assert "/commit/" in printed[0]
 
 
@@ -75,10 +73,10 @@ def test_a_reader_gets_the_same_store_from_the_hub(pushed):
 
 
 def test_the_files_of_the_repository_open_with_load_dataset(pushed, tmp_path, monkeypatch):
-    store, hub, _ = pushed
+    store, pushed_files, _ = pushed
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     repository = tmp_path / "repository"
-    for path, data in hub.branches["main"].items():
+    for path, data in pushed_files.files().items():
         (repository / path).parent.mkdir(parents=True, exist_ok=True)
         (repository / path).write_bytes(data)
     rows = datasets.load_dataset(str(repository))

@@ -20,6 +20,7 @@ import pyarrow as pa
 from trl_blend.errors import StoreError
 from trl_blend.teacher.card import CARD_NAME
 from trl_blend.teacher.columns import REQUIRED
+from trl_blend.teacher.hub_errors import Push, explained_errors
 from trl_blend.teacher.manifest import MANIFEST_NAME, Manifest
 from trl_blend.teacher.shard_files import DATA_FOLDER, check_record, read_record, shards_on_disk
 from trl_blend.teacher.summary import StoreSummary, summarize
@@ -201,22 +202,26 @@ class RolloutStore:
 
         Returns:
             `str`: Address of the commit.
+
+        Raises:
+            [`~trl_blend.errors.HubError`]: If the Hub refuses, cannot be reached, or the upload ends early.
         """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=self.folder,
-            repo_type="dataset",
-            revision=revision,
-            commit_message=commit_message or f"Upload {len(self)} {self.kind.replace('_', ' ')}",
-            allow_patterns=[MANIFEST_NAME, CARD_NAME, *(record["file"] for record in self.manifest.shards)],
-            delete_patterns=[f"{DATA_FOLDER}/part-*.parquet"],
-        )
+        with explained_errors(Push(repo_id, "repo_id", "token", token, f"The store is in {str(self.folder)!r}.")):
+            api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=self.folder,
+                repo_type="dataset",
+                revision=revision,
+                commit_message=commit_message or f"Upload {len(self)} {self.kind.replace('_', ' ')}",
+                allow_patterns=[MANIFEST_NAME, CARD_NAME, *(record["file"] for record in self.manifest.shards)],
+                delete_patterns=[f"{DATA_FOLDER}/part-*.parquet"],
+            )
         return str(commit)
 
 

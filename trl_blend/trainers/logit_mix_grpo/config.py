@@ -9,6 +9,7 @@ from ...errors import ConfigError
 from ...ops.mixing import validate_weights
 from ...schedules import DECAYING_SCHEDULES
 from .._sampling import distribution_warpers
+from .._tokens import TokensUnwritten
 
 
 _CHOICES = {
@@ -23,7 +24,7 @@ _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
 @dataclass
-class LogitMixGRPOConfig(GRPOConfig):
+class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     r"""
     Configuration class for the [`LogitMixGRPOTrainer`].
 

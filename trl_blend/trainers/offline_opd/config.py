@@ -7,6 +7,7 @@ from typing import Any
 from trl import SFTConfig
 
 from ...errors import ConfigError
+from .._tokens import TokensUnwritten
 
 
 _CHOICES = {
@@ -29,7 +30,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 
 
 @dataclass
-class OfflineOPDConfig(SFTConfig):
+class OfflineOPDConfig(TokensUnwritten, SFTConfig):
     r"""
     Configuration class for the [`OfflineOPDTrainer`].
 

@@ -8,6 +8,7 @@ from trl import DistillationConfig
 from ...errors import ConfigError
 from ...schedules import Schedule, constant, make_schedule
 from .._sampling import distribution_warpers
+from .._tokens import TokensUnwritten
 
 
 _CHOICES = {
@@ -28,7 +29,7 @@ _READ_BY = {
 
 
 @dataclass
-class TrustRegionOPDConfig(DistillationConfig):
+class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     r"""
     Configuration class for the [`TrustRegionOPDTrainer`].
 

@@ -1,0 +1,238 @@
+"""The parts of a card as data: comparison with a paper, tables of results, metadata."""
+
+from enum import Enum
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from trl_blend.hub import cards
+from trl_blend.hub.cards import CardTeacher, PaperValue
+
+
+class Scheduler(Enum):
+    COSINE = "cosine"
+
+
+# Comparison with a paper
+
+
+@pytest.mark.parametrize(
+    ("value", "own", "same"),
+    [
+        (PaperValue("x", (1e-5,)), 1e-5, True),
+        (PaperValue("x", (0.3,)), 0.1 + 0.2, True),
+        (PaperValue("x", (1,)), 1.0, True),
+        (PaperValue("x", (2e-6,)), 2.01e-6, False),
+        (PaperValue("x", (1,)), True, False),
+        (PaperValue("x", (0.001, 0.05)), 0.05, True),
+        (PaperValue("x", (0.001, 0.05)), 0.01, False),
+        (PaperValue("x", ("linear", "cosine")), Scheduler.COSINE, True),
+        (PaperValue("x", (0.5,)), [0.5], True),
+        (PaperValue("x", (0.5,)), [0.5, 0.1], False),
+        (PaperValue("x", ((0.9, 0.98),)), (0.9, 0.98), True),
+        (PaperValue("x", (None,)), None, True),
+        (PaperValue("x", (None,)), 5, False),
+        (PaperValue("x"), 5, False),
+        (PaperValue("x", text="about 5"), 5, False),
+    ],
+)
+def test_same_or_different(value, own, same):
+    differences, agreements = cards.compare_with_paper({"x": value}, {"x": own, "y": 1})
+    assert (len(agreements), len(differences)) == (same, not same)
+
+
+def test_how_a_difference_is_shown():
+    paper = {
+        "a": PaperValue("lr", (1e-5,), "Table 2"),
+        "b": PaperValue("budget", (0.001, 0.01, 0.05), "swept"),
+        "c": PaperValue("weight"),
+        "d": PaperValue("length", text="about 150", source="code"),
+        "e": PaperValue("merge", (True,)),
+        "f": PaperValue("steps", (15, 25)),
+    }
+    run = {"a": 3e-5, "b": None, "c": [0.25, 0.5], "d": 40, "e": False, "f": Scheduler.COSINE}
+    assert cards.compare_with_paper(paper, run).differences == [
+        ("lr", "3e-05", "1e-05 (Table 2)"),
+        ("budget", "none", "0.001, 0.01 or 0.05 (swept)"),
+        ("weight", "0.25, 0.5", "not given"),
+        ("length", "40", "about 150 (code)"),
+        ("merge", "no", "yes"),
+        ("steps", "cosine", "15 or 25"),
+    ]
+
+
+def test_a_setting_without_a_value_of_the_run_is_an_error():
+    with pytest.raises(KeyError, match="gone"):
+        cards.compare_with_paper({"gone": PaperValue("x", (1,))}, {})
+
+
+# Names and cells
+
+
+def test_cells_and_code():
+    assert cards.cell("a|b\nc  d") == "a\\|b c d" and cards.cell("") == "-" and cards.cell("<img>") == "&lt;img>"
+    assert cards.code("a`b\nc") == "`a'b c`"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("org/a", None), "[org/a](https://huggingface.co/org/a)"),
+        (("org/a", "1234567890abcdef"), "[org/a](https://huggingface.co/org/a) at commit `1234567890ab`"),
+        (
+            ("/x/models--org--a/snapshots/" + "9" * 40,),
+            "[org/a](https://huggingface.co/org/a) at commit `999999999999`",
+        ),
+        (("org/a", None, "datasets/"), "[org/a](https://huggingface.co/datasets/org/a)"),
+        (("/x/y/a", "1234"), "`a` (a local model)"),
+        (("/x/y/a", None, "datasets/"), "`a` (a local dataset)"),
+        (("",), "a model without a name"),
+        ((None, None, "datasets/"), "a dataset without a name"),
+    ],
+)
+def test_model_link(arguments, text):
+    assert cards.model_link(*arguments) == text
+
+
+def test_teacher():
+    assert CardTeacher("org/a", None, "float32", "stated", "").shown == f"{cards.model_link('org/a')}, float32"
+    assert CardTeacher(None, None, None, "unknown", "").shown == "a model without a name"
+
+
+# Results
+
+
+def log(step, **metrics):
+    return {"step": step, "epoch": 0.5, **{name.replace("__", "/"): value for name, value in metrics.items()}}
+
+
+def test_evaluations_first_and_last():
+    history = [
+        log(1, loss=9.0),
+        log(2, eval_loss=0.5, eval_reward=0.25, eval_runtime=1.0),
+        log(4, eval_loss=0.4, eval_reward=0.5, eval_runtime=1.0),
+        log(6, eval_loss=0.123456, eval_runtime=1.0),
+        log(6, train_loss=3.0),
+    ]
+    assert cards.evaluation_table(history, "loss|reward") == (
+        ("metric", "step 2", "step 6"),
+        [("loss", "0.5", "0.1235"), ("reward", "0.25", "-")],
+    )
+    assert cards.evaluation_table(history[:2], "loss") == (("metric", "step 2"), [("loss", "0.5")])
+    assert cards.evaluation_table(history, "reverse_kl") is None
+    assert cards.evaluation_table([], "loss") is None
+
+
+def test_a_metric_of_the_deployed_policy_is_shown_once():
+    history = [log(2, eval_reward=0.5, eval_mixed__reward=0.5, eval_student__reward=0.25)]
+    _, rows = cards.evaluation_table(history, r"((mixed|student)/)?reward")
+    assert rows == [("mixed/reward", "0.5"), ("student/reward", "0.25")]
+
+
+def test_several_evaluation_sets():
+    history = [
+        log(2, eval_a_loss=0.5, eval_a_runtime=1.0, eval_kl=0.1),
+        log(2, eval_b_loss=0.6, eval_b_runtime=1.0, eval_kl=0.2),
+    ]
+    _, rows = cards.evaluation_table(history, r"(?:.+_)?(loss|kl)")
+    assert rows == [("a_loss", "0.5"), ("a_kl", "0.1"), ("b_loss", "0.6"), ("b_kl", "0.2")]
+
+
+RESULTS = {
+    "rewards": ["accuracy", "format"],
+    "prompts": 50,
+    "before": {"student": [(0.25, 0.01), (1.0, 0.0)], "mixed, 0.5": [(0.5, 0.02), (0.9, 0.03)]},
+    "after": {"student": [(0.75, 0.04), (0.5, 0.05)], "mixed, 0.2": [(0.8, 0.06), (0.7, 0.07)]},
+}
+
+
+def test_before_and_after():
+    assert cards.before_after_table(RESULTS) == (
+        ("policy", "reward", "before", "after"),
+        [
+            ("student", "accuracy", "0.250 ± 0.010", "0.750 ± 0.040"),
+            ("student", "format", "1.000 ± 0.000", "0.500 ± 0.050"),
+            ("mixed, 0.5; after: mixed, 0.2", "accuracy", "0.500 ± 0.020", "0.800 ± 0.060"),
+            ("mixed, 0.5; after: mixed, 0.2", "format", "0.900 ± 0.030", "0.700 ± 0.070"),
+        ],
+    )
+
+
+def test_model_index_needs_a_data_set_on_the_hub_and_a_policy():
+    named = {**RESULTS, "dataset": "openai/gsm8k", "policy": "student", "split": "test"}
+    for incomplete in (None, RESULTS, {**named, "dataset": "/data/gsm8k"}, {**named, "policy": "another"}):
+        assert cards.model_index(incomplete) == []
+    accuracy, form = cards.model_index(named)
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", 0.75)
+    assert (form.metric_type, form.metric_value, form.dataset_split) == ("format", 0.5, "test")
+    assert accuracy.dataset_type == accuracy.dataset_name == "openai/gsm8k"
+
+
+# Metadata
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A card as TRL writes it."""
+    data = ModelCardData(
+        base_model="/home/me/base", library_name="transformers", licence="license", model_name="m", tags=["z", "a"]
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# Title\n\n\n\ntext\n\n").save(tmp_path / "README.md")
+    return tmp_path / "README.md"
+
+
+def complete(path, **changes):
+    settings = {"base_model": "org/base", "is_adapter": False, "library": "transformers", "kept": {}, **changes}
+    cards.complete_metadata(path, **settings)
+    text = path.read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("---\n")[1]), text.split("---\n")[2]
+
+
+def test_metadata(path):
+    metadata, text = complete(path)
+    assert metadata == {
+        "base_model": "org/base",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "model_name": "m",
+        "pipeline_tag": "text-generation",
+        "tags": ["a", "z"],
+    }
+    assert text == "\n# Title\n\ntext\n"
+
+
+def test_metadata_of_an_adapter_and_of_a_local_base(path):
+    metadata, _ = complete(path, is_adapter=True, library="peft")
+    assert metadata["base_model_relation"] == "adapter" and metadata["library_name"] == "peft"
+    metadata, _ = complete(path, base_model=None)
+    assert "base_model" not in metadata and "base_model_relation" not in metadata
+
+
+def test_what_the_publisher_has_set_is_kept(path):
+    assert cards.kept_metadata(path) == {}
+    own = {"license": "other", "license_name": "mine", "license_link": "LICENSE", "language": ["en"]}
+    card = ModelCard.load(path)
+    for name, value in {**own, "thumbnail": "x"}.items():
+        card.data[name] = value
+    card.save(path)
+    assert cards.kept_metadata(path) == own
+    metadata, _ = complete(path, kept=own)
+    assert {name: metadata[name] for name in own} == own
+
+
+@pytest.mark.parametrize("text", ["---\nlicense: [\n---\n", "no metadata", "---\n- a\n---\n", ""])
+def test_nothing_is_kept_of_a_card_without_metadata(path, text):
+    path.write_text(text)
+    assert cards.kept_metadata(path) == {}
+
+
+def test_nothing_is_kept_where_there_is_no_card(tmp_path):
+    assert cards.kept_metadata(tmp_path / "README.md") == {}
+
+
+def test_metadata_with_results(path):
+    named = {**RESULTS, "dataset": "openai/gsm8k", "policy": "student"}
+    metadata, _ = complete(path, eval_results=cards.model_index(named))
+    (model,) = metadata["model-index"]
+    assert model["name"] == "m" and len(model["results"][0]["metrics"]) == 2
