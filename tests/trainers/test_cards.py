@@ -1,9 +1,29 @@
+"""What the cards of all trainers have in common: templates, names, results, the license, the curves."""
+
+import shutil
 from pathlib import Path
 
 import jinja2
 import pytest
+from peft import LoraConfig
 
-from trl_blend.trainers import _cards
+from tests.trainers import runs
+from tests.trainers.card_reading import code_of, metadata_of, read_card, run_of, tables_of, write_card
+from trl_blend._resources import model_card_template
+from trl_blend.hub import card_template
+from trl_blend.trainers import _cards, _reporting
+
+
+COMMIT = "1234567890abcdef1234567890abcdef12345678"
+SCORES = {
+    "rewards": ["accuracy"],
+    "prompts": 20,
+    "before": {"student": [(0.25, 0.01)]},
+    "after": {"student": [(0.5, 0.02)]},
+}
+
+
+# Templates
 
 
 @pytest.fixture
@@ -11,9 +31,14 @@ def template(tmp_path, monkeypatch):
     def write(text):
         path = tmp_path / "card.md"
         path.write_text(text, encoding="utf-8")
-        monkeypatch.setattr(_cards, "model_card_template", lambda name: str(tmp_path / name))
+        monkeypatch.setattr(card_template, "model_card_template", lambda name: str(tmp_path / name))
 
     return write
+
+
+def rendered(**fields):
+    with _cards.method_card("card.md", **fields) as path:
+        return Path(path).read_text(encoding="utf-8")
 
 
 def test_own_fields_are_filled_and_those_of_trl_left(template):
@@ -28,17 +53,226 @@ def test_own_fields_are_filled_and_those_of_trl_left(template):
 
 def test_block_lines_leave_no_blank_lines(template):
     template("a\n[% if flag %]\nb\n[% endif %]\nc\n")
-    with _cards.method_card("card.md", flag=True) as path:
-        assert Path(path).read_text(encoding="utf-8") == "a\nb\nc\n"
+    assert rendered(flag=True) == "a\nb\nc\n"
 
 
 def test_a_missing_field_is_an_error(template):
     template("[[ weight ]]")
-    with pytest.raises(jinja2.UndefinedError, match="weight"), _cards.method_card("card.md"):
-        pass
+    with pytest.raises(jinja2.UndefinedError, match="weight"):
+        rendered()
+
+
+def test_what_is_filled_in_is_text_to_trl(template):
+    template("[[ name ]] {{ model_name }}")
+    name = "{{ model_name }} {% raw %} {# x #} }} %} '{{' {{{"
+    assert jinja2.Template(rendered(name=name)).render(model_name="m") == f"{name} m"
+
+
+def test_paths_in_what_is_filled_in_are_hidden(template):
+    template("[[ text ]]")
+    assert rendered(text="in /home/me/x and ../runs/y z", local_names=["../runs/y z"]) == "in x and y z"
 
 
 def test_an_unknown_template_names_the_known_ones():
     known = "logit_mix_grpo.md.*trust_region_opd.md"
-    with pytest.raises(FileNotFoundError, match=known), _cards.method_card("nonsense.md"):
+    with pytest.raises(FileNotFoundError, match=known) as raised, _cards.method_card("nonsense.md"):
         pass
+    assert "_card.md" not in str(raised.value) and "README" not in str(raised.value)
+
+
+def test_the_examples_are_no_templates():
+    folder = Path(model_card_template("_card.md")).parent
+    assert {path.name for path in folder.glob("*.md")} == {
+        "_card.md", "_pipeline.md", "_table.md", "logit_mix_grpo.md", "offline_opd.md", "trust_region_opd.md"
+    }  # fmt: skip
+
+
+# Names
+
+
+@pytest.fixture
+def from_hub(monkeypatch):
+    """`from_hub(trainer)` makes its models come from the Hub."""
+
+    def change(trainer, base="my-org/student", teacher="google/gemma-2-2b-it"):
+        trainer.model.config._name_or_path = base
+        trainer.model.config._commit_hash = COMMIT
+        for partner in trainer.partners:
+            partner.config._name_or_path, partner.config._commit_hash = teacher, COMMIT
+        return trainer
+
+    return change
+
+
+def test_names_of_the_hub(build_opd, from_hub):
+    card = write_card(from_hub(build_opd()), dataset_name="my-org/prompts")
+    metadata, run = metadata_of(card), run_of(card)
+    assert metadata["base_model"] == "my-org/student" and metadata["base_model_relation"] == "finetune"
+    assert metadata["datasets"] == "my-org/prompts"
+    assert run["started from"] == "[my-org/student](https://huggingface.co/my-org/student) at commit `1234567890ab`"
+    teacher = "[google/gemma-2-2b-it](https://huggingface.co/google/gemma-2-2b-it) at commit `1234567890ab`, float32"
+    assert run["teacher"] == teacher
+    assert run["identity of the teacher"].endswith("under this name, at the commit given")
+    data = "[my-org/prompts](https://huggingface.co/datasets/my-org/prompts)"
+    assert run["data"] == f"{len(runs.PROMPTS)} prompts of {data}" and f" on {data}, distilled" in card
+
+
+@pytest.mark.parametrize("base", ["/home/me/student", "/gone/from/this/machine", "../student", "a/b/c"])
+def test_no_path_of_this_machine(build_opd, from_hub, base):
+    card = write_card(from_hub(build_opd(), base, "/home/me/my teacher"), dataset_name="/home/me/data/my prompts")
+    assert "/home/me" not in card and base not in card
+    assert "base_model" not in metadata_of(card) and "datasets" not in metadata_of(card)
+    assert run_of(card)["teacher"] == "`my teacher` (a local model), float32"
+    assert run_of(card)["data"].endswith("`my prompts` (a local dataset)")
+
+
+def test_strange_names(build_opd, from_hub):
+    name = "a|b\nc {{ model_name }} {% if %} `d`"
+    trainer = from_hub(build_opd(), name, f"/x/{name}")
+    trainer.create_model_card(model_name="tiny", dataset_name=f"/y/{name}")
+    card = Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
+    start, dataset, teacher = (run_of(card)[key] for key in ("started from", "data", "teacher"))
+    shown = "`a|b c {{ model_name }} {% if %} 'd'`"
+    assert start == f"{shown} (a local model)" and teacher == f"{shown} (a local model), float32"
+    assert dataset.endswith(f"{shown} (a local dataset)")
+    assert f"fine-tuned version of {shown} (a local model) on {shown} (a local dataset), distilled" in card
+
+
+def test_without_a_name_the_folder_names_the_model(build_opd):
+    trainer = build_opd()
+    trainer.create_model_card()
+    name = Path(trainer.args.output_dir).name
+    assert f"# Model Card for {name}\n" in read_card(trainer)
+
+
+def test_a_model_name_with_quotes_leaves_the_example_valid(build_opd):
+    card = write_card(build_opd(), model_name='my "best"\\model')
+    assert r'model="my \"best\"\\model")' in card
+
+
+def test_tags(build_opd):
+    for tags in ("mine", ["mine"]):
+        found = metadata_of(write_card(build_opd(), tags=tags))["tags"]
+        assert found == ["generated_from_trainer", "mine", "trl", "trl-blend", "trust-region-opd"]
+
+
+def test_adapter(build_opd, from_hub):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    card = write_card(from_hub(build_opd(trainer_kwargs={"peft_config": lora})))
+    metadata = metadata_of(card)
+    assert (metadata["library_name"], metadata["base_model_relation"]) == ("peft", "adapter")
+    assert metadata["base_model"] == "my-org/student"
+
+
+def test_the_revision_that_was_asked_for(build_opd, from_hub):
+    trainer = from_hub(build_opd())
+    trainer.model.config._commit_hash = None
+    trainer.args.model_init_kwargs = {"revision": "v1.0"}
+    assert run_of(write_card(trainer))["started from"].endswith("at commit `v1.0`")
+
+
+def test_a_tokenizer_without_a_chat_template(build_opd, build):
+    for trainer in (build_opd(), build(teacher_weight=0.5)):
+        assert '"role": "user"' in write_card(trainer)
+        trainer.processing_class.chat_template = None
+        card = write_card(trainer)
+        assert '"role": "user"' not in card and '("What is 123 + 456?"' in card
+
+
+# Results and curves
+
+
+def test_scores(build_opd):
+    trainer = build_opd()
+    assert "## Results" not in write_card(trainer)
+    trainer.card_results = SCORES
+    card = write_card(trainer)
+    assert tables_of(card)["Results"] == [
+        ["policy", "reward", "before", "after"],
+        ["student", "accuracy", "0.250 ± 0.010", "0.500 ± 0.020"],
+    ]
+    assert "On 20 held-out prompts: mean ± standard error." in card and "model-index" not in metadata_of(card)
+    trainer.card_results = {**SCORES, "decoding": "greedy", "dataset": "openai/gsm8k", "policy": "student"}
+    card = write_card(trainer)
+    assert "Greedy decoding of 20 held-out prompts" in card
+    ((result,),) = [model["results"] for model in metadata_of(card)["model-index"]]
+    assert result["dataset"]["type"] == "openai/gsm8k" and result["metrics"] == [{"type": "accuracy", "value": 0.5}]
+
+
+def test_curves(build_opd, monkeypatch):
+    trainer = build_opd(max_steps=2)
+    assert "training_curves.png" not in write_card(trainer)  # nothing is logged yet
+    trainer.train()
+    card, picture = write_card(trainer), Path(trainer.args.output_dir, "training_curves.png")
+    assert "](training_curves.png)" in card and "![The budget" in card
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    monkeypatch.setattr(_reporting, "write_curves", lambda trainer: None)
+    assert "training_curves.png" not in write_card(trainer)
+
+
+def test_half_precision_is_told_apart(build_opd):
+    trainer = build_opd()
+    trainer.args.bf16 = True
+    assert run_of(write_card(trainer))["trained weights"] == "all, float32 weights, bfloat16 arithmetic"
+
+
+# License
+
+
+def test_no_license_is_invented(build_opd):
+    card = write_card(build_opd())
+    assert "license" not in metadata_of(card) and "licence" not in card
+    assert "No license is set. The publisher of this model chooses it" in card and "A reminder" not in card
+
+
+def test_the_license_of_the_publisher_stays(build_opd):
+    trainer = build_opd()
+    write_card(trainer)
+    path = Path(trainer.args.output_dir, "README.md")
+    path.write_text(path.read_text().replace("pipeline_tag:", "license: apache-2.0\nlanguage: en\npipeline_tag:"))
+    card = write_card(trainer)
+    assert metadata_of(card)["license"] == "apache-2.0" and metadata_of(card)["language"] == "en"
+    assert "`apache-2.0`, set by the publisher of this model." in card and "No license is set" not in card
+
+
+def test_reminders(build_opd, from_hub, models, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    trainer = from_hub(build_opd(student=str(tmp_path / "base")), base=str(tmp_path / "base"))
+    card = write_card(trainer, dataset_name="Open-Orca/OpenOrca")
+    reminders = [line for line in card.split("## License")[1].splitlines() if line.startswith("- The ")]
+    assert len(reminders) == 3
+    assert reminders[0].startswith("- The base model, `base` (a local model), has the license `cc-by-nc-4.0`")
+    assert reminders[1].startswith("- The teacher, [google/gemma-2-2b-it]") and "`gemma`" in reminders[1]
+    assert reminders[2].startswith("- The dataset, [Open-Orca/OpenOrca]") and "OpenAI" in reminders[2]
+    assert "A reminder, not legal advice:" in card
+
+
+# Processes and the Hub
+
+
+def test_only_the_main_process_writes(build_opd, monkeypatch):
+    trainer = build_opd()
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    monkeypatch.setattr(trainer, "card_fields", lambda: 1 / 0)
+    trainer.create_model_card(model_name="tiny")
+    assert not Path(trainer.args.output_dir, "README.md").exists()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_code_of_an_ordinary_card_decodes_the_student(build_opd, adapter, capsys):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    trainer = build_opd(trainer_kwargs={"peft_config": lora if adapter else None})
+    trainer.save_model()
+    code = code_of(write_card(trainer))[1]
+    greedily = "max_new_tokens=8, do_sample=False"
+    code = code.replace('"tiny"', repr(trainer.args.output_dir)).replace("max_new_tokens=256", greedily)
+    exec(code, {})
+    tokenizer = trainer.processing_class
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 123 + 456?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    output = trainer.model.generate(inputs["input_ids"], max_new_tokens=8, do_sample=False)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out.splitlines()[-1] == text and text

@@ -1,10 +1,14 @@
 """Scored rollouts of the tiny models, and a builder of trainers on them."""
 
 import itertools
+import shutil
 
 import pytest
 
 from tests.trainers import scored
+from tests.trainers.runs import PROMPTS
+from trl_blend import collect_rollouts, score_rollouts
+from trl_blend.teacher.provenance import record_teacher
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +25,34 @@ def build_offline(models, rows, tmp_path):
     def builder(**kwargs):
         kwargs.setdefault("train_dataset", rows)
         return scored.build_offline(models, tmp_path / f"run{next(numbers)}", **kwargs)
+
+    return builder
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory):
+    """The tiny models, the SFT student with its record among them, and a store of scored rollouts."""
+    folder = tmp_path_factory.mktemp("stores")
+    for name in ("student", "teacher", "second"):
+        shutil.copytree(models / name, folder / name)
+    shutil.copytree(folder / "student", folder / "unrecorded")
+    record_teacher(folder / "student", str(folder / "teacher"))
+    prompts = [{"prompt": prompt} for prompt in PROMPTS]
+    options = {"show_progress": False, "dtype": "float32"}
+    collect_rollouts(
+        str(folder / "student"), prompts, folder / "rollouts", max_new_tokens=8, rows_per_shard=3, **options
+    )
+    for name in ("teacher", "second"):
+        score_rollouts(folder / "rollouts", str(folder / name), folder / f"scored_{name}", top_k=4, **options)
+    return folder
+
+
+@pytest.fixture
+def build_on_store(folder, tmp_path):
+    """`build_on_store(student=…, store=…, **settings)` makes a trainer on a store of `folder`, strict by default."""
+
+    def builder(student="student", store="scored_teacher", **kwargs):
+        kwargs = {"teacher_consistency": "strict", "train_dataset": str(folder / store), **kwargs}
+        return scored.build_offline(folder, tmp_path / "run", student=str(folder / student), **kwargs)
 
     return builder

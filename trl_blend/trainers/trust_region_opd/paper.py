@@ -1,0 +1,89 @@
+"""What the trust-region paper does (Plyusov et al., arXiv 2605.31159), for the comparison in the model card."""
+
+from ...hub.cards import PaperValue
+from .config import TrustRegionOPDConfig
+
+
+_SWEEP = (0.001, 0.005, 0.01, 0.02, 0.05)
+# Table 2, and Appendix A where it says so
+COMMON = {
+    "divergence": PaperValue("divergence", ("reverse KL",), "Table 2"),
+    "kl_support": PaperValue("tokens of the divergence", ("student_top_k",), "Table 2"),
+    "num_rollouts_per_prompt": PaperValue("rollouts per prompt", (4,), "Table 2"),
+    "prompts_per_step": PaperValue("prompts per step", (64,), "Table 2"),
+    "temperature": PaperValue("temperature", (1.0,), "Table 2"),
+    "max_completion_length": PaperValue("completion length", (7168,), "Table 2"),
+    "optimizer": PaperValue("optimizer", ("AdamW",), "Table 2"),
+    "learning_rate": PaperValue("learning rate", (1e-5,), "Table 2"),
+    "learning_rate_schedule": PaperValue(
+        "learning-rate schedule", source="Table 2", text="constant after a cosine warmup of 15 steps"
+    ),
+    "weight_decay": PaperValue("weight decay", (0.01,), "Table 2"),
+    "adam_betas": PaperValue("betas of Adam", ((0.9, 0.999),), "Table 2", text="0.9, 0.999"),
+    "max_grad_norm": PaperValue("gradient clipping", (1.0,), "Table 2"),
+    "length": PaperValue("length of the training", ("1 epoch",), "Table 2"),
+    "canonicalize_eos": PaperValue("end-of-sequence tokens made one", (True,), "Appendix D"),
+}
+TOP_K = {"kl_top_k": PaperValue("tokens of the divergence per prefix", (16,), "Table 2")}
+POLICIES = {
+    "trust_region": {
+        "kl_budget": PaperValue("KL budget at step 0", _SWEEP, "swept, Appendix A"),
+        "kl_budget_schedule": PaperValue("schedule of the budget", ("linear", "constant"), "Appendix A"),
+    },
+    "fixed_weight": {"teacher_weight": PaperValue("teacher weight")},
+    "speculative_kd": {
+        "skd_top_k": PaperValue("teacher top-k", (15, 25, 50), "swept, Appendix A.2"),
+        "skd_teacher_temperature": PaperValue("teacher temperature", (0.2, 0.6, 1.0), "swept, Appendix A.2"),
+    },
+    "student": {},
+}
+WARMUP = {"blend_warmup_steps": PaperValue("steps until the budget is 0", (15, 25, 50), "swept, Appendix A")}
+WHOLE_RUN = {
+    "blend_warmup_steps": PaperValue("steps of blended rollouts", (None,), "Appendix A.2", text="the whole run")
+}
+TEMPERATURE_WARMUP = {
+    "temperature_warmup_start": PaperValue("sampling temperature at step 0", (0.8, 0.9, 0.95), "swept, Appendix A.2"),
+    "temperature_warmup_steps": PaperValue("steps of the temperature warmup", (15, 25), "Appendix A.2"),
+}
+VETO = {
+    "veto_weight_start": PaperValue("Veto exponent at step 0", (0.2, 0.4, 0.6, 0.8), "swept, Appendix A.2"),
+    "veto_warmup_steps": PaperValue("steps of the Veto exponent"),
+}
+
+
+def is_baseline(config: TrustRegionOPDConfig) -> bool:
+    """Whether the run is one of the methods that the paper compares its own with."""
+    return config.rollout_policy != "trust_region" or config.kl_budget_schedule == "constant"
+
+
+def paper_values(config: TrustRegionOPDConfig) -> dict[str, PaperValue]:
+    """What the paper does for the configured rollouts and loss."""
+    values = dict(POLICIES[config.rollout_policy])
+    if config.rollout_policy == "trust_region" and config.kl_budget_schedule != "constant":
+        values |= WARMUP
+    elif config.rollout_policy not in ("student", "fixed_weight"):
+        values |= WHOLE_RUN
+    if config.temperature_warmup_steps:
+        values |= TEMPERATURE_WARMUP
+    if config.distillation_target == "veto":
+        values |= VETO
+    return values | COMMON | (TOP_K if config.kl_support == "student_top_k" else {})
+
+
+def choices(config: TrustRegionOPDConfig, merges_eos: bool) -> list[str]:
+    """What is chosen here or by the user because no public source says it."""
+    found = []
+    if config.rollout_policy == "fixed_weight":
+        found.append("The teacher weight is a choice of `trl_blend` or of its user: the paper gives none.")
+    if config.rollout_policy == "trust_region" and config.kl_budget_schedule == "cosine":
+        found.append("The cosine schedule of the budget: the paper's is linear.")
+    if config.distillation_target == "veto":
+        found.append(
+            "The number of steps of the Veto exponent is a choice of `trl_blend` or of its user: the paper gives none."
+        )
+    if merges_eos:
+        found.append(
+            "Merging the end-of-sequence tokens of both models in both models is a choice of `trl_blend`: the paper "
+            "maps each model's own."
+        )
+    return found
