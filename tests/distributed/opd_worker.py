@@ -4,8 +4,10 @@
 It only produces: `FOLDER/LAUNCH/RANK.pt` holds what every check found on this rank, and the tests compare.
 """
 
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from peft import LoraConfig
 
@@ -44,6 +46,8 @@ SAMPLING = {
     "per_device_eval_batch_size": 2,
     "eval_strategy": "steps",
     "eval_steps": 1,
+    "log_completions": True,
+    "num_completions_to_print": 1,
 }
 
 
@@ -94,13 +98,16 @@ class OPDWorker(worker.Worker):
             return generate(rows)
 
         trainer._generate_and_score_completions = generating
-        batches = record_rollouts(trainer)
+        batches, table_rows = record_rollouts(trainer), record_table_rows(trainer)
+        tables = record_tables(trainer)
         trainer.train()
         self.found[name] = {
             "lengths": [batch["completion_mask"].sum(dim=1).tolist() for batch in batches],
             "completions": [batch["completion_ids"].tolist() for batch in batches],
             "prompts": prompts,
             "statistics": statistics,
+            "table_rows": table_rows,
+            "tables": tables,
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
             "eval_log": [entry for entry in trainer.state.log_history if "eval_loss" in entry],
             "parameters": full_parameters(trainer),
@@ -139,6 +146,54 @@ def record_statistics(trainer: Any) -> list[dict[str, tuple[float, int, float]]]
 
     trainer._diagnostics.collect = collect
     return collected
+
+
+def record_table_rows(trainer: Any) -> list[list[dict[str, Any]]]:
+    """
+    A list that grows, with each generation batch, by what the completions table should say of this rank's rows, from
+    their texts and the recorded tokens alone.
+    """
+    batches: list[list[dict[str, Any]]] = []
+    records: list[Any] = []
+    generate, collect = trainer._generate_and_score_completions, trainer._diagnostics.collect
+
+    def collecting(record: Any, lengths: list[int]) -> None:
+        records.append((record, lengths))
+        collect(record, lengths)
+
+    def generating(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        records.clear()
+        output = generate(rows)
+        texts = trainer.processing_class.batch_decode(output["completion_ids"], skip_special_tokens=True)
+        found = [{"prompt": row["prompt"], "completion": text} for row, text in zip(rows, texts, strict=True)]
+        for index, one in enumerate(found):
+            ids = output["completion_ids"][index][output["completion_mask"][index].bool()].tolist()
+            one["verdict"] = verdict([ids])[0]
+            for record, lengths in records:
+                for name in ("teacher_weight", "replaced_share", "kl_behavior_student"):
+                    if name in record.statistics:
+                        values = record.statistics[name][index, : lengths[index]].tolist()
+                        one[name] = sum(values) / len(values)
+        batches.append(found)
+        return output
+
+    trainer._generate_and_score_completions, trainer._diagnostics.collect = generating, collecting
+    return batches
+
+
+def record_tables(trainer: Any) -> list[dict[str, list[Any]]]:
+    """A list that grows with each completions table that is written: an evaluation's takes the file of its step's."""
+    tables: list[dict[str, list[Any]]] = []
+    log = trainer.log
+
+    def logging(*args: Any) -> None:
+        log(*args)
+        if trainer.accelerator.is_main_process:
+            file = Path(trainer.args.output_dir, "completions", f"completions_{trainer.state.global_step:05d}.parquet")
+            tables.append(pd.read_parquet(file).to_dict(orient="list"))
+
+    trainer.log = logging
+    return tables
 
 
 def lora() -> LoraConfig:

@@ -120,3 +120,28 @@ def test_evaluation_of_an_odd_number_of_prompts(launched_opd, launch, name):
 def test_base_of_a_sharded_peft_student_is_refused(launched_opd):
     for rank in launched_opd("fsdp2"):
         assert "`teacher_model=None`" in rank["peft_refused"] and "FSDP" in rank["peft_refused"]
+
+
+@pytest.mark.parametrize(("launch", "name"), SAMPLED)
+def test_columns_of_the_completions_table_belong_to_its_rows(launched_opd, launch, name):
+    """The rows of both ranks, in one order in every column: of training, evaluation, training and so on."""
+    ranks = [rank[name] for rank in launched_opd(launch)]
+    statistic = "teacher_weight" if "trust_region" in name else "replaced_share"
+    seen = []
+    for rows in zip(*(rank["table_rows"] for rank in ranks), strict=True):
+        for row in (*rows[0], *rows[1]):
+            seen.append({"teacher_weight": 0.0, "replaced_share": 0.0, "kl_behavior_student": 0.0, **row})
+    tables = ranks[0]["tables"]
+    assert len(tables) == 7 and ranks[1]["tables"] == []
+    assert [table["step"][0] for table in tables] == [1, 1, 2, 2, 3, 3, 3]
+    assert tables.pop() == tables[-1]  # of the summary at the end of the run
+    for index, table in enumerate(tables):
+        expected = seen[8 * index : 8 * index + 8]
+        for column in ("prompt", "completion", "verdict"):
+            assert table[column] == [row[column] for row in expected], column
+        for column in (statistic, "kl_behavior_student"):
+            assert table[column] == pytest.approx([row[column] for row in expected], rel=1e-5), column
+        is_blended = index in (0, 2)
+        assert {value > 0 for value in table[statistic]} == {is_blended}
+        if name == "sampled_trust_region":
+            assert {value > 0 for value in table["kl_budget"]} == {is_blended}

@@ -121,7 +121,7 @@ def test_the_completions_table_with_two_teachers(build):
     trainer = build(log_completions=True, teacher=["teacher", "second"], teacher_weight=[0.25, 0.5])
     trainer.train()
     table = pd.read_parquet(f"{trainer.args.output_dir}/completions/completions_00001.parquet")
-    assert [list(weights) for weights in table["teacher_weight"]] == [[0.25, 0.5]] * 8
+    assert table["teacher_weight_0"].tolist() == [0.25] * 8 and table["teacher_weight_1"].tolist() == [0.5] * 8
 
 
 def test_wandb(build, tmp_path, monkeypatch):

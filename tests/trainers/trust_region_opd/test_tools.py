@@ -3,6 +3,7 @@
 import itertools
 from importlib.resources import files
 
+import pandas as pd
 import pytest
 import torch
 import trl.trainer.distillation_trainer as trl_distillation
@@ -57,6 +58,7 @@ def run(models, tmp_path_factory):
         max_completion_length=200,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         log_teacher_statistics=True,
+        log_completions=True,
         trainer_kwargs={"processing_class": tokenizer, "tools": [add], "reward_funcs": runs.reward},
     )
     assert trainer.eos is None
@@ -126,3 +128,23 @@ def test_tool_output_is_neither_trained_on_nor_measured(run):
     assert record.logged("blend/student_logp") == [pytest.approx(logps[0].item(), rel=1e-4)]
     assert record.logged("blend/teacher_logp") == [pytest.approx(logps[1].item(), rel=1e-4)]
     assert len(record.logged("rewards/reward/mean")) == 1
+
+
+def test_the_completions_table_counts_every_turn(run):
+    """Means over the drawn tokens of both turns, and not over what the tool said."""
+    rollouts, record, _ = run
+    (rollout,) = rollouts
+    inputs, (first_turn, second_turn) = rollout.inputs, rollout.records
+    table = pd.read_parquet(f"{record.trainer.args.output_dir}/completions/completions_00001.parquet")
+    tokenizer = record.trainer.processing_class
+    assert table["completion"].tolist() == tokenizer.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+    drawn = inputs["tool_mask"].bool() & inputs["completion_mask"].bool()
+    tool = ~inputs["tool_mask"].bool() & inputs["completion_mask"].bool()
+    rows_again = tool.any(1).nonzero().flatten().tolist()
+    for name in ("teacher_weight", "kl_behavior_student"):
+        for row in range(8):
+            again = tool[row].int().cumsum(0).bool() & drawn[row]
+            values = first_turn.statistics[name][row, : int((drawn[row] & ~again).sum())].tolist()
+            if row in rows_again:
+                values += second_turn.statistics[name][rows_again.index(row), : int(again.sum())].tolist()
+            assert table[name][row] == pytest.approx(sum(values) / len(values), rel=1e-6)

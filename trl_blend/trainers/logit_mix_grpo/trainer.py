@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from ... import _compat
@@ -21,21 +20,26 @@ from ...generation.hooks import blended_generation
 from ...generation.partner import adapter_layers, evaluation_mode
 from ...generation.recording import RolloutRecord
 from ...generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from ...hub import cards
+from ...hub.licences import Source
 from ...ops.importance import ImportanceSums
 from ...schedules import make_schedule
-from .. import _partners
+from .. import _cards, _partners
 from .._run import RunMixin
 from .._statistics import TokenMeans
+from . import paper
 from .adaptive import AdaptiveWeightCallback
 from .checks import check_arguments, check_student, warn_of_few_prompts
 from .config import LogitMixGRPOConfig
 from .greedy import GreedyRewards, greedy_rewards
 from .importance import importance_clip, log_importance
 from .mixed_forward import MixedForward
+from .panels import PANELS
+from .saving import MixedPolicyFiles, MixedPolicySaving
 from .state import load_state, save_state
 
 
-class LogitMixGRPOTrainer(RunMixin, GRPOTrainer):
+class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     r"""
     Trainer for GRPO with a teacher (or frozen SFT reference) mixed into every decoding step.
 
@@ -106,6 +110,7 @@ class LogitMixGRPOTrainer(RunMixin, GRPOTrainer):
             }"""),
     }
     _template_name = "logit_mix_grpo.md"
+    _panels = PANELS
 
     def __init__(
         self,
@@ -161,6 +166,8 @@ class LogitMixGRPOTrainer(RunMixin, GRPOTrainer):
             return
         check_student(self, teachers)
         self._prepare_partners(teachers)
+        if args.objective == "mixed":
+            self.mixed_policy_files = MixedPolicyFiles(self, teachers)
         if args.teacher_weight_schedule == "adaptive":
             rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
             warn_of_few_prompts(len(rows), args.adaptive_num_prompts)
@@ -214,8 +221,8 @@ class LogitMixGRPOTrainer(RunMixin, GRPOTrainer):
         weights = self.current_weights()
         if mode == "eval" and self._eval_policy == "student":
             weights = (0.0,) * len(weights)
-        logged_weight = weights[0] if len(weights) == 1 else list(weights)
-        self._log_completion_extra("teacher_weight", [logged_weight] * len(inputs))
+        for index, weight in enumerate(weights):
+            self._log_completion_extra(f"teacher_weight{self._suffix(index)}", [weight] * len(inputs))
         with self.policy(weights, generating=True):
             output = super()._generate_and_score_completions(inputs)
         output["teacher_weight"] = [weights] * len(inputs)
@@ -312,11 +319,9 @@ class LogitMixGRPOTrainer(RunMixin, GRPOTrainer):
 
     # Checkpoints and card
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_state(self, folder)
+    def write_run_state(self, folder: Path) -> None:
+        """Write the teacher weights and the settings of the mixture into a checkpoint."""
+        save_state(self, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -325,7 +330,27 @@ class LogitMixGRPOTrainer(RunMixin, GRPOTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/logit_mix_grpo.md`."""
-        names = [_compat.get_config_model_id(partner.config) or "an unnamed model" for partner in self.partners]
-        weights = self.current_weights() if self.args.mixes else (0.0,)
-        weights = weights[0] if len(weights) == 1 else weights
-        return {"teachers": names, "last_weights": weights}
+        args, rollouts = self.args, _cards.rows_per_step(self.args)
+        weights = self.current_weights() if args.mixes else (0.0,)
+        teachers = [_cards.live_teacher(partner) for partner in self.partners]
+        if args.mixes and not teachers:
+            teachers = [_cards.base_teacher(self)]
+        averages = args.objective == "mixed"
+        rewards = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        return {
+            "paper_name": "the logit-averaging paper" if averages else "logit fusion",
+            "paper": paper.paper_values(args),
+            "settings": {"prompts_per_step": rollouts // self.num_generations},
+            "choices": paper.choices(args),
+            "teachers": teachers,
+            "sources": [Source("teacher", one.name, one.commit) for one in teachers if one.name],
+            "data_rows": _cards.num_rows(self.train_dataset),
+            "data_unit": "prompts",
+            "per_step": _cards.rollouts_text(rollouts, self.num_generations),
+            "result_metrics": r"((mixed|student)/)?(reward|rewards/.+/mean)",
+            "curves_text": "The teacher weight, rewards and other metrics against the optimizer step",
+            "mixed": averages and args.mixes,  # where `MixedPolicyFiles` are written
+            "still_mixes": any(weights),
+            "last_weights": [f"{weight:.4g}" for weight in weights],
+            "rewards": ", ".join(f"{cards.code(name)} ({weight:g})" for name, weight in rewards),
+        }

@@ -10,14 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from ... import _compat
+from ...hub.licences import Source
 from ...teacher.findings import ConsistencyReport
-from ...teacher.fingerprint import ModelIdentity
 from ...teacher.store import RolloutStore
+from .. import _cards
 from .._run import RunMixin
-from . import checks, data
+from . import checks, data, paper
+from .card_identities import card_teacher, describe, named
 from .config import OfflineOPDConfig
 from .forward import OfflineForward
 from .metrics import OfflineMetrics
+from .panels import PANELS
 
 
 logger = get_logger(__name__)
@@ -106,6 +109,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             }"""),
     }
     _template_name = "offline_opd.md"
+    _panels = PANELS
 
     def __init__(
         self,
@@ -259,16 +263,25 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/offline_opd.md`."""
-        history = [entry for entry in self.state.log_history if "offline/drift_kl" in entry]
-        manifest = self.rollout_store.manifest if self.rollout_store else None
+        args, manifest = self.args, self.rollout_store.manifest if self.rollout_store else None
+        sampling = manifest and manifest.sampling
+        teacher = card_teacher(manifest, self.consistency_report)
+        rollouts = _cards.rows_per_step(args)
         return {
+            "paper_name": "Lightning OPD",
+            "paper": paper.paper_values(sampling),
+            "settings": paper.rollout_settings(sampling),
+            "choices": paper.choices(args),
+            "teachers": [teacher],
+            "sources": [Source("teacher", teacher.name, teacher.commit)] if teacher.name else [],
+            "data_rows": manifest.num_rows if manifest else _cards.num_rows(self.train_dataset),
+            "data_unit": "rollouts",
+            "per_step": f"{rollouts:,} {'packed rows of rollouts' if args.packing else 'rollouts'}",
+            "result_metrics": r"(?:.+_)?(loss|offline/reverse_kl)",
+            "curves_text": "Drift from the policy of the rollouts and other metrics against the optimizer step",
             "manifest": manifest,
-            "teacher": _describe(manifest and manifest.teacher),
-            "student": _describe(manifest and manifest.student),
+            "student": describe(manifest and manifest.student),
             "report": self.consistency_report,
-            "drift": history,
+            "drift": [entry for entry in self.state.log_history if "offline/drift_kl" in entry],
+            "named": [*named(manifest, self._provenance), args.teacher_model_name_or_path, args.sft_teacher],
         }
-
-
-def _describe(identity: dict[str, Any] | None) -> str:
-    return ModelIdentity.from_dict(identity).describe() if identity else "unknown: no identity was recorded"

@@ -16,6 +16,7 @@ from ...ops.mixed_head import LMHead
 from ...ops.reduction import masked_mean
 from ...ops.vocab import EosMap
 from .._statistics import TokenMeans
+from .completions import CompletionsTable
 from .rewards import score_rollouts
 from .support import SupportScores
 
@@ -43,6 +44,7 @@ class Diagnostics:
         self._mode = "train"
         self._support = {"train": SupportScores(), "eval": SupportScores()}
         self._latest_scores: Tensor | None = None
+        self.completions = CompletionsTable(trainer)
 
     def measures_support(self, mode: str) -> bool:
         """Whether the loss measures the teacher's support of the rollouts, with one more pass over the vocabulary."""
@@ -58,6 +60,7 @@ class Diagnostics:
     def of_rollouts(self, mode: str, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         """Time the rollouts made inside the context, then reward them and log. The batch is appended to the list."""
         self._rollout_means = TokenMeans()  # an earlier call that raised may have left some
+        self.completions.start()
         batches: list[dict[str, Any]] = []
         start = time.perf_counter()
         yield batches
@@ -66,8 +69,8 @@ class Diagnostics:
         self._log(mode, {f"blend/{name}": value for name, value in means.items()})
         tokens = output["completion_mask"].sum().item()
         self._log(mode, {"blend/rollout_seconds": seconds, "blend/rollout_tokens_per_second": tokens / seconds})
-        if self.trainer.reward_funcs:
-            self._reward(mode, rows, output)
+        rewards = self._reward(mode, rows, output) if self.trainer.reward_funcs else None
+        self.completions.finish(len(rows), self.trainer._rollout_level if mode == "train" else 0.0, rewards)
 
     def collect(self, record: RolloutRecord, lengths: list[int]) -> None:
         """Add what one blended `generate` call recorded, up to the length of each row."""
@@ -88,7 +91,7 @@ class Diagnostics:
             means.add("teacher_logp", teacher_logps, mask & teacher_logps.isfinite())
             means.add("teacher_entropy", record.teacher_entropies[0], mask)
 
-    def _reward(self, mode: str, rows: list[dict[str, Any]], output: dict[str, Any]) -> None:
+    def _reward(self, mode: str, rows: list[dict[str, Any]], output: dict[str, Any]) -> Tensor:
         trainer = self.trainer
         masks = output["completion_mask"].bool()
         completion_ids = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
@@ -99,6 +102,7 @@ class Diagnostics:
         names = [_compat.get_callable_name(function) for function in trainer.reward_funcs]
         self._log(mode, {f"rewards/{name}/mean": mean for name, mean in zip(names, means, strict=True)})
         output["verifier_reward"] = rewards[:, 0]
+        return rewards
 
     # Loss
 

@@ -10,7 +10,6 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DistillationTrainer
 
 from ... import _compat
@@ -18,15 +17,18 @@ from ...generation.hooks import blended_generation
 from ...generation.partner import evaluation_mode
 from ...generation.rules import BlendRule, LogitMixing
 from ...generation.trust_region_rules import SpeculativeKD, TrustRegion
+from ...hub.licences import Source
 from ...ops.divergences import reverse_kl
 from ...schedules import linear
-from .. import _partners
+from .. import _cards, _partners
 from .._run import RunMixin
 from .._settings import read_settings, write_settings
+from . import paper
 from .base_teacher import BaseTeacher
 from .checks import check_arguments, check_loaded, find_eos_map
 from .config import TrustRegionOPDConfig
 from .diagnostics import Diagnostics, valid_positions
+from .panels import PANELS
 from .rewards import RewardFunction, as_reward_functions
 from .temperature import sampling_temperature, warmed_up_sampling
 
@@ -132,6 +134,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             }"""),
     }
     _template_name = "trust_region_opd.md"
+    _panels = PANELS
 
     def __init__(
         self,
@@ -260,7 +263,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             blended_generation(student, self.partners or None, rule, eos=self.eos, record=True) as session,
         ):
             completion_ids = super()._generate_single_turn(*turn)
-        self._diagnostics.collect(session.records[-1], [len(ids) for ids in completion_ids])
+        record = session.records[-1]
+        self._diagnostics.collect(record, [len(ids) for ids in completion_ids])
+        self._diagnostics.completions.add_turn(record, prompt_ids, completion_ids)
         return completion_ids
 
     @contextmanager
@@ -321,7 +326,8 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
         mode = "train" if self.model.training else "eval"
         self._diagnostics.log_losses(mode)
-        super().log(logs, start_time)
+        with self._diagnostics.completions.written():
+            super().log(logs, start_time)
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         if not isinstance(unwrapped_model, BaseTeacher):
@@ -331,11 +337,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     # Checkpoints and card
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_settings(folder / _SETTINGS_FILE, self.args, _SETTINGS)
+    def write_run_state(self, folder: Path) -> None:
+        """Write the settings of the method into a checkpoint."""
+        write_settings(folder / _SETTINGS_FILE, self.args, _SETTINGS)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -344,8 +348,24 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/trust_region_opd.md`."""
-        teacher = "the student's base, adapters disabled"
-        if self.partners:
-            teacher = _compat.get_config_model_id(self.partners[0].config) or "an unnamed model"
-        history = [entry for entry in self.state.log_history if "blend/kl_behavior_student" in entry]
-        return {"teacher": teacher, "realised": history, "eos": self.eos}
+        args, rollouts = self.args, _cards.rows_per_step(self.args)
+        teacher = _cards.live_teacher(self.partners[0]) if self.partners else _cards.base_teacher(self)
+        return {
+            "paper_name": "the trust-region paper",
+            "paper": paper.paper_values(args),
+            "settings": {
+                "prompts_per_step": rollouts // args.num_rollouts_per_prompt,
+                "divergence": "reverse KL" if args.beta == 1.0 else f"generalised Jensen-Shannon, beta {args.beta:g}",
+            },
+            "choices": paper.choices(args, merges_eos=self.eos is not None),
+            "teachers": [teacher],
+            "sources": [Source("teacher", teacher.name, teacher.commit)] if teacher.name else [],
+            "data_rows": _cards.num_rows(self.train_dataset),
+            "data_unit": "prompts",
+            "per_step": _cards.rollouts_text(rollouts, args.num_rollouts_per_prompt),
+            "result_metrics": r"(?:.+_)?(loss|blend/reverse_kl|rewards/.+/mean)",
+            "curves_text": "The budget, the teacher weight it allows, and other metrics against the optimizer step",
+            "is_baseline": paper.is_baseline(args),
+            "realised": [entry for entry in self.state.log_history if "blend/kl_behavior_student" in entry],
+            "eos": self.eos,
+        }
