@@ -1,147 +1,155 @@
-"""The README against the files it speaks of: links resolve, numbers are those of the result files."""
+"""The numbers of the README and of the pages are those of the result files."""
 
-import ast
 import csv
 import json
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.docs.markdown import ROOT, read, section, table
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "examples" / "reproduce" / "results"
-OPD_PAGE = "examples/trust_region_opd.md"
-OFFLINE_PAGE = "examples/offline_opd.md"
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    OPD_PAGE,
-    OFFLINE_PAGE,
-    "examples/testbed/README.md",
-    "examples/benchmarks/results/README.md",
-    "examples/reproduce/results/trust_region.md",
-    "examples/reproduce/results/offline_opd.md",
+
+RESULTS = "examples/reproduce/results"
+GRPO_PAGE, OPD_PAGE, OFFLINE_PAGE = "examples/grpo_mix.md", "examples/trust_region_opd.md", "examples/offline_opd.md"
+# (page, section, first column there, report, first column there, whether the page shows every row)
+TABLES = [
+    ("README.md", "Results", "arm", "logit_mixing.md", "arm", False),
+    ("README.md", "Results", "method", "trust_region.md", "arm", False),
+    ("README.md", "Results", "offline study: arm", "offline_opd.md", "arm", False),
+    (GRPO_PAGE, "What we measured", "arm", "logit_mixing.md", "arm", True),
+    (OPD_PAGE, "What we measured", "method", "trust_region.md", "arm", True),
+    (OPD_PAGE, "What we measured", "rollouts at step 0", "trust_region.md", "policy", True),
+]
+# What the text of a section repeats stands in these reports
+TEXTS = [
+    (GRPO_PAGE, "What we measured", ["logit_mixing.md", "weight_sweep.md"]),
+    (GRPO_PAGE, "Choosing weight and schedule", ["logit_mixing.md", "weight_sweep.md"]),
+    (OPD_PAGE, "What we measured", ["trust_region.md"]),
+    (OPD_PAGE, "Choosing a budget", ["trust_region.md"]),
+    (OFFLINE_PAGE, "What we measured", ["offline_opd.md"]),
+    ("README.md", "Results", ["logit_mixing.md", "trust_region.md", "offline_opd.md"]),
 ]
 
 
-def rows(text, first_cell):
-    """Rows of the Markdown table whose header starts with `first_cell`, as dictionaries."""
-    lines = iter(text.splitlines())
-    header = next(line for line in lines if line.startswith(f"| {first_cell} |"))
-    names = [cell.strip() for cell in header.strip("|").split("|")]
-    next(lines)
-    table = []
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        table.append(dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")), strict=True)))
-    return table
+def keyed(rows, *columns):
+    """Rows by the text of some columns, each of which they have once."""
+    found = {tuple(row[column] for column in columns): row for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_local_links_resolve(page):
-    path = ROOT / page
-    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
-    for link in links:
-        assert link.startswith("https://") or (path.parent / link).exists(), link
-    assert links or page != "README.md"
-
-
-def test_the_results_table_is_that_of_the_runs():
-    full = {(row["arm"], row["policy"]): row for row in rows((RESULTS / "logit_mixing.md").read_text(), "arm")}
-    shown = rows(README, "arm")
-    assert len(shown) == len(full)
+@pytest.mark.parametrize(("page", "heading", "first", "report", "column", "whole"), TABLES)
+def test_tables_are_those_of_the_runs(page, heading, first, report, column, whole):
+    shown = table(section(read(page), heading), first)
+    rows = table(read(f"{RESULTS}/{report}"), column)
+    columns = [column, "policy"] if column == "arm" and "policy" in rows[0] else [column]
+    full = keyed(rows, *columns)
+    shown = [{(column if name == first else name): value for name, value in row.items()} for row in shown]
+    assert len(keyed(shown, *columns)) >= 4 and (not whole or len(shown) == len(full))
     for row in shown:
-        expected = full[row["arm"], row["policy"]]
+        expected = full[tuple(row[name] for name in columns)]
         assert row == {name: expected[name] for name in row}
 
 
-@pytest.mark.parametrize(("shown_as", "column"), [("method", "arm"), ("rollouts at step 0", "policy")])
-def test_the_trust_region_tables_are_those_of_the_runs(shown_as, column):
-    full = {row[column]: row for row in rows((RESULTS / "trust_region.md").read_text(), column)}
-    shown = rows(README, shown_as)
-    assert len(shown) == len(full)
-    for row in shown:
-        expected = full[row.pop(shown_as)]
-        assert row == {name: expected[name] for name in row}
+@pytest.mark.parametrize(("page", "heading", "reports"), TEXTS)
+def test_numbers_of_the_text_are_those_of_the_runs(page, heading, reports):
+    known = " ".join(read(f"{RESULTS}/{report}") for report in reports)
+    text = re.sub(r"^\|.*\|$|\([^)]*\.(?:md|png|yaml)[^)]*\)", "", section(read(page), heading), flags=re.MULTILINE)
+    if page == "README.md":
+        text = text.partition("### Cost")[0]
+    numbers = re.findall(r"(?<![\w.])[-+]?\d+\.\d{3,}", text)
+    assert len(numbers) >= 2
+    for number in numbers:
+        assert re.search(rf"(?<!\d){re.escape(number)}(?!\d)", known), number
 
 
-def test_the_numbers_of_the_offline_page_are_those_of_the_runs():
-    page, report = ((ROOT / path).read_text(encoding="utf-8") for path in (OFFLINE_PAGE, RESULTS / "offline_opd.md"))
-    tables = [{row["arm"]: row for row in rows(part, "arm")} for part in report.split("## Cost")]
-    shown = rows(page, "arm")
-    assert [row["arm"] for row in shown] == list(tables[0])
+def test_numbers_of_the_offline_page_are_those_of_the_runs():
+    page, report = read(OFFLINE_PAGE), read(f"{RESULTS}/offline_opd.md")
+    accuracy, cost = (keyed(table(part, "arm"), "arm") for part in report.split("## Cost"))
+    shown = table(section(page, "What we measured"), "arm")
+    assert [(row["arm"],) for row in shown] == list(accuracy)
     for row in shown:
-        expected = tables[0][row["arm"]] | {"tokens/CPU s": tables[1][row["arm"]]["tokens/CPU s"]}
+        key = (row["arm"],)
+        expected = accuracy[key] | {"tokens/CPU s": cost[key]["tokens/CPU s"]}
         assert row == {name: expected[name] for name in row}
-    # What the text repeats stands in the report
-    text = " ".join(page.partition("## What we measured")[2].partition("## Memory")[0].split())
-    text = re.sub(r"\|[^.]*?\|", "", text)
-    for number in re.findall(r"(?<![\w.])[-+]?\d+\.\d{2,}", text):
-        assert number in report, number
     assert (
         re.search(r"takes ([\d.]+) bytes on disk.*?and ([\d.]+) with", " ".join(page.split())).groups()
         == re.search(r"On disk: ([\d.]+) bytes.*?, ([\d.]+) with", report).groups()
     )
 
 
-def test_the_rewards_on_the_page_are_those_of_the_runs():
-    reward = {row["policy"]: row["reward"] for row in rows((RESULTS / "trust_region.md").read_text(), "policy")}
-    text = " ".join((ROOT / OPD_PAGE).read_text(encoding="utf-8").split())
+def test_rewards_of_the_first_rollouts():
+    reward = {row["policy"]: row["reward"] for row in table(read(f"{RESULTS}/trust_region.md"), "policy")}
+    text = " ".join(read(OPD_PAGE).split())
     values = [reward[policy].split()[0] for policy in ("student (ε = 0)", "ε = 0.01", "ε = 0.05")]
     assert "{} without, {} at ε = 0.01, {} at 0.05".format(*values) in text
 
 
-def test_the_offline_table_is_that_of_the_runs():
-    full = {row["arm"]: row for row in rows((RESULTS / "offline_opd.md").read_text(), "arm")}
-    shown = rows(README, "offline study: arm")
-    assert len(shown) == 10
-    for row in shown:
-        expected = full[row.pop("offline study: arm")]
-        assert row == {name: expected[name] for name in row}
-
-
 def test_the_sweep_numbers_are_those_of_the_sweep():
-    with open(RESULTS / "weight_sweep.csv", newline="") as file:
-        table = list(csv.DictReader(file))
+    with open(ROOT / RESULTS / "weight_sweep.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     for space in ("logits", "probs"):
-        best = max(table, key=lambda row: float(row[f"{space}_solve"]))
-        assert float(best["weight"]) == 0.5 and f"{float(best[f'{space}_solve']):.3f}" in README
+        best = max(rows, key=lambda row: float(row[f"{space}_solve"]))
+        assert float(best["weight"]) == 0.5
+        assert f"{float(best[f'{space}_solve']):.3f}" in section(read(GRPO_PAGE), "What we measured")
 
 
-def test_the_cost_table_is_that_of_the_benchmarks():
-    measured = {
-        row["quantity"]: row for row in rows((ROOT / "examples/benchmarks/results/README.md").read_text(), "quantity")
-    }
-    shown = rows(README, "quantity")
-    assert shown
+@pytest.mark.parametrize("page", ["README.md", GRPO_PAGE, OPD_PAGE, OFFLINE_PAGE])
+def test_costs_are_those_of_the_benchmarks(page):
+    measured = keyed(table(read("examples/benchmarks/results/README.md"), "quantity"), "quantity")
+    shown = table(section(read(page), "Results" if page == "README.md" else "Memory and cost"), "quantity")
+    assert len(shown) >= 7
     for row in shown:
-        assert row == {name: measured[row["quantity"]][name] for name in row}
+        assert row == {name: measured[row["quantity"],][name] for name in row}
 
 
-@pytest.mark.parametrize("page", ["README.md", OPD_PAGE, OFFLINE_PAGE])
-def test_python_blocks_parse(page):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        ast.parse(block)
+def test_what_missed_its_bar_is_shown():
+    """Every wall time that missed its bar is on a page; the README shows that there are some."""
+    missed = {
+        row["quantity"]
+        for row in table(read("examples/benchmarks/results/README.md"), "quantity")
+        if row["met"] == "**no**" and "wall time" in row["quantity"]
+    }
+    shown = table(section(read(OFFLINE_PAGE), "Memory and cost"), "quantity")
+    assert missed and missed <= {row["quantity"] for row in shown}
+    assert [row for row in table(section(read("README.md"), "Results"), "quantity") if row["met"] == "**no**"]
 
 
 def test_runs_have_three_seeds_each():
     seeds = {}
-    for path in (RESULTS / "runs").glob("*-seed*.json"):
+    for path in (ROOT / RESULTS / "runs").glob("*-seed*.json"):
         run = json.loads(path.read_text())
         seeds.setdefault(run["arm"], set()).add(run["seed"])
     assert len(seeds) == 11 and all(len(found) >= 3 for found in seeds.values())
     seeds = {}
-    for path in (RESULTS / "trust_region_runs").glob("*-seed*.json"):
+    for path in (ROOT / RESULTS / "trust_region_runs").glob("*-seed*.json"):
         name, seed = path.stem.split("-seed")
         seeds.setdefault(name, set()).add(seed)
     assert len(seeds) == 10 and all(len(found) >= 3 for found in seeds.values())
     seeds = {}
-    for path in (RESULTS / "offline_opd_runs").glob("*-seed*.json"):
+    for path in (ROOT / RESULTS / "offline_opd_runs").glob("*-seed*.json"):
         name, seed = path.stem.split("-seed")
         seeds.setdefault(name, set()).add(seed)
     assert len(seeds) == 15 + 6 and all(len(found) >= 3 for found in seeds.values())
+
+
+@pytest.mark.parametrize(
+    ("run", "study", "metric"),
+    [
+        ("logit_mix_grpo-mixed__weight_0.3", "runs/mixed_0.3-seed0", "reward"),
+        ("logit_mix_grpo-mixed__adaptive_weight", "runs/adaptive-seed0", "reward"),
+        ("logit_mix_grpo-student__0.5_to_0", "runs/decay_0.5-seed0", "reward"),
+        ("trust_region_opd-trust_region_0.01__annealed", "trust_region_runs/trust_0.01-seed0", "blend/teacher_logp"),
+        ("trust_region_opd-speculative_KD", "trust_region_runs/skd-seed0", "blend/replaced_share"),
+        ("offline_opd-sampled_token__forgets_the_task_", "offline_opd_runs/offline-seed0", "offline/drift_kl"),
+        ("offline_opd-sampled_token__with_the_ratio", "offline_opd_runs/offline_ratio-seed0", "offline/drift_kl"),
+        ("offline_opd-top_16_reverse_KL", "offline_opd_runs/offline_topk-seed0", "offline/drift_kl"),
+    ],
+)
+def test_runs_of_the_metric_ranges_are_those_of_the_studies(run, study, metric):
+    """They are the same arms with the same seed, so what both have kept is equal, step by step."""
+    kept = json.loads(read(f"{RESULTS}/metric_runs/{run}.json"))["metrics"][metric]
+    study = json.loads(read(f"{RESULTS}/{study}.json"))
+    expected = study["rollout_reward"] if metric == "reward" else study["metrics"][metric]
+    assert len(kept) == len(expected) >= 30
+    assert list(kept.values()) == pytest.approx(expected, rel=1e-3, abs=6e-4)

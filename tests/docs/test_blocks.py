@@ -1,0 +1,45 @@
+"""Every code block of the README and of the pages is run, on the checkpoints of the test-bed, cut to a few steps."""
+
+import datasets
+import pytest
+import yaml
+from transformers import dynamic_module_utils
+
+from tests.docs.markdown import code_blocks, markdown_files
+from tests.docs.running import command_lines, make_world, run_command, run_python
+
+
+PAGES = [page for page in markdown_files() if page.startswith(("README", "CONTRIBUTING", "examples/"))]
+PAGES = [page for page in PAGES if code_blocks(page)]
+# Blocks that are only parsed: the pages say why
+NOT_RUN = {
+    ("examples/trust_region_opd.md", "needs 8 GPUs"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    make_world(tmp_path)
+    variables = {"__name__": "__main__"}
+    for block in code_blocks(page):
+        try:
+            if block.language == "python":
+                assert not block.not_run
+                run_python(block.code, str(block), variables)
+            elif block.language in ("bash", "sh"):
+                for words in command_lines(block.code):
+                    run_command(words, execute=block.not_run is None)
+            elif block.language == "yaml":
+                assert isinstance(yaml.safe_load(block.code), dict)
+            else:
+                assert block.language == "text", "name the language of the block; `text` is for output and trees"
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{block} failed:\n{block.code}") from error
+
+
+def test_blocks_that_are_not_run_are_known():
+    found = {(block.page, block.not_run) for page in PAGES for block in code_blocks(page) if block.not_run}
+    assert found == NOT_RUN

@@ -1,0 +1,103 @@
+"""
+The metrics tables of the pages: what is documented exists in the code and the other way round, as far as source text
+can tell, and every number in them was measured. `tests/trainers/test_reporting.py` compares the tables with real runs.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import trl_blend
+from reproduce.metric_ranges import report
+from tests.docs.markdown import ROOT, TRAINER_PAGES, read, section, table
+from tests.trainers.documented_metrics import is_among, table_metrics
+
+
+SOURCES = ROOT / "trl_blend"
+TRAINERS = {
+    "examples/grpo_mix.md": ("LogitMixGRPOTrainer", ("mixing/", "importance/", "adaptive/", "eval_")),
+    "examples/trust_region_opd.md": ("TrustRegionOPDTrainer", ("blend/", "rewards/")),
+    "examples/offline_opd.md": ("OfflineOPDTrainer", ("offline/",)),
+}
+PAGES = [pytest.param(page, *TRAINERS[page], id=page) for page in TRAINER_PAGES]
+# Where the names behind `prefix/{name}` come from, outside of a trainer's own folder
+SHARED = ["ops/importance.py", "generation/rules.py", "generation/trust_region_rules.py"]
+
+
+def metric_table(page: str) -> list[dict[str, str]]:
+    return table(section(read(page), "Logged metrics"), "metric")
+
+
+def files_of(trainer: str) -> list[Path]:
+    folder = Path(__import__(getattr(trl_blend, trainer).__module__, fromlist=[""]).__file__).parent
+    # The plot reads metrics, it makes none
+    return [path for path in folder.glob("*.py") if path.name not in ("panels.py", "config.py")]
+
+
+def strings(path: Path) -> Iterator[str]:
+    """Strings of a file that are no docstrings; of an f-string what stands before its first value, with `{` behind."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            yield f"{node.values[0].value}{{"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            yield node.value
+
+
+@pytest.mark.parametrize(("page", "trainer", "prefixes"), PAGES)
+def test_documented_metrics_are_in_the_code(page, trainer, prefixes):
+    own = {text for path in files_of(trainer) for text in strings(path)}
+    known = own | {text for name in SHARED for text in strings(SOURCES / name)}
+    names = table_metrics(section(read(page), "Logged metrics"))
+    assert len(names) == len(set(names)) >= 8
+    for name in names:
+        assert name.startswith(prefixes), name
+        if "…" in name or "<" in name:
+            continue
+        prefix, _, leaf = name.partition("/")
+        spelled = {name, f"{name}{{"} & own
+        composed = f"{prefix}/{{" in own and {leaf, f"{leaf}{{", f"{leaf}s"} & known
+        assert spelled or composed, f"{page} documents `{name}`, which nothing logs"
+
+
+@pytest.mark.parametrize(("page", "trainer", "prefixes"), PAGES)
+def test_metrics_of_the_code_are_documented(page, trainer, prefixes):
+    documented = {re.sub(r"<\w+>", "…", name) for name in table_metrics(section(read(page), "Logged metrics"))}
+    found = {
+        text.rstrip("{")
+        for path in files_of(trainer)
+        for text in strings(path)
+        if re.fullmatch(r"[a-z]+/[a-z_/]+\{?", text) and text.startswith(prefixes)
+    }
+    curves = [curve.metric for panel in getattr(trl_blend, trainer)._panels for curve in panel.curves]
+    found |= {name.removesuffix("_*") for name in curves if name.startswith(prefixes)}
+    assert len(found) > 2
+    for name in found - {"rewards/", "eval_mixed/reward", "eval_student/reward"}:
+        assert is_among(name.replace("*", "x"), documented), f"`{name}` is not on {page}"
+
+
+def test_the_report_is_that_of_the_runs():
+    assert read("examples/reproduce/results/metric_ranges.md") == report()
+
+
+@pytest.mark.parametrize(("page", "trainer", "prefixes"), PAGES)
+def test_measured_values_are_those_of_the_runs(page, trainer, prefixes):
+    """A number in the last column stands in a row of that metric in the report of the runs."""
+    ranges = section(read("examples/reproduce/results/metric_ranges.md"), trainer)
+    rows = table(ranges, "metric")
+    checked = 0
+    for shown in metric_table(page):
+        names = re.findall(r"`([^`]+)`", shown["metric"])
+        measured = {cell for row in rows if row["metric"].strip("`") in names for cell in row.values()}
+        values = re.sub(r"(weight|ε =|top-|x) ?[\d.]+|\d+ x", "", shown["measured"])
+        for number in re.findall(r"-?\d[\d.]*\d|\d", values):
+            assert number in measured, f"{shown['metric']}: {number}"
+            checked += 1
+    assert checked >= 8
+    # and what the text around the table says of them
+    text = section(read(page), "Logged metrics").replace("\n", " ")
+    text = re.sub(r"\|.*\|", "", text)
+    for number in re.findall(r"\d\.\d{3,}", text):
+        assert number in ranges, number
