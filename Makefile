@@ -21,7 +21,7 @@ export TRL_EXPERIMENTAL_SILENCE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-offline test test-slow test-vllm lint format check fresh wheel-test benchmarks reproduce clean
+.PHONY: help install demo demo-offline test test-slow test-vllm lint format check fresh wheel-test export-test benchmarks reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,13 @@ wheel-test: install  ## build the wheel, install it in a new environment outside
 		"$$folder/venv/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt "$$folder"/*.whl && \
 		cp tests/wheel_check.py "$$folder" && cd "$$folder" && \
 		OMP_NUM_THREADS=1 "$$folder/venv/bin/python" -I wheel_check.py
+
+export-test: install  ## decode an exported mixed policy in a new environment that has torch and transformers only
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+		$(PYTHON) -m venv "$$folder/venv" && \
+		"$$folder/venv/bin/python" -m pip install --disable-pip-version-check -q "$(TORCH)" && \
+		"$$folder/venv/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt transformers && \
+		OMP_NUM_THREADS=1 $(BIN)/python tests/hub/fresh_mixed_policy.py "$$folder/venv/bin/python"
 
 benchmarks: install  ## measure cost against TRL (examples/benchmarks, ratios within one run)
 	@for script in examples/benchmarks/[a-z]*.py; do echo "== $$script" && $(BIN)/python "$$script" || exit 1; done

@@ -10,7 +10,15 @@ from typing import Any, NoReturn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_blend.cli.messages import EXIT_INTERRUPTED, EXIT_USER_ERROR, is_main_process, name_options, one_line, say
+from trl_blend.cli.messages import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    is_main_process,
+    name_options,
+    one_line,
+    say,
+    without_token,
+)
 from trl_blend.cli.settings import NUM_PROCESSES_VARIABLE, parse_script
 from trl_blend.errors import ConfigError, TrlBlendError
 
@@ -52,6 +60,7 @@ def _parse(parser: Any) -> tuple[Any, ...]:
         raise
     except (ValueError, TypeError, ImportError) as error:  # those of the configurations that ours derive from
         raise ConfigError(str(error)) from error
+    sys.argv[1:] = without_token(sys.argv[1:])  # wandb records them
     training_args = next(one for one in arguments if hasattr(one, "world_size"))
     wanted = os.environ.get(NUM_PROCESSES_VARIABLE)
     if wanted is not None and int(wanted) != training_args.world_size:

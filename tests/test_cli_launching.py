@@ -70,6 +70,12 @@ def test_the_script_gets_its_arguments_and_accelerate_the_others(launched, envir
     assert environment["TRL_BLEND_COMMAND"].startswith(f"trl-blend {name} --output_dir out --use_cpu ")
 
 
+def test_the_command_to_go_on_with_holds_no_token(launched, environment):
+    options = launched(*CPU, "--hub_token", "hf_secret", "--hub-token=hf_secret", "--seed", 3)
+    assert options.training_script_args.count("hf_secret") == 1
+    assert environment["TRL_BLEND_COMMAND"].endswith("--hub_token TOKEN --hub-token=TOKEN --seed 3")
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("as_path", [False, True])
 def test_accelerate_config_by_name_and_by_path(launched, monkeypatch, config, as_path):

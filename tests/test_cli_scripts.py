@@ -18,6 +18,15 @@ def parse(monkeypatch, *arguments):
     return _script._parse(grpo_mix.make_parser())
 
 
+@pytest.mark.parametrize("given", [["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]])
+def test_a_token_is_used_and_then_gone_from_the_arguments(tmp_path, monkeypatch, given):
+    _, training_args, *_ = parse(monkeypatch, "--output_dir", tmp_path, *given, "--seed", 3)
+    assert (training_args.hub_token == "hf_secret", training_args.seed) == (True, 3)
+    wandb = pytest.importorskip("wandb")
+    assert not any("secret" in argument for argument in [*sys.argv, *wandb.Settings()._args])
+    assert sys.argv[-2:] == ["--seed", "3"] and any("TOKEN" in argument for argument in sys.argv)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -42,6 +42,19 @@ def nearest(name: str, known: Iterable[str], mark: str = "") -> str:
     return f"; did you mean `{mark}{found[0]}`?" if found else ""
 
 
+def without_token(arguments: Sequence[str]) -> list[str]:
+    """Arguments to show or record: the value of `--hub_token` is replaced."""
+    shown = []
+    for previous, argument in zip(["", *arguments], arguments):
+        name, equals, _ = argument.partition("=")
+        if previous.replace("-", "_") == "__hub_token":
+            argument = "TOKEN"
+        elif equals and name.replace("-", "_") == "__hub_token":
+            argument = f"{name}=TOKEN"
+        shown.append(argument)
+    return shown
+
+
 def option_names(parser: argparse.ArgumentParser) -> set[str]:
     """Long options of a parser, without dashes in front."""
     return {option[2:] for option in parser._option_string_actions if option.startswith("--")}

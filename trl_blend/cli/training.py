@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from trl_blend import _resources
 from trl_blend.cli import settings
-from trl_blend.cli.messages import fail_in_one_line, nearest, option_names, unknown_options
+from trl_blend.cli.messages import fail_in_one_line, nearest, option_names, unknown_options, without_token
 from trl_blend.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
         `int`: Exit code.
     """
     script_arguments, launch_arguments, wants_cpu = _checked(name, list(arguments))
-    os.environ[settings.COMMAND_VARIABLE] = command or shlex.join(["trl-blend", name, *arguments])
+    os.environ[settings.COMMAND_VARIABLE] = command or shlex.join(["trl-blend", name, *without_token(arguments)])
     from trl_blend.cli.launching import launch
 
     return launch(_script(name), launch_arguments, script_arguments, wants_cpu)
