@@ -36,12 +36,12 @@ def files(folder):
     ],
 )
 def test_it_writes_what_the_python_call_writes(models, tmp_path, capsys, options, teachers, weight, settings):
-    assert cli.main([*command(models, tmp_path / "cli", *teachers), *options]) == 0
-    assert capsys.readouterr().out == f"Mixed policy written to {tmp_path / 'cli'}.\n"
+    assert cli.main([*command(models, tmp_path / "cli" / "mixed", *teachers), *options]) == 0
+    assert capsys.readouterr().out == f"Mixed policy written to {tmp_path / 'cli' / 'mixed'}.\n"
     references = [models[name] for name in teachers]
     reference = references if len(references) > 1 else references[0]
-    export_mixed_policy(models["student"], reference, weight, tmp_path / "python", **settings)
-    assert files(tmp_path / "cli") == files(tmp_path / "python")
+    export_mixed_policy(models["student"], reference, weight, tmp_path / "python" / "mixed", **settings)
+    assert files(tmp_path / "cli" / "mixed") == files(tmp_path / "python" / "mixed")
 
 
 def test_a_configuration_file(models, tmp_path):

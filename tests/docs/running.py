@@ -147,7 +147,7 @@ def _trl_blend(words: list[str], execute: bool) -> None:
 
     name, arguments = words[0], words[1:]
     if name in training.COMMANDS:
-        script_arguments, _, _ = training._checked(name, arguments)
+        script_arguments, _, _ = training.check_arguments(name, arguments)
         run_script(importlib.import_module(training.COMMANDS[name].module), script_arguments, execute)
     elif name == "demo":  # another name for a settings file of `grpo-mix`
         assert main([*words, "--help"]) == 0

@@ -104,7 +104,7 @@ def test_nothing_of_a_training_run_is_copied(models):
     names = {path.relative_to(policy).as_posix() for path in policy.rglob("*") if path.is_file()}
     model = {"config.json", "generation_config.json", "model.safetensors"}
     model |= {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    code = {"mixing.json", "custom_generate/generate.py"}
+    code = {"mixing.json", "custom_generate/generate.py", "README.md"}
     assert names == model | code | {f"reference/{name}" for name in model}
 
 

@@ -83,7 +83,8 @@ def test_an_unknown_template_names_the_known_ones():
 def test_the_examples_are_no_templates():
     folder = Path(model_card_template("_card.md")).parent
     assert {path.name for path in folder.glob("*.md")} == {
-        "_card.md", "_pipeline.md", "_table.md", "logit_mix_grpo.md", "offline_opd.md", "trust_region_opd.md"
+        "_card.md", "_mixed_usage.md", "_pipeline.md", "_table.md", "logit_mix_grpo.md", "mixed_policy.md",
+        "offline_opd.md", "trust_region_opd.md",
     }  # fmt: skip
 
 
@@ -169,6 +170,24 @@ def test_the_revision_that_was_asked_for(build_opd, from_hub):
     trainer.model.config._commit_hash = None
     trainer.args.model_init_kwargs = {"revision": "v1.0"}
     assert run_of(write_card(trainer))["started from"].endswith("at commit `v1.0`")
+
+
+def test_the_commit_that_the_cache_knows(build_opd, from_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commits = {"my-org/student": "a" * 40, "google/gemma-2-2b-it": "b" * 40}
+    for name, commit in commits.items():
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        for file, content in ((f"snapshots/{commit}/config.json", "{}"), ("refs/v2", commit)):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text(content)
+    trainer = from_hub(build_opd())
+    trainer.model.config._commit_hash = trainer.partners[0].config._commit_hash = None
+    trainer.args.model_init_kwargs, trainer.args.teacher_model_revision = {"revision": "v2"}, "v2"
+    run = run_of(write_card(trainer))
+    assert run["started from"].endswith("at commit `aaaaaaaaaaaa`")
+    assert "at commit `bbbbbbbbbbbb`" in run["teacher"]
+    trainer.args.teacher_model_init_kwargs = {"revision": "v3"}  # which is what is loaded, and not in the cache
+    assert "at commit `v3`" in run_of(write_card(trainer))["teacher"]
 
 
 def test_a_tokenizer_without_a_chat_template(build_opd, build):

@@ -53,7 +53,7 @@ def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
     Returns:
         `int`: Exit code.
     """
-    script_arguments, launch_arguments, wants_cpu = _checked(name, list(arguments))
+    script_arguments, launch_arguments, wants_cpu = check_arguments(name, list(arguments))
     os.environ[settings.COMMAND_VARIABLE] = command or shlex.join(["trl-blend", name, *without_token(arguments)])
     from trl_blend.cli.launching import launch
 
@@ -64,7 +64,7 @@ def _script(name: str) -> Path:
     return _resources.examples_dir() / f"{COMMANDS[name].module}.py"
 
 
-def _checked(name: str, arguments: list[str]) -> tuple[list[str], list[str], bool]:
+def check_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str], bool]:
     """Arguments of the script, those of `accelerate launch`, and whether training is to be on the CPU."""
     file, rest = settings.split_config(arguments)
     named, rest = settings.take_option(rest, settings.ACCELERATE_CONFIG)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.hub import model_files
 from trl_blend.hub.mixing_spec import SPACES, SPEC_FILE, MixingSpec, ModelSource
+from trl_blend.hub.policy_card import Part, write_policy_card
 from trl_blend.ops.mixing import validate_weights
 from trl_blend.teacher.checkpoints import Checkpoint, find_checkpoint
 from trl_blend.teacher.compatibility import check_tokenizers, check_vocab_sizes
@@ -34,9 +35,9 @@ def export_mixed_policy(
     """
     Write a directory that decodes a mixed policy with transformers and torch alone, from a folder or from the Hub.
 
-    It holds the student (an adapter: in `adapter/`), `mixing.json`, `custom_generate/generate.py` and, if the
-    reference is copied, `reference/` (several: `reference_0/`, …). `mixing.json` is written last, so an interrupted
-    export leaves a directory that refuses to be decoded.
+    It holds the student (an adapter: in `adapter/`), a model card, `mixing.json`, `custom_generate/generate.py` and,
+    if the reference is copied, `reference/` (several: `reference_0/`, …). `mixing.json` is written last, so an
+    interrupted export leaves a directory that refuses to be decoded.
 
     An adapter is put into a subfolder on purpose: with `adapter_config.json` at the top of a Hub repository,
     `AutoModelForCausalLM.from_pretrained` goes to the base model's repository and never sees this one's code.
@@ -129,6 +130,13 @@ class _Model:
         if self.checkpoint is not None:
             return self.checkpoint if self.checkpoint.is_adapter else None
         return self.model if getattr(self.model, "peft_config", None) else None
+
+    @property
+    def part(self) -> Part:
+        """As the card names it."""
+        if self.checkpoint is not None:
+            return Part(self.checkpoint.name, self.checkpoint.commit, self.is_base)
+        return Part(getattr(self.config, "_name_or_path", "") or "", is_base=self.is_base)
 
     @property
     def dtype(self) -> str:
@@ -236,6 +244,15 @@ def _write(
             sources.append(_source(reference, output / name, copy, student.dtype))
     tokenizer_sha256 = fingerprint_tokenizer(student.tokenizer).parts["vocabulary"]
     adapter = None if base is None else model_files.ADAPTER_FOLDER
+    write_policy_card(
+        output,
+        student.part,
+        [reference.part for reference in references],
+        weights,
+        space,
+        is_adapter=adapter is not None,
+        has_chat_template=bool(student.tokenizer.chat_template),
+    )
     MixingSpec(weights, tuple(sources), space, tokenizer_sha256, adapter, base).write(output)
     return output
 

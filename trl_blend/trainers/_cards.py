@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
+from huggingface_hub import try_to_load_from_cache
 
 from .. import __version__, _compat
 from ..hub import cards
@@ -126,9 +127,16 @@ def _base_name(trainer: Any) -> str:
     return _compat.get_config_model_id(trainer.model.config) or ""
 
 
-def _commit(config: Any, init_kwargs: Any) -> str | None:
-    revision = init_kwargs.get("revision") if isinstance(init_kwargs, dict) else None
-    return getattr(config, "_commit_hash", None) or revision
+def _commit(config: Any, init_kwargs: Any, revision: str | None = None) -> str | None:
+    """Commit that a model of the Hub was loaded from; the revision asked for, where nothing says it."""
+    if isinstance(init_kwargs, dict):
+        revision = init_kwargs.get("revision", revision)
+    name = _compat.get_config_model_id(config)
+    if getattr(config, "_commit_hash", None):
+        return config._commit_hash
+    # Newer versions of transformers do not keep it, but the Hub's cache does
+    cached = try_to_load_from_cache(name, "config.json", revision=revision) if shown_name(name).hub_id else None
+    return shown_name(Path(cached).parent).commit if isinstance(cached, str) else revision
 
 
 def _scores_text(results: Mapping[str, Any] | None) -> str:
@@ -228,9 +236,10 @@ def _number(count: float, what: str) -> str:
 # -------------------- teachers
 
 
-def live_teacher(partner: Any) -> CardTeacher:
+def live_teacher(partner: Any, args: Any) -> CardTeacher:
     """A teacher that was in memory: it is what the user named, and nothing compared its weights with a record."""
-    name, commit = _compat.get_config_model_id(partner.config), _commit(partner.config, None)
+    name = _compat.get_config_model_id(partner.config)
+    commit = _commit(partner.config, args.teacher_model_init_kwargs, args.teacher_model_revision)
     if not name:
         reason = "it was passed as a model in memory that does not say where it came from"
         return CardTeacher(None, None, _dtype(partner.dtype), "unknown", reason)

@@ -33,12 +33,12 @@ def prepare_repository(args: Any) -> None:
     guard_tokens(args)  # one may have been set since the config was made
     if not args.push_to_hub:
         return
-    failure: HubError | None = None
+    failure: Exception | None = None
     if args.process_index == 0:
         try:
             with hub_errors.explained_errors(_push(args, kept="Nothing has been trained yet.")):
                 _create(args)
-        except HubError as error:
+        except Exception as error:  # the others wait for the outcome, whatever it is
             failure = error
     messages = broadcast_object_list([failure and str(failure)])
     if failure is not None:

@@ -12,7 +12,8 @@ class Token(str):
     """
     A token for the client of the Hub, which takes it for the string that it is.
 
-    It is pickled as `None` (`training_args.bin`, which is pushed, is the pickled config), and its `repr` is a mask.
+    It is pickled as `None` (`training_args.bin`, which is pushed, is the pickled config), and its `repr` is a mask. So
+    it does not reach processes that are spawned with a pickled config: these read `HF_TOKEN`.
     """
 
     def __reduce__(self) -> tuple[type, tuple]:

@@ -332,7 +332,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         """Fields of `model_cards/logit_mix_grpo.md`."""
         args, rollouts = self.args, _cards.rows_per_step(self.args)
         weights = self.current_weights() if args.mixes else (0.0,)
-        teachers = [_cards.live_teacher(partner) for partner in self.partners]
+        teachers = [_cards.live_teacher(partner, self.args) for partner in self.partners]
         if args.mixes and not teachers:
             teachers = [_cards.base_teacher(self)]
         averages = args.objective == "mixed"

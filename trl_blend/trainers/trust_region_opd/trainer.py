@@ -349,7 +349,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/trust_region_opd.md`."""
         args, rollouts = self.args, _cards.rows_per_step(self.args)
-        teacher = _cards.live_teacher(self.partners[0]) if self.partners else _cards.base_teacher(self)
+        teacher = _cards.live_teacher(self.partners[0], self.args) if self.partners else _cards.base_teacher(self)
         return {
             "paper_name": "the trust-region paper",
             "paper": paper.paper_values(args),
