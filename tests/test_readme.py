@@ -115,6 +115,26 @@ def test_what_missed_its_bar_is_shown():
     assert [row for row in table(section(read("README.md"), "Results"), "quantity") if row["met"] == "**no**"]
 
 
+@pytest.mark.parametrize(
+    ("said", "batch", "order"),
+    [
+        (r"takes ([\d.]+) to ([\d.]+) times as long per step of 64 rollouts", 64, ""),
+        (r"([\d.]+) to ([\d.]+) with offline rows grouped by length", 64, ", rows grouped by length"),
+        (r"and ([\d.]+) times per step of 16 rollouts", 16, ""),
+    ],
+)
+def test_the_speeds_on_the_offline_page_are_those_of_the_benchmarks(said, batch, order):
+    measured = {
+        row["quantity"]: row["measured"] for row in rows(read("examples/benchmarks/results/README.md"), "quantity")
+    }
+    names = [
+        f"training step, batch {batch}, offline{order} / {live}, wall time"
+        for live in ("`trl.DistillationTrainer`", "live, sampled token")
+    ]
+    ratios = {f"{1 / float(measured[name].split()[0]):.1f}" for name in names}
+    assert list(re.search(said, " ".join(read(OFFLINE_PAGE).split())).groups()) == sorted(ratios)
+
+
 def test_runs_have_three_seeds_each():
     seeds = {}
     for path in (ROOT / RESULTS / "runs").glob("*-seed*.json"):

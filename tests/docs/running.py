@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +123,11 @@ def run_command(words: list[str], execute: bool) -> None:
     runners[words[0]](words[1:], execute)
 
 
+# Commands that install, or take minutes, are compared with what there is and not run: targets of the Makefile, extras of
+# the package, options of these scripts
+ONLY_CHECKED = ("make", "pip", "examples/testbed/evaluate.py", "examples/testbed/train.py")
+
+
 def _make(words: list[str], execute: bool) -> None:
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for word in words:
@@ -140,6 +147,8 @@ def _python(words: list[str], execute: bool) -> None:
     for word in words[1:]:
         if word.startswith("--"):
             assert f'"{word}"' in text, f"{words[0]} has no option {word}"
+    if execute and words[0] not in ONLY_CHECKED:
+        subprocess.run([sys.executable, script, *words[1:]], check=True)
 
 
 def _trl_blend(words: list[str], execute: bool) -> None:
@@ -149,8 +158,6 @@ def _trl_blend(words: list[str], execute: bool) -> None:
     if name in training.COMMANDS:
         script_arguments, _, _ = training.check_arguments(name, arguments)
         run_script(importlib.import_module(training.COMMANDS[name].module), script_arguments, execute)
-    elif name == "demo":  # another name for a settings file of `grpo-mix`
-        assert main([*words, "--help"]) == 0
     elif execute:
         assert main([*words, *SMALL_COMMAND.get(name, [])]) == 0, words
 

@@ -1,4 +1,7 @@
-"""Every code block of the README and of the pages is run, on the checkpoints of the test-bed, cut to a few steps."""
+"""
+Every code block of the README and of the pages is run, on the checkpoints of the test-bed, cut to a few steps; but for
+`NOT_RUN`, and the commands in `running.ONLY_CHECKED`.
+"""
 
 import datasets
 import pytest

@@ -113,7 +113,7 @@ def test_names_of_the_hub(build_opd, from_hub):
     assert run["started from"] == "[my-org/student](https://huggingface.co/my-org/student) at commit `1234567890ab`"
     teacher = "[google/gemma-2-2b-it](https://huggingface.co/google/gemma-2-2b-it) at commit `1234567890ab`, float32"
     assert run["teacher"] == teacher
-    assert run["identity of the teacher"].endswith("under this name, at the commit given")
+    assert run["identity of the teacher"].endswith("under this name, at this commit")
     data = "[my-org/prompts](https://huggingface.co/datasets/my-org/prompts)"
     assert run["data"] == f"{len(runs.PROMPTS)} prompts of {data}" and f" on {data}, distilled" in card
 
@@ -169,7 +169,7 @@ def test_the_revision_that_was_asked_for(build_opd, from_hub):
     trainer = from_hub(build_opd())
     trainer.model.config._commit_hash = None
     trainer.args.model_init_kwargs = {"revision": "v1.0"}
-    assert run_of(write_card(trainer))["started from"].endswith("at commit `v1.0`")
+    assert run_of(write_card(trainer))["started from"].endswith("at revision `v1.0`")
 
 
 def test_the_commit_that_the_cache_knows(build_opd, from_hub, tmp_path, monkeypatch):
@@ -187,7 +187,8 @@ def test_the_commit_that_the_cache_knows(build_opd, from_hub, tmp_path, monkeypa
     assert run["started from"].endswith("at commit `aaaaaaaaaaaa`")
     assert "at commit `bbbbbbbbbbbb`" in run["teacher"]
     trainer.args.teacher_model_init_kwargs = {"revision": "v3"}  # which is what is loaded, and not in the cache
-    assert "at commit `v3`" in run_of(write_card(trainer))["teacher"]
+    run = run_of(write_card(trainer))
+    assert "at revision `v3`" in run["teacher"] and run["identity of the teacher"].endswith("were not hashed")
 
 
 def test_a_tokenizer_without_a_chat_template(build_opd, build):

@@ -128,7 +128,7 @@ def model_link(name: Any, commit: str | None = None, kind: str = "") -> str:
         name (`str`):
             Name, id or path.
         commit (`str`, *optional*):
-            Commit on the Hub.
+            Commit on the Hub, or another revision.
         kind (`str`, *optional*, defaults to `""`):
             `"datasets/"` for a data set.
     """
@@ -139,7 +139,14 @@ def model_link(name: Any, commit: str | None = None, kind: str = "") -> str:
         return f"{code(shown.text)} (a local {'dataset' if kind else 'model'})"
     commit = commit or shown.commit
     text = f"[{shown.hub_id}](https://huggingface.co/{kind}{shown.hub_id})"
-    return f"{text} at commit `{commit[:12]}`" if commit else text
+    if not commit:
+        return text
+    return f"{text} at commit `{commit[:12]}`" if is_commit(commit) else f"{text} at revision {code(commit)}"
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit, which cannot move, rather than a branch or a tag."""
+    return bool(revision and re.fullmatch(r"[0-9a-f]{7,64}", revision))
 
 
 class CardTeacher(NamedTuple):

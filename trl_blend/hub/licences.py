@@ -20,7 +20,7 @@ from trl_blend.hub.cards import model_link
 # Of https://huggingface.co/docs/hub/repositories-licenses: those that ask for attribution at most
 PERMISSIVE = (
     r"apache-2\.0|mit|bsd(-[23]-clause(-clear)?)?|bsl-1\.0|isc|zlib|unlicense|wtfpl|0bsd|cc0-1\.0|cc-by-[234]\.[05]"
-    r"|afl-3\.0|artistic-2\.0|ms-pl|ncsa|postgresql|pddl|odc-by|cdla-permissive-[12]\.0|ecl-2\.0"
+    r"|ncsa|postgresql|pddl|odc-by|cdla-permissive-[12]\.0|ecl-2\.0"
 )
 
 _LLAMA = (

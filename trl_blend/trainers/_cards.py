@@ -243,7 +243,7 @@ def live_teacher(partner: Any, args: Any) -> CardTeacher:
     if not name:
         reason = "it was passed as a model in memory that does not say where it came from"
         return CardTeacher(None, None, _dtype(partner.dtype), "unknown", reason)
-    known = "at the commit given" if shown_name(name).hub_id and commit else "its weights were not hashed"
+    known = "at this commit" if shown_name(name).hub_id and cards.is_commit(commit) else "its weights were not hashed"
     return CardTeacher(name, commit, _dtype(partner.dtype), "stated", f"loaded for this run under this name, {known}")
 
 

@@ -56,7 +56,7 @@ def is_baseline(config: TrustRegionOPDConfig) -> bool:
     return config.rollout_policy != "trust_region" or config.kl_budget_schedule == "constant"
 
 
-def paper_values(config: TrustRegionOPDConfig) -> dict[str, PaperValue]:
+def paper_values(config: TrustRegionOPDConfig, merges_eos: bool) -> dict[str, PaperValue]:
     """What the paper does for the configured rollouts and loss."""
     values = dict(POLICIES[config.rollout_policy])
     if config.rollout_policy == "trust_region" and config.kl_budget_schedule != "constant":
@@ -67,7 +67,10 @@ def paper_values(config: TrustRegionOPDConfig) -> dict[str, PaperValue]:
         values |= TEMPERATURE_WARMUP
     if config.distillation_target == "veto":
         values |= VETO
-    return values | COMMON | (TOP_K if config.kl_support == "student_top_k" else {})
+    values |= COMMON | (TOP_K if config.kl_support == "student_top_k" else {})
+    if config.canonicalize_eos and not merges_eos:  # the models have the same
+        del values["canonicalize_eos"]
+    return values
 
 
 def choices(config: TrustRegionOPDConfig, merges_eos: bool) -> list[str]:

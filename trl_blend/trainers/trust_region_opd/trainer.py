@@ -352,7 +352,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         teacher = _cards.live_teacher(self.partners[0], self.args) if self.partners else _cards.base_teacher(self)
         return {
             "paper_name": "the trust-region paper",
-            "paper": paper.paper_values(args),
+            "paper": paper.paper_values(args, merges_eos=self.eos is not None),
             "settings": {
                 "prompts_per_step": rollouts // args.num_rollouts_per_prompt,
                 "divergence": "reverse KL" if args.beta == 1.0 else f"generalised Jensen-Shannon, beta {args.beta:g}",
