@@ -124,9 +124,8 @@ def test_what_missed_its_bar_is_shown():
     ],
 )
 def test_the_speeds_on_the_offline_page_are_those_of_the_benchmarks(said, batch, order):
-    measured = {
-        row["quantity"]: row["measured"] for row in rows(read("examples/benchmarks/results/README.md"), "quantity")
-    }
+    results = table(read("examples/benchmarks/results/README.md"), "quantity")
+    measured = {row["quantity"]: row["measured"] for row in results}
     names = [
         f"training step, batch {batch}, offline{order} / {live}, wall time"
         for live in ("`trl.DistillationTrainer`", "live, sampled token")
