@@ -28,6 +28,7 @@ _OPD = "trainers/trust_region_opd/trainer.py (override)"
 _REPEATS = "_compat.py (repeated_prompts)"
 _ENGINE = "trainers/trust_region_opd/trainer.py (_generate_single_turn, with `use_vllm`)"
 _RUN = "trainers/_run.py (RunMixin)"
+_SAVING = "trainers/logit_mix_grpo/saving.py (MixedPolicySaving)"
 _OFFLINE = "trainers/offline_opd/trainer.py (override)"
 _ROWS = "trainers/offline_opd/data.py"
 _PARTNER = "generation/partner.py (PartnerDecoder)"
@@ -147,9 +148,9 @@ SEAMS = {
     "trl.trainer.utils.create_model_from_path": Seam(
         "model_id, architecture=, **kwargs", "_compat.py (load_replicated)"
     ),
-    "transformers.Trainer.save_model": Seam(
-        "self, output_dir=, _internal_call=", "trainers/logit_mix_grpo/saving.py (override)"
-    ),
+    "transformers.Trainer.save_model": Seam("self, output_dir=, _internal_call=", f"{_RUN}, {_SAVING}"),
+    "transformers.Trainer.train": Seam("self, resume_from_checkpoint=, trial=, ignore_keys_for_eval=", _SAVING),
+    "transformers.Trainer._load_best_model": Seam("self", _SAVING),
     "transformers.GenerationMixin.load_custom_generate": Seam(
         "self, pretrained_model_name_or_path=, trust_remote_code=, **kwargs", _EXPORT
     ),

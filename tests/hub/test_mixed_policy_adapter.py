@@ -1,9 +1,12 @@
 """An adapter's mixed policy: one copy of the base where that is the reference, and no way around the mixture."""
 
 import json
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.generation.teacher_forced import left_padded_prompts
@@ -11,9 +14,11 @@ from tests.hub import mixed_policies as mixed
 from tests.tiny import PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend import export_mixed_policy
 from trl_blend.errors import UnsupportedError
+from trl_blend.hub import model_files
 
 
 INPUTS = left_padded_prompts(PAD_ID)
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 SETTINGS = {"max_new_tokens": 8, "pad_token_id": PAD_ID, "do_sample": True, "top_k": 0}
 
 
@@ -86,6 +91,34 @@ def test_a_base_that_no_folder_holds(models, modules_cache):
     mixed.assert_same_decoding(decoded(trusted(policy)), expected)
 
 
+def test_an_adapter_of_another_name(models, modules_cache):
+    student = get_peft_model(load(models / "base"), LORA, adapter_name="mine")
+    expected = mixed.blended(student, None, 0.4, "logits", INPUTS, SETTINGS)
+    policy = export_mixed_policy(student, None, 0.4, models / "policy")
+    assert {path.name for path in (policy / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    mixed.assert_same_decoding(decoded(trusted(policy)), expected)
+
+
+def test_the_base_is_what_is_in_memory(models, modules_cache, loads):
+    """Its folder has changed since it was loaded."""
+    student = tiny_lora(load(models / "base"))
+    expected = mixed.blended(student, None, 0.4, "logits", INPUTS, SETTINGS)
+    load(models / "other").save_pretrained(models / "base")
+    policy = export_mixed_policy(student, None, 0.4, models / "policy")
+    mixed.assert_same_decoding(decoded(trusted(policy)), expected)
+
+
+@pytest.mark.parametrize(("dtype", "is_base"), [("float32", True), ("bfloat16", True), ("float16", False)])
+def test_a_base_in_another_dtype(models, dtype, is_base):
+    student = get_peft_model(AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype), LORA)
+    assert (model_files.base_source(student) is not None) == is_base
+    load(models / "base").bfloat16().save_pretrained(models / "base")  # a rounded copy is not what is in memory
+    assert (model_files.base_source(student) is not None) == (dtype == "bfloat16")
+
+
 def test_another_reference(models, modules_cache, loads):
     student, other = tiny_lora(load(models / "base")), load(models / "other")
     expected = mixed.blended(student, other, 0.4, "logits", INPUTS, SETTINGS)
@@ -121,9 +154,25 @@ def test_changed_base(models, modules_cache):
         trusted(policy)
 
 
-def test_an_adapter_that_changed_its_base_is_refused(models):
+@pytest.mark.parametrize(
+    ("settings", "is_refused"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, True),
+        ({"init_lora_weights": "of_a_later_peft"}, True),
+        ({"bias": "lora_only"}, True),
+        ({"init_lora_weights": "gaussian"}, False),
+        ({"init_lora_weights": False}, False),
+    ],
+)
+def test_an_adapter_that_changed_its_base_is_refused(models, settings, is_refused):
+    """As a checkpoint and in memory alike."""
     path = models / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
-    with pytest.raises(UnsupportedError, match="pissa"):
-        export_mixed_policy(models / "adapter", None, 0.4, models / "policy")
-    assert not (models / "policy").exists()
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    student = tiny_lora(load(models / "base"))
+    for name, value in settings.items():
+        setattr(student.peft_config["default"], name, value)
+    for one in (models / "adapter", student):
+        with pytest.raises(UnsupportedError, match="|".join(settings)) if is_refused else nullcontext():
+            export_mixed_policy(one, None, 0.4, models / "policy")
+        assert (models / "policy").exists() != is_refused
+        shutil.rmtree(models / "policy", ignore_errors=True)

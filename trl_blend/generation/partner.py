@@ -1,7 +1,7 @@
 """A frozen partner model that follows the student's rollout with a key-value cache of its own."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from trl_blend.errors import UnsupportedError
 
 
-# Initialisations that change the base weights, so that without its adapter the model is not the one it started from
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Named initialisations of LoRA that leave the base's weights as they are. All others may change them (PiSSA does), so
+# that without its adapter the model is not the one it started from.
+_INITS_THAT_KEEP_THE_BASE = {"eva", "gaussian", "orthogonal"}
 
 
 def innermost_model(model: nn.Module, argument: str) -> GenerationMixin:
@@ -75,17 +76,28 @@ def check_adapters_can_be_disabled(model: nn.Module) -> None:
             "a model with LoRA adapters."
         )
     for name, config in _peft_configs(getattr(model, "_orig_mod", model)).items():
-        bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
-        if bias not in (None, "none"):
+        changed_by = what_changes_the_base(config.to_dict())
+        if changed_by is not None:
             raise UnsupportedError(
-                f"`teacher` is None, but adapter {name!r} has `bias={bias!r}`: it trains the base's own biases, so "
-                "the base is no fixed reference. Use `bias='none'`, or pass a separate `teacher`."
+                f"`teacher` is None, but adapter {name!r} has `{changed_by}`, which changes the base's weights: "
+                "disabling it does not give the base back. Pass a separate `teacher`."
             )
-        if isinstance(init, str) and init.lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
-            raise UnsupportedError(
-                f"`teacher` is None, but adapter {name!r} has `init_lora_weights={init!r}`, which changed the base's "
-                "weights, so disabling it does not give the base back. Pass a separate `teacher`."
-            )
+
+
+def what_changes_the_base(settings: Mapping[str, Any]) -> str | None:
+    """
+    The setting with which an adapter changes its base's own weights; `None` if disabling it gives the base back.
+
+    Args:
+        settings (`Mapping[str, Any]`):
+            Fields of its PEFT configuration.
+    """
+    bias, init = settings.get("bias", "none"), settings.get("init_lora_weights", True)
+    if bias not in (None, "none"):
+        return f"bias={bias!r}"
+    if isinstance(init, str) and init.lower() not in _INITS_THAT_KEEP_THE_BASE:
+        return f"init_lora_weights={init!r}"
+    return None
 
 
 class PartnerDecoder:

@@ -63,7 +63,8 @@ def export_mixed_policy(
             Whether to copy the reference into the directory. By default a Hub id is pinned to its commit, anything
             else copied.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether tokenizers may run code of their own. Models with code of their own are refused.
+            Whether a reference's tokenizer may run code of its own to be compared. Models, and a student's tokenizer,
+            with code of their own are refused.
 
     Returns:
         `Path`: `output_dir`.
@@ -95,6 +96,8 @@ def export_mixed_policy(
     output = Path(output_dir)
     load = {"trust_remote_code": trust_remote_code or None}
     one = _described(student, "student", student_revision, processing_class, load)
+    if not type(one.tokenizer).__module__.startswith("transformers."):
+        raise UnsupportedError(_TOKENIZER_CODE.format(type(one.tokenizer).__name__))
     if copy_reference is False and one.adapter is not None and not (one.base and one.base.in_hub and one.base.commit):
         raise ConfigError(_NOT_PINNED.format("student", "its base is no Hub id"))
     others = []
@@ -110,6 +113,11 @@ _ADAPTER = (
     "base is `reference=None`."
 )
 _NOT_PINNED = "`copy_reference=False` pins a Hub id to its commit, but `{}`: {}. Leave `copy_reference` out."
+
+_TOKENIZER_CODE = (
+    "The tokenizer of `student` ({}) runs code of its own, and a mixed policy runs no code but its generate.py. Pass "
+    "a `processing_class` that transformers knows."
+)
 
 
 @dataclass
@@ -271,8 +279,7 @@ def _write_student(student: _Model, output: Path) -> None:
                 if checkpoint is not None and (checkpoint.folder / "generation_config.json").is_file():
                     generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
         else:
-            name = model_files.AdapterConfig.of_model(student.model)
-            student.model.save_pretrained(folder, selected_adapters=[name.adapter_name if name else "default"])
+            model_files.save_adapter(student.model, folder)
             generation_config = student.model.generation_config
         model_files.write_adapter_root(output, student.config, generation_config, student.dtype)
     student.tokenizer.save_pretrained(output)

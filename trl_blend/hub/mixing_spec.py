@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from trl_blend import __version__
@@ -49,8 +49,8 @@ class ModelSource:
             raise ConfigError(f"`repo_id={self.repo_id!r}` has no `commit`. Pin it, so that it cannot change later.")
 
     def below(self, prefix: str) -> "ModelSource":
-        """The same source, seen from another folder: `prefix` leads from there to the folder of `path`'s parent."""
-        return self if self.path is None else replace(self, path=str(PurePosixPath(prefix, self.path)))
+        """The same source, seen from another folder: `prefix` leads from there to the folder that it lies in."""
+        return self if self.path is None else replace(self, path=str(PurePosixPath(prefix, PurePath(self.path).name)))
 
 
 @dataclass(frozen=True)

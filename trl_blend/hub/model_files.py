@@ -1,6 +1,7 @@
 """The files of the models in an exported directory: copied from a checkpoint, or saved from memory."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,25 @@ import torch
 from transformers import GenerationConfig
 
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.generation.partner import adapter_layers, check_adapters_can_be_disabled
+from trl_blend.generation.partner import adapter_layers, check_adapters_can_be_disabled, what_changes_the_base
 from trl_blend.hub.mixing_spec import ModelSource, file_hashes
-from trl_blend.teacher.checkpoints import Checkpoint, find_checkpoint, weight_files
+from trl_blend.teacher.checkpoints import Checkpoint, find_checkpoint, weight_files, weight_tensors
 from trl_blend.teacher.model_state import AdapterConfig, hashable_state, unhashable_reason
+from trl_blend.teacher.weights import fingerprint_tensors, layout_of
 
+
+logger = logging.getLogger(__name__)
 
 GENERATE_FILE = "custom_generate/generate.py"
 ADAPTER_FOLDER = "adapter"
+# What is written beside `mixing.json` for an adapter; beside a full model they are its own
+BASE_CONFIGS = ("config.json", "generation_config.json")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # What `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)` is to load the model with
-_AUTO_MAP = {"AutoModelForCausalLM": "custom_generate/generate.MixedPolicy"}
+AUTO_MAP = {"AutoModelForCausalLM": "custom_generate/generate.MixedPolicy"}
 _SMALL_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 # Of a training run, of an adapter, or of another export
 _NOT_COPIED = {"adapter_config.json", "logit_mix_state.json", "mixing.json", "trainer_state.json"}
-_HARMLESS_INITS = {"default", "eva", "gaussian", "orthogonal"}
 
 
 def add_code(folder: Path) -> None:
@@ -36,7 +42,7 @@ def point_config_at_code(folder: Path) -> None:
     """Let `config.json` name the class in `custom_generate/generate.py` that loads the policy."""
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["auto_map"] = content.get("auto_map", {}) | _AUTO_MAP
+    content["auto_map"] = content.get("auto_map", {}) | AUTO_MAP
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -54,6 +60,18 @@ def copy_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*weight_files(checkpoint, "adapter_model"), checkpoint.folder / "adapter_config.json"]:
         shutil.copyfile(path, folder / path.name)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Save the active adapter of a model in memory."""
+    settings = AdapterConfig.of_model(model)
+    name = (settings and settings.adapter_name) or "default"
+    model.save_pretrained(folder, selected_adapters=[name])
+    if (folder / name).is_dir():  # where PEFT puts an adapter of any name but "default"
+        for path in list((folder / name).iterdir()):
+            path.replace(folder / path.name)
+        (folder / name).rmdir()
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -87,18 +105,45 @@ def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def base_source(model: Any) -> Checkpoint | None:
+def base_source(model: Any, revision: str | None = None, *, is_known: bool = False) -> Checkpoint | None:
     """
     Checkpoint that the adapters of a model in memory were put on: a folder, or a Hub id whose commit is in the cache.
-    `None` if its configuration does not say, or it is not there any more.
+    `None` if there is none with these weights: neither PEFT nor the model says which revision it was loaded from.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+        revision (`str`, *optional*):
+            Branch, tag or commit that its base was loaded from.
+        is_known (`bool`, *optional*, defaults to `False`):
+            Whether it certainly was loaded from there, so that no weights have to be compared.
     """
     settings = AdapterConfig.of_model(model)
-    name = (settings and settings.base_name) or ""
+    if settings is None or not settings.base_name:
+        return None
     try:
-        checkpoint = find_checkpoint(name, settings and settings.base_revision, local_files_only=True)
+        checkpoint = find_checkpoint(settings.base_name, revision or settings.base_revision, local_files_only=True)
+        if not (checkpoint.folder / "config.json").is_file():
+            return None
+        return checkpoint if is_known or _is_loaded_from(model, settings, checkpoint) else None
     except ConfigError:
         return None
-    return checkpoint if (checkpoint.folder / "config.json").is_file() else None
+
+
+def _is_loaded_from(model: Any, settings: AdapterConfig, checkpoint: Checkpoint) -> bool:
+    """Whether the base under the adapters has the weights of a checkpoint, or those in bfloat16."""
+    reason = unhashable_reason(model)
+    if reason is not None:
+        logger.warning(
+            f"The base of the adapter cannot be compared with {checkpoint.name!r} ({reason}), so mixing.json names "
+            f"what is there now, {checkpoint.commit or checkpoint.folder}. If it was loaded from another revision, "
+            "pass the student by its name."
+        )
+        return True
+    layout = layout_of(model.config)
+    found = fingerprint_tensors(hashable_state(model, settings)[0], layout)
+    stored = fingerprint_tensors(weight_tensors(checkpoint), layout)
+    return found.sha256 in (stored.sha256, stored.sha256_bfloat16)
 
 
 def check_base_is_reference(adapter: Any, argument: str = "student") -> None:
@@ -124,11 +169,11 @@ def check_base_is_reference(adapter: Any, argument: str = "student") -> None:
         check_adapters_can_be_disabled(adapter)
         return
     fields = json.loads((adapter.folder / "adapter_config.json").read_text(encoding="utf-8"))
-    init, bias = fields.get("init_lora_weights", True), fields.get("bias", "none")
-    if bias not in (None, "none") or (isinstance(init, str) and init.lower() not in _HARMLESS_INITS):
+    changed_by = what_changes_the_base(fields)
+    if changed_by is not None:
         raise UnsupportedError(
-            f"The adapter {adapter.name!r} has `bias={bias!r}` and `init_lora_weights={init!r}`, which changed the "
-            "base's own weights. Pass the reference as a model of its own."
+            f"The adapter {adapter.name!r} has `{changed_by}`, which changes the base's own weights. Pass the "
+            "reference as a model of its own."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from ..hub import former_export
 from ..hub.curves import Panel
 from . import _cards, _pushing, _reporting
 
@@ -25,6 +26,9 @@ class RunMixin:
     reward); optionally `decoding` (`"greedy"`), and for the model index `dataset` (id on the Hub), `split` and
     `policy`, the one that is published.
     """
+
+    mixed_policy_files: Any = None
+    """What is saved beside the model to decode it with its teachers, if anything."""
 
     _template_name: str
     _panels: tuple[Panel, ...]
@@ -57,6 +61,12 @@ class RunMixin:
 
     def write_run_state(self, folder: Path) -> None:
         """Write what a checkpoint of this trainer holds beside its parent's. The main process calls it."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, see [`~transformers.Trainer.save_model`]. What an earlier run mixed there is removed."""
+        if self.mixed_policy_files is None and self.args.should_save:
+            former_export.clear(Path(output_dir or self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -96,6 +106,8 @@ class RunMixin:
         if self.args.should_save and self.args.hub_strategy != HubStrategy.END:
             self.write_run_state(Path(checkpoint_folder))  # before the upload of the folder starts
             _pushing.copy_beside_model(checkpoint_folder, self.args.output_dir)
+            if self.mixed_policy_files is None:
+                former_export.clear(Path(self.args.output_dir))
         _pushing.report_failed_pushes(self)
         super()._push_from_checkpoint(checkpoint_folder)
 

@@ -8,15 +8,14 @@ Decodes a mixed policy: the model of this repository (the student) and frozen re
 What there is to audit: this file reads `mixing.json` beside it (weights, space, references), loads the references from
 this repository (every file compared with its SHA-256) or from the Hub (pinned to a commit), and puts one logits
 processor in front of those that `generate` gets. It writes no file, opens no connection but the Hub client's
-downloads, and runs no other code of a repository. It needs torch and transformers, and peft if the student is an
-adapter. The same file is in every export of `trl_blend`; nothing of that package is needed to run it.
+downloads, and runs no other code of a repository. It needs torch, transformers 5.10 or later, and peft if the student
+is an adapter. The same file is in every export of `trl_blend`; nothing of that package is needed to run it.
 
 Mixed are next-token logits, `(1 - sum(w)) * student + sum(w_i * reference_i)` with `"space": "logits"`, or the
 probabilities with `"space": "probs"` (each model divided by the temperature first). Temperature, top-k, top-p and the
 caller's own processors then act on the mixture. Only `generate` mixes: `forward` is the student's.
 """
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,6 +45,7 @@ from transformers.utils import cached_file
 
 
 SCHEMA_VERSION = 1
+TRANSFORMERS = (5, 10)  # the oldest release that this is made for
 HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 _SIGNATURE = inspect.signature(GenerationMixin.generate)
 # Tensors that the references get too, or that do not concern them; any other would reach the student alone
@@ -53,6 +54,13 @@ _SHARED_TENSORS = {"input_ids", "attention_mask", "negative_prompt_ids", "negati
 
 class MixedPolicyError(RuntimeError):
     """The mixture cannot be decoded. Never an OSError: transformers takes one for a repository without this file."""
+
+
+if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < TRANSFORMERS:
+    raise MixedPolicyError(
+        f"A mixed policy needs transformers {'.'.join(map(str, TRANSFORMERS))}, and {transformers.__version__} is "
+        "installed. Run `pip install -U transformers`."
+    )
 
 
 class Repository(NamedTuple):
@@ -65,7 +73,7 @@ class Repository(NamedTuple):
     def of(cls, name: str, options: dict[str, Any]) -> "Repository":
         options = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
         if os.path.isdir(name):
-            return cls(os.path.abspath(name), {})
+            return cls(os.path.realpath(name), {})
         # transformers copies this file of a Hub repository into a folder named after the commit
         commit = Path(__file__).parents[1].name
         if not re.fullmatch("[0-9a-f]{40}", commit):
@@ -74,6 +82,10 @@ class Repository(NamedTuple):
                 f"{os.getcwd()!r}. Load it again from where it is now."
             )
         return cls(name, options | {"revision": commit})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `model.generate` holds this: a saved model has no token in it
+        return Repository, (self.name, {key: value for key, value in self.options.items() if key != "token"})
 
     def file(self, name: str) -> Path:
         try:
@@ -107,6 +119,11 @@ class MixedPolicy:
     @classmethod
     def from_pretrained(cls, name: str, *args: Any, config: Any, **kwargs: Any) -> Any:
         """The student, an ordinary transformers model, with `generate` replaced by the one below."""
+        if kwargs.get("subfolder"):
+            raise MixedPolicyError(
+                f"`subfolder={kwargs['subfolder']!r}` would load a student from there and mix as {str(name)!r} says. "
+                "Load that folder by its own path; of a Hub repository, fetch it first with `hf download`."
+            )
         repository = Repository.of(str(name), kwargs)
         spec = _read_spec(repository)
         del config.auto_map  # a copy that is saved elsewhere has no such file
@@ -141,8 +158,9 @@ def generate(*args: Any, model: Any, _repository: Repository | None = None, **kw
         _repository = Repository.of(str(named or model.name_or_path), kwargs)
     elif named is not None and Repository.of(str(named), kwargs).name != _repository.name:
         raise MixedPolicyError(f"`custom_generate={named!r}`: this model already decodes {_repository.name!r}.")
-    for option in (*HUB_OPTIONS, "trust_remote_code"):
-        kwargs.pop(option, None)
+    given = {option: kwargs.pop(option, None) for option in (*HUB_OPTIONS, "trust_remote_code")}
+    if given["token"] is not None and _repository.options:  # a model that was pickled or copied has lost its own
+        _repository = _repository._replace(options=_repository.options | {"token": given["token"]})
     mixtures = _MIXTURES.setdefault(model, {})
     if _repository.name not in mixtures:
         mixtures[_repository.name] = _load_mixture(model, _repository, loaded_here)
@@ -204,7 +222,7 @@ def _load_mixture(student: Any, repository: Repository, loaded_here: bool) -> Mi
 
 def _check_tokenizer(spec: dict[str, Any], repository: Repository) -> None:
     repository.file("tokenizer_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(repository.name, **repository.options)
+    tokenizer = AutoTokenizer.from_pretrained(repository.name, trust_remote_code=False, **repository.options)
     text = json.dumps(tokenizer.get_vocab(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != spec["tokenizer_sha256"]:
         raise MixedPolicyError(
@@ -228,6 +246,7 @@ def _load(entry: dict[str, Any], student: Any, repository: Repository) -> Any:
     spread = len(set((getattr(student, "hf_device_map", None) or {}).values())) > 1
     name, kwargs = _located(repository, entry, {key: v for key, v in repository.options.items() if key != "revision"})
     kwargs.update(attn_implementation=student.config._attn_implementation, device_map="auto" if spread else None)
+    kwargs.update(trust_remote_code=False)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
     except OSError as error:
@@ -256,18 +275,12 @@ class MixtureProcessor(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = [follower.step(input_ids).to(scores) for follower in self.followers]
-        # Forbidden: what `generate` forbade, and rows that a reference lacks, being padding and no tokens
-        forbidden = scores == -math.inf
-        forbidden[:, min(one.shape[-1] for one in logits) :] = True
-        models = [scores, *(_aligned(one, scores.shape[-1]) for one in logits)]
-        models = [one.masked_fill(forbidden, -math.inf) / self.temperature for one in models]
-        return _mix(self.mixture, models) * self.temperature
-
-
-def _aligned(logits: torch.Tensor, rows: int) -> torch.Tensor:
-    missing = max(rows - logits.shape[-1], 0)
-    return torch.nn.functional.pad(logits[:, :rows], (0, missing), value=-math.inf)
+        models = [scores, *(follower.step(input_ids).to(scores) for follower in self.followers)]
+        rows = min(one.shape[-1] for one in models)  # more rows than the smallest model has are padding and no tokens
+        forbidden = scores[:, :rows] == -math.inf  # by `generate`
+        models = [one[:, :rows].masked_fill(forbidden, -math.inf) / self.temperature for one in models]
+        missing = (0, scores.shape[-1] - rows)
+        return torch.nn.functional.pad(_mix(self.mixture, models) * self.temperature, missing, value=-math.inf)
 
 
 def _mix(mixture: Mixture, models: list[torch.Tensor]) -> torch.Tensor:
@@ -285,7 +298,8 @@ class Follower:
     """Lets a reference read along: the prompt first, then one token per step, with a key-value cache of its own."""
 
     def __init__(self, model: Any, mask: torch.Tensor, *, without_adapters: bool) -> None:
-        self.model, self.mask, self.without_adapters = model, mask, without_adapters
+        self.model, self.mask = model, mask
+        self.disabled = _adapter_layers(model) if without_adapters else []
         self.state: dict[str, Any] | None = None
 
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -296,7 +310,7 @@ class Follower:
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=None if first else 1, is_first_iteration=first, **self.state
         )
-        with _adapters_disabled(model) if self.without_adapters else contextlib.nullcontext():
+        with _adapters_disabled(self.disabled):
             outputs = model(**inputs, return_dict=True)
         self.state = model._update_model_kwargs_for_generation(outputs, self.state)
         return outputs.logits[:, -1].clone()
@@ -323,8 +337,7 @@ def _adapter_layers(model: Any) -> list[Any]:
 
 
 @contextmanager
-def _adapters_disabled(model: Any) -> Iterator[None]:
-    layers = _adapter_layers(model)
+def _adapters_disabled(layers: list[Any]) -> Iterator[None]:
     saved = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

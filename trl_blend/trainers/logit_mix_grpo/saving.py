@@ -2,23 +2,24 @@
 
 import copy
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ... import _compat
 from ...errors import ConfigError, UnsupportedError
-from ...hub import model_files
+from ...hub import former_export, model_files
 from ...hub.mixing_spec import SPEC_FILE, MixingSpec, ModelSource
-from ...teacher.checkpoints import find_checkpoint
+from ...teacher.checkpoints import Checkpoint, find_checkpoint
 from ...teacher.loading import find_tokenizer
+from ...teacher.model_state import AdapterConfig
 from ...teacher.tokenizer_identity import fingerprint_tokenizer
 
 
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_WEIGHTS = (
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    "adapter_model.safetensors",
-    "adapter/adapter_model.safetensors",
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.safetensors")
+# Settings of loading a teacher after which its repository and commit are all there is to say: any other is copied
+_OF_NO_MATTER = set(
+    "attn_implementation device_map dtype local_files_only low_cpu_mem_usage max_memory revision token torch_dtype "
+    "trust_remote_code use_safetensors".split()
 )
+# Settings of loading the student that lead elsewhere than its name and revision
+_ELSEWHERE = {"cache_dir", "gguf_file", "subfolder", "variant"}
 
 
 class MixedPolicyFiles:
@@ -48,18 +50,21 @@ class MixedPolicyFiles:
     Args:
         trainer ([`LogitMixGRPOTrainer`]):
             Trainer with its partners.
+        student (`str` or [`~transformers.PreTrainedModel`]):
+            Its student as it was given.
         teachers (`list`):
             Its teachers as they were given.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]:
-            If the base of an adapter has no name and is sharded, so that it could not be saved later.
+            If the base of an adapter has no name and is sharded, so that it could not be saved later, or the adapter
+            has a name of its own.
     """
 
-    def __init__(self, trainer: "LogitMixGRPOTrainer", teachers: list) -> None:
+    def __init__(self, trainer: "LogitMixGRPOTrainer", student: Any, teachers: list) -> None:
         self.trainer = trainer
         self.is_adapter = is_peft_model(trainer.model)
-        self.base = model_files.base_source(trainer.model) if self.is_adapter else None
+        self.base = self._find_base(student) if self.is_adapter else None
         sharded = trainer._dist.is_fsdp or trainer._dist.is_zero3
         if self.is_adapter and self.base is None and sharded:
             raise UnsupportedError(
@@ -70,19 +75,28 @@ class MixedPolicyFiles:
         # Resolved now: the cache may know another commit under the same name when the first checkpoint is written
         self._pinned = [self._pin(teacher) for teacher in teachers]
         self._written: dict[Path, tuple[tuple[ModelSource, ...], ModelSource | None]] = {}
+        self._former: MixingSpec | None = None
+        if trainer.args.push_to_hub:
+            self._warn_of_uploads()
 
     def start(self, folder: Path) -> None:
         """Before the parent writes: until `finish` the folder refuses to be decoded."""
-        (folder / SPEC_FILE).unlink(missing_ok=True)
+        self._former = former_export.take_down(folder)
         model_files.add_code(folder)
 
     def finish(self, folder: Path) -> None:
         """After the parent has written the student."""
-        if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-            shutil.rmtree((folder / model_files.GENERATE_FILE).parent)
+        if any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+            self._finish(folder)
+        else:
+            former_export.take_down(folder)
             logger.warning(f"{folder} holds sharded weights only, so it cannot be decoded: no {SPEC_FILE} is written.")
-            return
-        is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        former_export.remove_unnamed(self._former, folder)
+
+    def _finish(self, folder: Path) -> None:
+        # By the number too: `output_dir` itself may be called "checkpoint-…"
+        within = Path(self.trainer.args.output_dir).resolve() in folder.resolve().parents
+        is_checkpoint = within and re.fullmatch(r"checkpoint-\d+", folder.name) is not None
         references, base = self._references(folder.parent if is_checkpoint else folder)
         adapter, student = None, self._student()
         if self.is_adapter:
@@ -91,6 +105,7 @@ class MixedPolicyFiles:
             if not is_checkpoint:
                 _move_adapter(folder)
         model_files.point_config_at_code(folder)
+        loaded = self.trainer.loaded_policy
         spec = MixingSpec(
             weights=self.trainer.current_weights(),
             references=references,
@@ -98,30 +113,46 @@ class MixedPolicyFiles:
             tokenizer_sha256=fingerprint_tokenizer(self.trainer.processing_class).parts["vocabulary"],
             adapter=adapter,
             base=base,
-            step=self.trainer.state.global_step,
+            step=self.trainer.state.global_step if loaded is None else loaded.step,
         )
         (spec.below("..") if is_checkpoint else spec).write(folder)
 
     def follow(self, checkpoint: Path, output_dir: Path) -> None:
         """Bring `output_dir`, into which the parent has copied the student of a checkpoint, up to that checkpoint."""
-        if not (checkpoint / SPEC_FILE).is_file():
-            return
-        spec = MixingSpec.read(checkpoint)
-        if spec.adapter is not None:
-            _move_adapter(output_dir)
-            spec = replace(spec, adapter=model_files.ADAPTER_FOLDER)
-        references = tuple(_beside(reference) for reference in spec.references)
-        model_files.add_code(output_dir)
-        replace(spec, references=references, base=spec.base and _beside(spec.base)).write(output_dir)
+        former = former_export.take_down(output_dir)
+        for name in model_files.BASE_CONFIGS:
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, output_dir / name)
+        if (checkpoint / SPEC_FILE).is_file():
+            spec = MixingSpec.read(checkpoint).below("")
+            if spec.adapter is not None:
+                _move_adapter(output_dir)
+                spec = replace(spec, adapter=model_files.ADAPTER_FOLDER)
+            model_files.add_code(output_dir)
+            spec.write(output_dir)
+        former_export.remove_unnamed(former, output_dir)
 
     def _student(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
+    def _find_base(self, student: Any) -> Checkpoint | None:
+        name = AdapterConfig.of_model(self.trainer.model).adapter_name
+        if name != "default":
+            raise UnsupportedError(
+                f"The adapter of `model` is called {name!r}. transformers copies an adapter of that name neither to "
+                "the Hub nor back from a checkpoint. Leave `adapter_name` out of `get_peft_model`."
+            )
+        load = (self.trainer.args.model_init_kwargs or {}) if isinstance(student, str) else {}
+        is_known = isinstance(student, str) and not _ELSEWHERE & load.keys()
+        return model_files.base_source(self.trainer.model, load.get("revision"), is_known=is_known)
+
     def _pin(self, teacher: Any) -> ModelSource | None:
-        if not isinstance(teacher, str):
+        args = self.trainer.args
+        load = {"revision": args.teacher_model_revision} | (args.teacher_model_init_kwargs or {})
+        if not isinstance(teacher, str) or load.keys() - _OF_NO_MATTER:
             return None
         try:
-            checkpoint = find_checkpoint(teacher, self.trainer.args.teacher_model_revision, local_files_only=True)
+            checkpoint = find_checkpoint(teacher, load["revision"], local_files_only=True)
         except ConfigError:
             return None
         if self.base is not None and checkpoint.folder.resolve() == self.base.folder.resolve():
@@ -129,6 +160,22 @@ class MixedPolicyFiles:
         if not checkpoint.in_hub or checkpoint.commit is None or checkpoint.is_adapter:
             return None
         return ModelSource(repo_id=teacher, commit=checkpoint.commit)
+
+    def _warn_of_uploads(self) -> None:
+        single = len(self.trainer.partners) == 1
+        copied = {
+            "teacher_model" if single else f"teacher_model[{index}]": partner
+            for index, (partner, pinned) in enumerate(zip(self.trainer.partners, self._pinned, strict=True))
+            if pinned is None
+        }
+        if self.is_adapter and (self.base is None or not self.base.in_hub or self.base.commit is None):
+            copied["the base of `model`"] = self._student()
+        if copied:
+            sizes = [f"{name} ({_gigabytes(model):.2g} GB)" for name, model in copied.items()]
+            logger.warning(
+                f"`push_to_hub=True` uploads {', '.join(sizes)} to {self.trainer.hub_model_id!r} too: only a model "
+                "given by its Hub id can be referred to instead. Whoever may read the repository may read these."
+            )
 
     def _references(self, home: Path) -> tuple[tuple[ModelSource, ...], ModelSource | None]:
         """References of a `mixing.json` in `home`, and what the student's adapter is put on; written once."""
@@ -179,7 +226,21 @@ class MixedPolicySaving:
     """In front of the other bases: with `mixed_policy_files` set, what is saved and pushed is the mixture."""
 
     mixed_policy_files: MixedPolicyFiles | None = None
+    loaded_policy: MixingSpec | None = None
+    """Mixture of the best checkpoint, once the student is that checkpoint's (`load_best_model_at_end`)."""
     args: Any
+    state: Any
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, see [`~transformers.Trainer.train`]."""
+        self.loaded_policy = None
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        best = Path(self.state.best_model_checkpoint)
+        if self.mixed_policy_files is not None and (best / SPEC_FILE).is_file():
+            self.loaded_policy = MixingSpec.read(best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -205,16 +266,16 @@ class MixedPolicySaving:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
 
-def _beside(source: ModelSource) -> ModelSource:
-    return source if source.path is None else replace(source, path=PurePosixPath(source.path).name)
-
-
 def _move_adapter(folder: Path) -> None:
     target = folder / model_files.ADAPTER_FOLDER
     target.mkdir(exist_ok=True)
-    for name in _ADAPTER_FILES:
+    for name in model_files.ADAPTER_FILES:
         if (folder / name).is_file():
             os.replace(folder / name, target / name)
+
+
+def _gigabytes(model: Any) -> float:
+    return sum(p.element_size() * getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e9
 
 
 def _merged(partner: Any) -> Any:

@@ -167,7 +167,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         check_student(self, teachers)
         self._prepare_partners(teachers)
         if args.objective == "mixed":
-            self.mixed_policy_files = MixedPolicyFiles(self, teachers)
+            self.mixed_policy_files = MixedPolicyFiles(self, model, teachers)
         if args.teacher_weight_schedule == "adaptive":
             rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
             warn_of_few_prompts(len(rows), args.adaptive_num_prompts)
@@ -190,7 +190,9 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     # Weights
 
     def current_weights(self) -> tuple[float, ...]:
-        """Teacher weights of the next generation batch."""
+        """Teacher weights of the next generation batch; of the best checkpoint, once that is loaded."""
+        if self.loaded_policy is not None:
+            return self.loaded_policy.weights
         if self.args.teacher_weight_schedule == "adaptive":
             return self.adaptive_weights
         return tuple(schedule(self.state.global_step) for schedule in self._schedules)
