@@ -1,5 +1,6 @@
 """`trl-blend export`: a mixed policy as a folder, or repository, that runs without this package."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ def _push(folder: Path, repository: str, private: bool) -> str:
 
     from trl_blend.teacher.hub_errors import Push, explained_errors
 
-    kept = f"The mixed policy is in {str(folder)!r}."
-    with explained_errors(Push(repository, "--push_to_hub", "HF_TOKEN", kept=kept)):
+    again = f"The mixed policy is in {str(folder)!r}: `hf upload {repository} {shlex.quote(str(folder))}` sends it."
+    with explained_errors(Push(repository, "--push_to_hub", "HF_TOKEN", kept=again, again="")):
         api = HfApi()
         name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload mixed policy"))

@@ -24,6 +24,8 @@ class Push(NamedTuple):
             Token that was given; otherwise the client looks for one.
         kept (`str`, *optional*, defaults to `""`):
             Sentence that says where the files are meanwhile.
+        again (`str`, *optional*):
+            Sentence that says how to go on when the Hub answers again. By default, to push again.
     """
 
     repo_id: str
@@ -31,6 +33,7 @@ class Push(NamedTuple):
     token_argument: str
     token: str | None = None
     kept: str = ""
+    again: str = _LATER
 
 
 @contextmanager
@@ -116,7 +119,7 @@ def _advice(error: BaseException, push: Push) -> str:
     if status is None and isinstance(error, ValueError):
         return "Correct what the card's first lines say: it comes from the arguments of `push_to_hub`."
     if status in (408, 429) or (status or 0) >= 500:
-        return f"The Hub is busy or has a fault (https://status.huggingface.co). {_LATER}"
+        return f"The Hub is busy or has a fault (https://status.huggingface.co). {push.again}"
     if status is None:
-        return f"Check the network and `HF_ENDPOINT`. {_LATER}"
-    return f"Check `{push.repo_argument}` and the limits of your account. {_LATER}"
+        return f"Check the network and `HF_ENDPOINT`. {push.again}"
+    return f"Check `{push.repo_argument}` and the limits of your account. {push.again}"

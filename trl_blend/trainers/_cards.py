@@ -178,7 +178,7 @@ def rows_per_step(args: Any) -> int:
 
 def rollouts_text(rollouts: int, per_prompt: int) -> str:
     """What a step is made of, in words."""
-    return f"{rollouts:,} rollouts: {rollouts // per_prompt:,} prompts with {per_prompt} each"
+    return f"{rollouts:,} rollouts: {_number(rollouts // per_prompt, 'prompt')} with {per_prompt} each"
 
 
 def num_rows(dataset: Any) -> int | None:

@@ -36,7 +36,8 @@ def prepare_repository(args: Any) -> None:
     failure: Exception | None = None
     if args.process_index == 0:
         try:
-            with hub_errors.explained_errors(_push(args, kept="Nothing has been trained yet.")):
+            push = _push(args, kept="Nothing has been trained yet.")
+            with hub_errors.explained_errors(push._replace(again="Start again later, or without `push_to_hub`.")):
                 _create(args)
         except Exception as error:  # the others wait for the outcome, whatever it is
             failure = error
