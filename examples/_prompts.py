@@ -68,6 +68,11 @@ def is_testbed(script_args: Any, dataset_args: Any) -> bool:
     return not script_args.dataset_name and not dataset_args.datasets
 
 
+def prompts_name(script_args: Any, dataset_args: Any) -> str | None:
+    """What the card calls the prompts."""
+    return str(TESTBED.parent) if is_testbed(script_args, dataset_args) else script_args.dataset_name
+
+
 def load_prompts(script_args: Any, dataset_args: Any) -> tuple[Any, Any]:
     """Train and test prompts; the test-bed's when no dataset is named."""
     from datasets import load_dataset
@@ -82,6 +87,8 @@ def load_prompts(script_args: Any, dataset_args: Any) -> tuple[Any, Any]:
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     elif name.endswith((".json", ".jsonl")):
+        if not Path(name).is_file():
+            raise ConfigError(f"`dataset_name={name}`: there is no such file. Correct the path.")
         dataset = load_dataset("json", data_files={script_args.dataset_train_split: name})
     else:
         dataset = load_dataset(name, name=script_args.dataset_config)

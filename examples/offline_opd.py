@@ -18,7 +18,6 @@ With a table of accuracy, on prompts with reference answers:
 
 import argparse
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from _prompts import (
     TESTBED_REWARDS,
@@ -149,9 +148,7 @@ def main(script_args, training_args, model_args):
         return {"student": means_and_errors(scores)}
 
     before, after = train_and_score(trainer, score)
-    # The card links to what is on the Hub only
-    hub_name = None if Path(script_args.dataset_name).exists() else script_args.dataset_name
-    finish(trainer, before, after, list(rewards), len(rows), hub_name)
+    finish(trainer, before, after, list(rewards), len(rows), script_args.dataset_name)
     if script_args.compare_live_steps:
         from _live_opd import compare_with_live
 

@@ -29,6 +29,7 @@ from _prompts import (
     is_testbed,
     load_prompts,
     load_reward,
+    prompts_name,
 )
 from _results import means_and_errors
 from _script import run
@@ -115,7 +116,7 @@ def main(script_args, training_args, model_args, dataset_args):
         return {"student": means_and_errors(greedy_rewards(trainer, rows, "student")), **frozen} if rows else {}
 
     before, after = train_and_score(trainer, score)
-    finish(trainer, before, after, list(rewards), len(rows), script_args.dataset_name)
+    finish(trainer, before, after, list(rewards), len(rows), prompts_name(script_args, dataset_args))
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
