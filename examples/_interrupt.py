@@ -39,6 +39,7 @@ class StopOnInterrupt(TrainerCallback):
         self.checkpoint: Path | None = None
         self._requested = self._stopping = False
         self._previous: Any = None
+        self._process = os.getpid()
 
     def on_train_begin(self, args, state, control, **kwargs):
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -48,7 +49,7 @@ class StopOnInterrupt(TrainerCallback):
     def _request(self, number: int, frame: Any) -> None:
         self.restore()  # the next one is Python's again
         self._requested = True
-        if is_main_process():
+        if is_main_process() and os.getpid() == self._process:  # workers of a dataloader are forks of it
             # Not `print`: the signal may have come in the middle of one
             os.write(2, b"\nStopping after this step, with a checkpoint. Ctrl-C again stops at once, without one.\n")
 
@@ -59,11 +60,18 @@ class StopOnInterrupt(TrainerCallback):
             self._previous = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._requested_anywhere():
+        if self.requested_anywhere():
             self._stopping = control.should_save = control.should_log = True
+            control.should_evaluate = False  # with `save_strategy="best"`, its result decides on the checkpoint
             args.save_only_model = False  # a run cannot go on from a model alone
+            args.save_total_limit = None  # with 1, the end of training deletes all checkpoints but the best
 
-    def _requested_anywhere(self) -> bool:
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._stopping:  # the checkpoint is written, and the end of an epoch is not what was asked for
+            control.should_evaluate = control.should_save = False
+
+    def requested_anywhere(self) -> bool:
+        """Whether SIGINT has reached any process; all of them have to ask."""
         if self.accelerator.num_processes == 1:
             return self._requested
         requests = torch.tensor(float(self._requested), device=self.accelerator.device)
@@ -85,7 +93,12 @@ def how_to_go_on(checkpoint: Any) -> str:
     return f"Go on with the same command and\n--resume_from_checkpoint {shlex.quote(str(checkpoint))}"
 
 
-def say_how_to_go_on(event: str, checkpoint: Any) -> None:
+def say_how_to_go_on(event: str, checkpoint: Path) -> None:
     """Write what happened and the command to standard error, once per launch."""
-    if is_main_process():
-        print(f"{event}\n{how_to_go_on(checkpoint)}", file=sys.stderr, flush=True)
+    if not is_main_process():
+        return
+    if checkpoint.is_dir():
+        event = f"{event}; the checkpoint is {checkpoint}.\n{how_to_go_on(checkpoint)}"
+    else:
+        event = f"{event}, but the checkpoint {checkpoint} is gone: another callback or program has removed it."
+    print(event, file=sys.stderr, flush=True)

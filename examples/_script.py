@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ _RENAMED = {
 }
 # The launcher ends all processes when one ends; the others wait that long for the message of the first
 _SECONDS_TO_SPEAK = 10.0
+_training_began = threading.Event()
 
 
 def run(main: Callable[..., None], make_parser: Callable[..., Any]) -> None:
@@ -43,14 +45,24 @@ def run(main: Callable[..., None], make_parser: Callable[..., Any]) -> None:
         make_parser (`Callable`):
             Makes the parser.
     """
+    _training_began.clear()
     try:
         main(*_parse(make_parser()))
     except KeyboardInterrupt:
         if is_main_process():
             say("Interrupted.")
         sys.exit(EXIT_INTERRUPTED)
-    except (TrlBlendError, OSError) as error:
+    except TrlBlendError as error:
         _fail(error)
+    except OSError as error:
+        if _training_began.is_set():
+            raise
+        _fail(error)
+
+
+def training_begins() -> None:
+    """From here on, an `OSError` keeps its traceback: it is a full disk or a reward's file, not a wrong path."""
+    _training_began.set()
 
 
 def _parse(parser: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from _interrupt import StopOnInterrupt, say_how_to_go_on
 from _results import print_table
+from _script import training_begins
 from trl_blend.cli.messages import EXIT_INTERRUPTED
 
 
@@ -51,6 +52,7 @@ def train_and_score(trainer: Any, score: Callable[[], Any]) -> tuple[Any, Any]:
     trainer.add_callback(stop)  # from here on, a checkpoint is worth something
     # On the command line "true" means the latest checkpoint of `output_dir`
     checkpoint = trainer.args.resume_from_checkpoint
+    training_begins()
     try:
         trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     finally:
@@ -58,15 +60,17 @@ def train_and_score(trainer: Any, score: Callable[[], Any]) -> tuple[Any, Any]:
     if stop.checkpoint is not None:
         step, steps = trainer.state.global_step, trainer.state.max_steps
         trainer.end()
-        say_how_to_go_on(
-            f"Stopped after step {step} of {steps}; the checkpoint is {stop.checkpoint}.", stop.checkpoint
-        )
+        say_how_to_go_on(f"Stopped after step {step} of {steps}", stop.checkpoint)
         sys.exit(EXIT_INTERRUPTED)
     trainer.save_model(trainer.args.output_dir)
     try:
+        if stop.requested_anywhere():  # after the last step, as in an evaluation at the end
+            raise KeyboardInterrupt
         return begin.result, score()
     except KeyboardInterrupt:
-        trainer.accelerator.print(f"The trained model is in {trainer.args.output_dir}; it has not been scored.")
+        trainer.accelerator.print(
+            f"Training is complete: the model is in {trainer.args.output_dir}; it has not been scored."
+        )
         raise
 
 

@@ -23,7 +23,7 @@ import argparse
 from dataclasses import dataclass, field
 
 from _prompts import TESTBED, PromptScriptArguments, is_testbed, load_prompts
-from _script import run
+from _script import run, training_begins
 from trl_blend.errors import ConfigError
 
 
@@ -133,6 +133,7 @@ def main(script_args, training_args, model_args, dataset_args):
         "dtype": model_args.dtype,
     }
     trainer = SFTTrainer(model=student, args=training_args, train_dataset=answers, processing_class=tokenizer)
+    training_begins()
     trainer.train()
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.teacher.collecting import rows_of, save_model, save_prompts
 from trl_blend import cli
-from trl_blend.cli import program
+from trl_blend.cli import program, training
 from trl_blend.teacher import rollouts, scoring
 from trl_blend.teacher.store import RolloutStore
 
@@ -176,6 +176,14 @@ def test_inspect_says_what_it_does_not_compare(world, capsys):
     assert note in capsys.readouterr().err
     assert cli.main(["inspect", world["scored"], *given]) == 0
     assert "note:" not in capsys.readouterr().err
+
+
+def test_a_zero_of_a_configuration_file_counts(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(training, "run", lambda name, arguments, command: given.extend(arguments) or 0)
+    (tmp_path / "demo.yaml").write_text("num_test_prompts: 0\nmax_steps: 7")
+    assert cli.main(["demo", "--config", str(tmp_path / "demo.yaml")]) == 0
+    assert given[given.index("--num_test_prompts") + 1] == "0" and given[given.index("--max_steps") + 1] == "7"
 
 
 # -------------------- errors of the user

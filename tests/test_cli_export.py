@@ -52,6 +52,21 @@ def test_a_configuration_file(models, tmp_path):
     assert json.loads((tmp_path / "out" / "mixing.json").read_text())["space"] == "probs"
 
 
+def test_lists_zeros_and_switches_of_a_configuration_file(models, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "trl_blend.hub.mixed_policy.export_mixed_policy", lambda *args, **settings: calls.append((args, settings))
+    )
+    config = tmp_path / "export.yaml"
+    lines = ["model_name_or_path: a", "output_dir: out", "copy_reference: false"]
+    for teachers, weights in (("[b, c]", "[0.3, 0]"), ("b", "0.0")):
+        given = [*lines, f"teacher_model_name_or_path: {teachers}", f"teacher_weight: {weights}"]
+        config.write_text("\n".join(given))
+        assert cli.main(["export", "--config", str(config)]) == 0
+    assert [args for args, _ in calls] == [("a", ["b", "c"], [0.3, 0.0], "out"), ("a", "b", 0.0, "out")]
+    assert [settings["copy_reference"] for _, settings in calls] == [False, False]
+
+
 @pytest.mark.parametrize(
     ("teachers", "options", "message"),
     [
@@ -85,6 +100,6 @@ def test_a_refused_push_says_what_to_do_and_where_the_files_are(hub_endpoint, mo
     push = ["--teacher_weight", "0.3", "--push_to_hub", "other/mixed"]
     assert cli.main([*command(models, tmp_path / "out", "first"), *push]) == 2
     error = capsys.readouterr().err
-    assert (
-        "Pushing to 'other/mixed' failed: " in error and f"The mixed policy is in {str(tmp_path / 'out')!r}." in error
-    )
+    folder = str(tmp_path / "out")
+    again = f"The mixed policy is in {folder!r}: `hf upload other/mixed {folder}` sends it."
+    assert "Pushing to 'other/mixed' failed: " in error and again in error

@@ -174,6 +174,18 @@ def test_the_first_one_saves_and_the_second_one_is_pythons(sigint, tmp_path, cap
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_forks_of_a_process_stay_silent(sigint, tmp_path, capfd):
+    callback = StopOnInterrupt(Accelerator(cpu=True))
+    callback.on_train_begin(None, TrainerState(), TrainerControl())
+    worker = os.fork()
+    if not worker:
+        signal.raise_signal(signal.SIGINT)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7  # it is left to the main process
+    assert capfd.readouterr().err == "" and not callback.requested_anywhere()
+    callback.restore()
+
+
 def test_without_one_nothing_happens(sigint, tmp_path):
     callback, control = StopOnInterrupt(Accelerator(cpu=True)), TrainerControl()
     callback.on_train_begin(None, TrainerState(), control)
@@ -207,7 +219,7 @@ def test_the_trained_model_is_saved_before_it_is_scored(sigint, tmp_path, capsys
     with pytest.raises(KeyboardInterrupt):
         train_and_score(trainer, score)
     assert events == ["train", str(tmp_path), "score"]
-    assert f"The trained model is in {tmp_path}" in capsys.readouterr().out
+    assert f"the model is in {tmp_path}; it has not been scored." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,29 @@ def test_settings_of_both_in_one_file(launched, tmp_path, environment):
     assert Path(launched("--config", config, "--accelerate_config", "fsdp2_cpu").config_file).stem == "fsdp2_cpu"
 
 
+def test_zeros_and_booleans_of_a_file_reach_accelerate(launched, tmp_path):
+    config = tmp_path / "run.yaml"
+    lines = ["output_dir: out", "use_cpu: true", "bf16: false", "num_processes: 4", "num_machines: 2"]
+    lines += ["machine_rank: 0", "main_process_port: 0", "fsdp_use_orig_params: false", "fsdp_offload_params: true"]
+    config.write_text("\n".join([*lines, "same_network: true", "tpu_use_sudo: false", "mixed_precision: no"]))
+    options = launched("--config", config)
+    assert (options.num_machines, options.machine_rank, options.main_process_port) == (2, 0, 0)
+    assert (options.fsdp_use_orig_params, options.fsdp_offload_params) == ("false", "true")
+    assert (options.same_network, options.tpu_use_sudo, options.mixed_precision) == (True, False, "no")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("num_processes: 0", "`--num_processes 0` must be at least 1."),
+        ("same_network: 1", "run.yaml`: `same_network: 1` is no true/false."),
+    ],
+)
+def test_what_is_wrong_among_the_keys_of_accelerate(capsys, launched, tmp_path, line, message):
+    (tmp_path / "run.yaml").write_text(f"output_dir: out\nuse_cpu: true\nbf16: false\n{line}")
+    assert fails(capsys, "--config", tmp_path / "run.yaml").endswith(message)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -143,6 +166,24 @@ def test_processes_on_the_cpu_are_started_by_torchrun(launched, environment, cap
     assert environment["TRL_BLEND_NUM_PROCESSES"] == "3"
     said = capsys.readouterr().err
     assert "3 processes on the CPU (gloo)" in said and ("does not shard" in said) == (how[-1:] == ["fsdp2_cpu"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "given", "expected"),
+    [
+        (["num_machines: 1"], [], 0),
+        (["num_machines: 1", "main_process_port: 29871"], [], None),  # accelerate reads it
+        (["num_machines: 2", "main_process_port: 29871"], [], None),
+        (["num_machines: 2"], [], None),
+        (["num_machines: 1"], ["--num_machines", 2], None),
+        (["num_machines: 2", "main_process_port: 29871"], ["--main_process_port", 29872], 29872),
+    ],
+)
+def test_the_port_of_processes_on_the_cpu(launched, tmp_path, lines, given, expected):
+    config = tmp_path / "accelerate.yaml"
+    start = ["compute_environment: LOCAL_MACHINE", "debug: false", "distributed_type: MULTI_CPU", "num_processes: 4"]
+    config.write_text("\n".join([*start, "use_cpu: true", "machine_rank: 0", *lines]))
+    assert launched(*CPU, "--accelerate_config", config, *given).main_process_port == expected
 
 
 def test_one_process_is_launched_as_accelerate_does(launched, environment, capsys):
@@ -192,28 +233,42 @@ def raises(error):
     return launch_command
 
 
-@pytest.mark.parametrize("code", [2, 130, 1, 77, -signal.SIGKILL])
-@pytest.mark.parametrize("several", [False, True])
-def test_exit_codes(monkeypatch, environment, capsys, code, several):
-    if several:
+KILLED = "trl-blend: error: process {} was ended by SIGKILL (was there enough memory?)\n"
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "message"),
+    [
+        ([2], 2, ""),
+        ([130], 130, ""),
+        ([1], 1, ""),
+        ([77], 1, ""),
+        ([-signal.SIGKILL], 137, KILLED.format(0)),
+        # torchrun ends the others with SIGTERM
+        ([-signal.SIGTERM, 2], 2, ""),
+        ([-signal.SIGTERM, 130], 130, ""),
+        ([-signal.SIGTERM, 1], 1, ""),
+        ([-signal.SIGTERM, 77], 1, ""),
+        ([-signal.SIGTERM, -signal.SIGKILL], 137, KILLED.format(1)),
+        ([1, -signal.SIGKILL], 137, KILLED.format(1)),  # the first lost its peer
+        ([1, -signal.SIGTERM], 1, ""),
+        ([-signal.SIGTERM, -signal.SIGTERM], 143, "trl-blend: error: process 0 was ended by SIGTERM\n"),
+    ],
+)
+def test_exit_codes(monkeypatch, environment, capsys, codes, expected, message):
+    if len(codes) > 1:
         failures = {
-            rank: ProcessFailure(local_rank=rank, pid=1, exitcode=one, error_file="none")
-            for rank, one in ((0, -signal.SIGTERM if code > 0 else 1), (1, code))
+            rank: ProcessFailure(local_rank=rank, pid=1, exitcode=code, error_file="none")
+            for rank, code in enumerate(codes)
         }
         error = ChildFailedError("script", failures)
     else:
-        error = subprocess.CalledProcessError(code, "script")
+        error = subprocess.CalledProcessError(codes[0], "script")
     monkeypatch.setattr(accelerate_launch, "launch_command", raises(error))
     before = signal.getsignal(signal.SIGINT)
     found = cli.main(["grpo-mix", *CPU])
     assert signal.getsignal(signal.SIGINT) is before
-    said = capsys.readouterr().err
-    if code in (2, 130):
-        assert (found, said) == (code, "")
-    elif code < 0:
-        assert found == 137 and f"process {int(several)} was ended by SIGKILL (was there enough memory?)" in said
-    elif not several:
-        assert (found, said) == (1, "")
+    assert (found, capsys.readouterr().err) == (expected, message)
 
 
 def test_a_bug_of_the_launcher_keeps_its_traceback(monkeypatch, environment):

@@ -1,12 +1,14 @@
 """What the example scripts refuse in one line before a model is loaded: rewards, splits, checkpoints."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 import _prompts
 import _script
+import _training
 import grpo_mix
 from trl_blend.errors import ConfigError
 
@@ -83,3 +85,35 @@ def test_checkpoints_that_can_be_resumed_from(tmp_path, monkeypatch):
 def test_an_error_of_a_configuration_is_one_of_the_user(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="must be divisible|not divisible"):
         parse(monkeypatch, "--output_dir", tmp_path, "--per_device_train_batch_size", 3, "--num_generations", 2)
+
+
+@pytest.mark.parametrize(
+    ("began", "error", "raised"),
+    [
+        (False, FileNotFoundError("no such file: nowhere"), SystemExit),
+        (True, FileNotFoundError("no such file: nowhere"), FileNotFoundError),
+        (True, ConfigError("no such file: nowhere"), SystemExit),
+    ],
+)
+def test_an_error_of_the_system_is_the_users_until_training_begins(
+    tmp_path, monkeypatch, capsys, began, error, raised
+):
+    def main(*arguments):
+        def train(resume_from_checkpoint):
+            raise error
+
+        if began:
+            args = SimpleNamespace(resume_from_checkpoint=None)
+            trainer = SimpleNamespace(args=args, accelerator=None, add_callback=lambda callback: None, train=train)
+            _training.train_and_score(trainer, score=dict)
+        raise error
+
+    given = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["grpo_mix.py", *given])
+    monkeypatch.delenv("TRL_BLEND_NUM_PROCESSES", raising=False)
+    _script.training_begins()  # in an earlier run of this process
+    with pytest.raises(raised) as caught:
+        _script.run(main, grpo_mix.make_parser)
+    told = "" if raised is FileNotFoundError else "trl-blend: error: no such file: nowhere\n"
+    assert capsys.readouterr().err == told
+    assert raised is FileNotFoundError or caught.value.code == 2

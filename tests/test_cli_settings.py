@@ -1,5 +1,6 @@
 """Settings of a script: YAML against the command line, wrong types, misspelt keys, shipped files from anywhere."""
 
+import argparse
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ class Options:
     rate: float = 1.0
     limit: int | None = 3
     name: str = "none"
-    kind: Literal["a", "b"] = "a"
+    kind: Literal["a", "b", "no"] = "a"
     flag: bool = False
     switch: bool = True
     weights: list[float] = field(default_factory=lambda: [1.0])
@@ -53,6 +54,7 @@ def config(tmp_path):
         ("steps: 7\nrate: 1e-3", {"steps": 7, "rate": 1e-3}),  # YAML 1.1 reads 1e-3 as a text
         ("rate: 2", {"rate": 2.0}),
         ("limit: null\nname: none", {"limit": None, "name": "none"}),
+        ("kind: no", {"kind": "no"}),  # YAML 1.1 reads a boolean
         ("name: 5\nkind: b", {"name": "5", "kind": "b"}),
         ("flag: true\nswitch: no", {"flag": True, "switch": False}),
         ("name: true", {"name": "true"}),
@@ -92,7 +94,7 @@ def test_the_command_line_wins_and_takes_both_forms(config, monkeypatch):
         ("limit: [1]", "`limit: [1]` is no int, but a nested value."),
         ("rate: {a: 1}", '`rate: {"a": 1}` is no float, but a nested value.'),
         ("flag: perhaps", "`flag: perhaps` is no true/false."),
-        ("kind: c", "`kind: c` is none of a, b."),
+        ("kind: c", "`kind: c` is none of a, b, no."),
         ("weights: [1, x]", "`weights: x` is no float."),
         ("env: 3", "`env` has to hold `VARIABLE: value` lines, not 3."),
         ("- 3", "has to hold `option: value` lines."),
@@ -130,6 +132,34 @@ def test_what_is_wrong_on_the_command_line(arguments, message):
     with pytest.raises(ConfigError) as caught:
         parse(*arguments)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"number": 0, "rate": 0.0, "text": "0"}, ["--number=0", "--rate=0.0", "--text=0"]),
+        ({"number": None, "text": ""}, ["--text="]),
+        ({"rates": [0, 0.5]}, ["--rates", "0", "0.5"]),
+        ({"rates": 0.5}, ["--rates=0.5"]),
+        ({"text": False, "mode": False}, ["--text=false", "--mode=no"]),
+        ({"text": True, "number": [1]}, ["--text=true", "--number=[1]"]),
+        ({"text": {"a": [True]}}, ['--text={"a": [true]}']),
+        ({"quiet": True, "copy": True}, ["--quiet", "--copy"]),
+        ({"quiet": False, "copy": False}, ["--no_copy"]),
+        ({"no_copy": True}, ["--no_copy"]),
+        ({"no_copy": False}, []),
+    ],
+)
+def test_a_file_as_options(values, expected):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--rates", type=float, nargs="+")
+    parser.add_argument("--text")
+    parser.add_argument("--mode", choices=("no", "yes"))
+    for switch in ("--quiet", "--copy", "--no_copy"):
+        parser.add_argument(switch, action="store_true")
+    assert settings.as_options(parser, values, "file") == expected
 
 
 def test_shipped_settings_are_found_by_name_from_anywhere(tmp_path, monkeypatch):

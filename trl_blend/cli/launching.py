@@ -79,7 +79,9 @@ def _exit_code(codes: dict[int, int]) -> int:
     for code in _SAID:
         if code in codes.values():
             return code
-    rank, code = next((item for item in codes.items() if item[1] < 0), next(iter(codes.items())))
+    # torchrun ends the others with SIGTERM. A process that was killed has said nothing; its peers fail because of it
+    failed = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM} or codes
+    rank, code = next((item for item in failed.items() if item[1] < 0), next(iter(failed.items())))
     if code < 0:
         killed = " (was there enough memory?)" if -code == signal.SIGKILL else ""
         say(f"error: process {rank} was ended by {signal.Signals(-code).name}{killed}")
@@ -141,8 +143,9 @@ def _use_cpu_processes(options: Namespace, defaults: Any, wanted: int) -> None:
     # torchrun starts them where accelerate would start one; the script's training arguments read the variable
     options.cpu, options.multi_gpu = False, not options.use_fsdp
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    if options.main_process_port is None:
-        options.main_process_port = 0  # any free one
     options.num_machines = options.num_machines or getattr(defaults, "num_machines", None) or 1
+    configured = options.main_process_port is not None or getattr(defaults, "main_process_port", None) is not None
+    if options.num_machines == 1 and not configured:
+        options.main_process_port = 0  # any free one
     replicated = ", each with the whole model: accelerate does not shard on the CPU" if kind == "FSDP" else ""
     say(f"{wanted} processes on the CPU (gloo){replicated}")

@@ -1,10 +1,8 @@
 """`main`: which command, its options, and what becomes of an error."""
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from trl_blend import __version__
 from trl_blend.cli import demo, env, export, settings, teacher_data, training
@@ -89,20 +87,14 @@ def _run(given: list[str]) -> int:
 
 def _from_config(arguments: list[str], command: argparse.ArgumentParser) -> list[str]:
     """The settings of `--config file.yaml` as options to put in front of the others, which so override them."""
-    file, _ = settings.split_config(arguments)
+    file, _ = settings.take_option(arguments, "config")
     if file is None:
         return []
-    return list(_as_options(settings.read_yaml(file), file, option_names(command)))
-
-
-def _as_options(values: dict[str, Any], file: str, known: set[str]) -> Iterator[str]:
-    for name, value in values.items():
+    values, known = settings.read_yaml(file), option_names(command)
+    for name in values:
         if name not in known:
             raise settings.unknown_key(name, known, file)
-        if value is True:
-            yield f"--{name}"
-        elif value not in (None, False):
-            yield f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}"
+    return settings.as_options(command, values, file)
 
 
 def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

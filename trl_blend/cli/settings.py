@@ -39,11 +39,6 @@ def take_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[s
     return value, rest
 
 
-def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The file of `--config`, and the other arguments."""
-    return take_option(arguments, "config")
-
-
 def read_yaml(file: str, option: str = "config") -> dict[str, Any]:
     """The mapping in a YAML file, given by `--{option}`."""
     import yaml
@@ -139,7 +134,7 @@ def _checked(action: argparse.Action, value: Any, file: str) -> Any:
 def _converted(action: argparse.Action, value: Any, file: str) -> Any:
     """The value as the command line would give it; mappings and lists stay what they are."""
     nested = isinstance(value, (dict, list))
-    text = json.dumps(value, default=str) if nested or isinstance(value, bool) else str(value)
+    text = _text(action, value)
     if nested and action.nargs == "+" or action.type in (None, dict, list):
         return value
     try:
@@ -156,11 +151,52 @@ def _converted(action: argparse.Action, value: Any, file: str) -> Any:
     return value if nested else converted
 
 
-def launch_options() -> set[str]:
-    """Names of the options of `accelerate launch`, and of our `--accelerate_config`."""
+def _text(action: argparse.Action, value: Any) -> str:
+    """A value of a YAML file as it is written on the command line."""
+    if value is False and "no" in (action.choices or ()):
+        return "no"  # which YAML 1.1 reads as false
+    return json.dumps(value, default=str) if isinstance(value, (bool, dict, list)) else str(value)
+
+
+def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: str) -> list[str]:
+    """
+    Settings as arguments of a parser that cannot take them as defaults.
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            Has an option for each of them.
+        values (`dict`):
+            Settings of a YAML file. A switch is set by `true`, and unset by `false` where there is a `--no_` one.
+        file (`str`):
+            Its name, for messages.
+    """
+    known, options = parser._option_string_actions, []
+    for name, value in values.items():
+        action = known[f"--{name}"]
+        if value is None:
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ConfigError(f"`--config {file}`: `{name}: {_text(action, value)}` is no true/false.")
+            switch = f"--{name}" if value else f"--no_{name}"
+            options.extend([switch] if switch in known else [])
+        elif action.nargs == "+" and isinstance(value, list):
+            options.extend([f"--{name}", *(_text(action, one) for one in value)])
+        else:
+            options.append(f"--{name}={_text(action, value)}")
+    return options
+
+
+def launch_parser() -> argparse.ArgumentParser:
+    """The parser of `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
 
-    return option_names(launch_command_parser()) - {"help"} | {ACCELERATE_CONFIG}
+    return launch_command_parser()
+
+
+def launch_options() -> set[str]:
+    """Names of the options of `accelerate launch`, and of our `--accelerate_config`."""
+    return option_names(launch_parser()) - {"help"} | {ACCELERATE_CONFIG}
 
 
 def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -180,7 +216,7 @@ def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
     """
     fail_in_one_line(parser)
     parser.allow_abbrev = False
-    file, rest = split_config(arguments)
+    file, rest = take_option(arguments, "config")
     if file is not None:
         values, variables = read_script_config(file)
         os.environ.update(variables)

@@ -66,7 +66,7 @@ def _script(name: str) -> Path:
 
 def check_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str], bool]:
     """Arguments of the script, those of `accelerate launch`, and whether training is to be on the CPU."""
-    file, rest = settings.split_config(arguments)
+    file, rest = settings.take_option(arguments, "config")
     named, rest = settings.take_option(rest, settings.ACCELERATE_CONFIG)
     values, variables = settings.read_script_config(file) if file is not None else ({}, {})
     config_file = _accelerate_config(named if named is not None else values.get(settings.ACCELERATE_CONFIG))
@@ -83,7 +83,9 @@ def check_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[st
     if foreign:
         raise unknown_options(foreign, option_names(parser) | known, parser.prog)
     others.pop(settings.ACCELERATE_CONFIG, None)
-    launch_arguments = [*(["--config_file", str(config_file)] if config_file else []), *_as_options(others), *unknown]
+    config = ["--config_file", str(config_file)] if config_file else []
+    from_file = settings.as_options(settings.launch_parser(), others, file) if file is not None else []
+    launch_arguments = [*config, *from_file, *unknown]
     script_arguments = _without(rest, unknown)
     if file is not None:
         script_arguments = ["--config", file, *script_arguments]
@@ -123,17 +125,6 @@ def _accelerate_config(named: Any) -> Path | None:
 
 def _option(argument: str) -> str:
     return argument[2:].partition("=")[0]
-
-
-def _as_options(values: dict[str, Any]) -> list[str]:
-    """Settings for `accelerate launch`, whose switches are set by their presence."""
-    options = []
-    for name, value in values.items():
-        if value is True:
-            options.append(f"--{name}")
-        elif value not in (None, False):
-            options.extend((f"--{name}", str(value)))
-    return options
 
 
 def _without(arguments: list[str], removed: list[str]) -> list[str]:
