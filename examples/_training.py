@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
@@ -21,9 +21,24 @@ class _OnTrainBegin(TrainerCallback):
     def __init__(self, function: Callable[[], Any]):
         self.function = function
         self.result: Any = None
+        self.step = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.result = self.function()
+        self.result, self.step = self.function(), state.global_step
+
+
+class Scores(NamedTuple):
+    """
+    What a policy scored before and after a run.
+
+    Args:
+        before, after (`Any`): Scores, see [`train_and_score`].
+        first_step (`int`): Optimizer step of `before`: 0, or that of the checkpoint which the run went on from.
+    """
+
+    before: Any
+    after: Any
+    first_step: int
 
 
 class StepTimes(TrainerCallback):
@@ -40,7 +55,7 @@ class StepTimes(TrainerCallback):
         self._last = now
 
 
-def train_and_score(trainer: Any, score: Callable[[], Any]) -> tuple[Any, Any]:
+def train_and_score(trainer: Any, score: Callable[[], Any]) -> Scores:
     """
     Train, save the model, and score before and after.
 
@@ -66,7 +81,7 @@ def train_and_score(trainer: Any, score: Callable[[], Any]) -> tuple[Any, Any]:
     try:
         if stop.requested_anywhere():  # after the last step, as in an evaluation at the end
             raise KeyboardInterrupt
-        return begin.result, score()
+        return Scores(begin.result, score(), begin.step)
     except KeyboardInterrupt:
         trainer.accelerator.print(
             f"Training is complete: the model is in {trainer.args.output_dir}; it has not been scored."
@@ -74,17 +89,17 @@ def train_and_score(trainer: Any, score: Callable[[], Any]) -> tuple[Any, Any]:
         raise
 
 
-def finish(
-    trainer: Any, before: dict, after: dict, rewards: Sequence[str], num_prompts: int, dataset_name: str | None
-) -> None:
+def finish(trainer: Any, scores: Scores, rewards: Sequence[str], num_prompts: int, dataset_name: str | None) -> None:
     """Save the card, print the table and write it to `before_after.json`, push on request."""
     folder = Path(trainer.args.output_dir)
-    results = {"rewards": rewards, "prompts": num_prompts, "before": before, "after": after}
+    results = {"rewards": rewards, "prompts": num_prompts, "before": scores.before, "after": scores.after}
+    if scores.first_step:
+        results["before_step"] = scores.first_step
     if num_prompts:
         trainer.card_results = {**results, "decoding": "greedy"}
     trainer.create_model_card(model_name=folder.name, dataset_name=dataset_name)
     if trainer.accelerator.is_main_process and num_prompts:
-        print_table(before, after, rewards, num_prompts)
+        print_table(results)
         (folder / "before_after.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.print(f"Model saved to {folder}.")
     if trainer.args.push_to_hub:

@@ -111,8 +111,8 @@ def main(script_args, training_args, model_args, dataset_args):
     )
 
     rows = list(test_dataset.select(range(min(script_args.num_test_prompts, len(test_dataset)))))
-    before, after = train_and_score(trainer, lambda: evaluate_policies(trainer, rows) if rows else {})
-    finish(trainer, before, after, trainer.reward_func_names, len(rows), prompts_name(script_args, dataset_args))
+    scores = train_and_score(trainer, lambda: evaluate_policies(trainer, rows) if rows else {})
+    finish(trainer, scores, trainer.reward_func_names, len(rows), prompts_name(script_args, dataset_args))
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

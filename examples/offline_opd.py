@@ -147,8 +147,8 @@ def main(script_args, training_args, model_args):
         scores = greedy_completion_rewards(trainer, rows, list(rewards.values()), length)
         return {"student": means_and_errors(scores)}
 
-    before, after = train_and_score(trainer, score)
-    finish(trainer, before, after, list(rewards), len(rows), script_args.dataset_name)
+    scores = train_and_score(trainer, score)
+    finish(trainer, scores, list(rewards), len(rows), script_args.dataset_name)
     if script_args.compare_live_steps:
         from _live_opd import compare_with_live
 

@@ -115,8 +115,8 @@ def main(script_args, training_args, model_args, dataset_args):
             frozen["teacher"] = means_and_errors(greedy_rewards(trainer, rows, "teacher"))
         return {"student": means_and_errors(greedy_rewards(trainer, rows, "student")), **frozen} if rows else {}
 
-    before, after = train_and_score(trainer, score)
-    finish(trainer, before, after, list(rewards), len(rows), prompts_name(script_args, dataset_args))
+    scores = train_and_score(trainer, score)
+    finish(trainer, scores, list(rewards), len(rows), prompts_name(script_args, dataset_args))
 
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):

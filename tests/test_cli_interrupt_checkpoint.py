@@ -127,3 +127,12 @@ def test_a_checkpoint_that_is_gone_is_not_named_to_go_on_from(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"Stopped after step 3 of 6, but the checkpoint {tmp_path / 'checkpoint-3'} is gone")
     assert "Go on" not in said
+
+
+def test_scores_before_are_of_the_step_that_a_run_goes_on_from(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    steps = []
+    first = train_and_score(trainer, score=lambda: steps.append(trainer.state.global_step))
+    resumed = make_trainer(tmp_path, save_strategy="no", resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    second = train_and_score(resumed, score=lambda: resumed.state.global_step)
+    assert (first.first_step, steps) == (0, [0, STEPS]) and second == (2, STEPS, 2)

@@ -184,3 +184,13 @@ def test_every_shipped_file_passes_the_checks(name):
     parser = modules.get(name.split("_")[0], trust_region_opd).make_parser()
     values, _ = settings.read_script_config(name)
     assert settings.apply_config(parser, values, name) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("grpo_mix_testbedd", "; did you mean `grpo_mix_testbed`?"), ("nowhere.yaml", ".")],
+)
+def test_a_settings_file_that_does_not_exist(given, hint):
+    with pytest.raises(ConfigError) as caught:
+        settings.read_script_config(given)
+    assert str(caught.value) == f"`--config {given}`: there is no such file{hint}"

@@ -123,8 +123,8 @@ def run_command(words: list[str], execute: bool) -> None:
     runners[words[0]](words[1:], execute)
 
 
-# Commands that install, or take minutes, are compared with what there is and not run: targets of the Makefile, extras of
-# the package, options of these scripts
+# Commands that install, or take minutes, are compared with what there is and not run: targets of the Makefile, extras
+# of the package, options of these scripts
 ONLY_CHECKED = ("make", "pip", "examples/testbed/evaluate.py", "examples/testbed/train.py")
 
 

@@ -147,6 +147,11 @@ RESULTS = {
 }
 
 
+def test_before_of_a_run_that_went_on_from_a_checkpoint():
+    header, rows = cards.before_after_table({**RESULTS, "before_step": 5})
+    assert header == ("policy", "reward", "at step 5", "after") and rows == cards.before_after_table(RESULTS)[1]
+
+
 def test_before_and_after():
     assert cards.before_after_table(RESULTS) == (
         ("policy", "reward", "before", "after"),

@@ -14,6 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from trl_blend import _resources
 from trl_blend.cli.messages import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, fail_in_one_line, say
 from trl_blend.cli.settings import NUM_PROCESSES_VARIABLE
 from trl_blend.errors import ConfigError
@@ -42,6 +43,7 @@ def launch(script: Path, launch_arguments: list[str], script_arguments: list[str
     Returns:
         `int`: 0, or the exit code of the script.
     """
+    from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     parser = launch_command_parser()
@@ -50,6 +52,9 @@ def launch(script: Path, launch_arguments: list[str], script_arguments: list[str
     options = parser.parse_args([*launch_arguments, str(script), *script_arguments])
     if options.training_script != str(script):
         raise ConfigError(f"unexpected argument `{options.training_script}`")
+    if wants_cpu and options.config_file is None and not os.path.isfile(default_config_file):
+        # accelerate would guess, and warn that it does
+        options.config_file = str(_resources.shipped_yaml("accelerate_configs")["cpu"])
     _settle_processes(options, _read_defaults(options), wants_cpu)
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -39,7 +39,7 @@ def take_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[s
     return value, rest
 
 
-def read_yaml(file: str, option: str = "config") -> dict[str, Any]:
+def read_yaml(file: str, option: str = "config", shipped: Iterable[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, given by `--{option}`."""
     import yaml
 
@@ -47,7 +47,7 @@ def read_yaml(file: str, option: str = "config") -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{given}: there is no such file{_nearest_file(file)}") from None
+        raise ConfigError(f"{given}: there is no such file{_nearest_file(file, shipped)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{given} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -57,10 +57,10 @@ def read_yaml(file: str, option: str = "config") -> dict[str, Any]:
     return values
 
 
-def _nearest_file(file: str) -> str:
+def _nearest_file(file: str, shipped: Iterable[str]) -> str:
     folder = Path(file).parent
     names = {path.name for path in folder.glob("*.y*ml")} if folder.is_dir() else set()
-    return nearest(Path(file).name, names) or "."
+    return nearest(Path(file).name, names) or nearest(file, shipped) or "."
 
 
 def read_script_config(file: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -79,7 +79,7 @@ def read_script_config(file: str) -> tuple[dict[str, Any], dict[str, str]]:
     path = Path(file)
     if not path.exists() and file in shipped:
         path = shipped[file]
-    values = read_yaml(str(path))
+    values = read_yaml(str(path), shipped=shipped)
     if path.resolve() in {known.resolve() for known in shipped.values()}:
         values = {name: _find_example(value) for name, value in values.items()}
     variables = values.pop("env", None) or {}

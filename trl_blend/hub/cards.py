@@ -229,7 +229,7 @@ def before_after_table(results: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     Args:
         results (`Mapping[str, Any]`):
             `rewards` (names), `prompts` (their number), `before` and `after`: per policy, a mean and a standard error
-            for each reward.
+            for each reward; `before_step` where `before` is not the start but a checkpoint that the run went on from.
     """
     rows = []
     # An adaptive weight moves, and with it the name of the policy: rows are matched by position
@@ -239,7 +239,8 @@ def before_after_table(results: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         name = policy if policy == policy_after else f"{policy}; after: {policy_after}"
         for reward, old, new in zip(results["rewards"], before, after, strict=True):
             rows.append((name, reward, *(f"{mean:.3f} ± {error:.3f}" for mean, error in (old, new))))
-    return ("policy", "reward", "before", "after"), rows
+    step = results.get("before_step")
+    return ("policy", "reward", f"at step {step}" if step else "before", "after"), rows
 
 
 # -------------------- metadata

@@ -23,8 +23,8 @@ class RunMixin:
     """
     Scores before and after training for the model card, set by whoever measured them: `rewards` (their names),
     `prompts` (number of held-out prompts), `before` and `after` (per policy, a mean and a standard error for each
-    reward); optionally `decoding` (`"greedy"`), and for the model index `dataset` (id on the Hub), `split` and
-    `policy`, the one that is published.
+    reward); optionally `before_step` (optimizer step of `before`, if not 0), `decoding` (`"greedy"`), and for the
+    model index `dataset` (id on the Hub), `split` and `policy`, the one that is published.
     """
 
     mixed_policy_files: Any = None
