@@ -13,7 +13,7 @@ from datasets import IterableDataset
 from huggingface_hub import try_to_load_from_cache
 
 from .. import __version__, _compat
-from ..hub import cards
+from ..hub import card_metadata, cards
 from ..hub.card_names import shown_name
 from ..hub.card_template import render
 from ..hub.cards import CardTeacher
@@ -68,7 +68,7 @@ def write_card(
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    kept = cards.kept_metadata(folder / CARD)
+    kept = card_metadata.kept_metadata(folder / CARD)
     method = trainer.card_fields()
     fields = _fields(trainer, method, dataset_name) | {"license": kept.get("license")}
     tags = [tags] if isinstance(tags, str) else list(tags or [])
@@ -81,14 +81,14 @@ def write_card(
             dataset_name=shown_name(dataset_name).hub_id,
             tags=tags,
         )
-    cards.complete_metadata(
+    card_metadata.complete_metadata(
         folder / CARD,
         base_model=shown_name(_base_name(trainer)).hub_id,
         is_adapter=fields["is_adapter"],
         # The adapter of a mixed policy is in a subfolder, which transformers finds through `mixing.json`
         library="peft" if fields["is_adapter"] and not fields["mixed"] else "transformers",
         kept=kept,
-        eval_results=cards.model_index(trainer.card_results),
+        eval_results=card_metadata.model_index(trainer.card_results),
     )
 
 
