@@ -105,7 +105,7 @@ export-test: install  ## decode an exported mixed policy in a new environment th
 		$(PYTHON) -m venv "$$folder/venv" && \
 		"$$folder/venv/bin/python" -m pip install --disable-pip-version-check -q "$(TORCH)" && \
 		"$$folder/venv/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt transformers && \
-		OMP_NUM_THREADS=1 $(BIN)/python tests/hub/fresh_mixed_policy.py "$$folder/venv/bin/python"
+		OMP_NUM_THREADS=1 $(BIN)/python tests/export/fresh_mixed_policy.py "$$folder/venv/bin/python"
 
 benchmarks: install  ## measure cost against TRL (examples/benchmarks, ratios within one run)
 	@for script in examples/benchmarks/[a-z]*.py; do echo "== $$script" && $(BIN)/python "$$script" || exit 1; done

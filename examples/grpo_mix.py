@@ -17,7 +17,8 @@ Any Hub ids, with LoRA:
 import argparse
 from dataclasses import dataclass, field
 
-from _prompts import (
+from trl_blend.errors import ConfigError
+from trl_blend.scripts.prompts import (
     TESTBED,
     TESTBED_REWARDS,
     PromptScriptArguments,
@@ -26,8 +27,7 @@ from _prompts import (
     load_reward,
     prompts_name,
 )
-from _script import run
-from trl_blend.errors import ConfigError
+from trl_blend.scripts.running import run
 
 
 @dataclass
@@ -74,8 +74,8 @@ def evaluate_policies(trainer, rows):
 def main(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
-    from _training import finish, train_and_score
     from trl_blend import LogitMixGRPOTrainer
+    from trl_blend.scripts.training import finish, train_and_score
 
     reward_funcs = script_args.reward_funcs or TESTBED_REWARDS
     if not script_args.reward_funcs and training_args.reward_weights is None:

@@ -19,16 +19,16 @@ With a table of accuracy, on prompts with reference answers:
 import argparse
 from dataclasses import dataclass, field, replace
 
-from _prompts import (
+from trl_blend.errors import ConfigError
+from trl_blend.scripts.prompts import (
     TESTBED_REWARDS,
     PromptScriptArguments,
     check_reward_columns,
     load_prompts,
     load_reward,
 )
-from _results import means_and_errors
-from _script import run
-from trl_blend.errors import ConfigError
+from trl_blend.scripts.results import means_and_errors
+from trl_blend.scripts.running import run
 
 
 TESTBED_PROMPTS = "testbed"
@@ -112,9 +112,9 @@ def check_comparison(script_args, training_args):
 def main(script_args, training_args, model_args):
     from trl import get_peft_config, get_quantization_config
 
-    from _decoding import greedy_completion_rewards
-    from _training import StepTimes, finish, train_and_score
     from trl_blend import OfflineOPDTrainer, load_scored_rollouts
+    from trl_blend.scripts.decoding import greedy_completion_rewards
+    from trl_blend.scripts.training import StepTimes, finish, train_and_score
 
     if not script_args.dataset_name:
         raise ConfigError("Scored rollouts are required: set `dataset_name` to the output of `trl-blend score`.")
@@ -150,7 +150,7 @@ def main(script_args, training_args, model_args):
     scores = train_and_score(trainer, score)
     finish(trainer, scores, list(rewards), len(rows), script_args.dataset_name)
     if script_args.compare_live_steps:
-        from _live_opd import compare_with_live
+        from trl_blend.scripts.live_opd import compare_with_live
 
         compare_with_live(
             times.seconds, scored, train_prompts, model_args.model_name_or_path, training_args,

@@ -22,9 +22,9 @@ per step (devices x batch x accumulation), in the same order. The second command
 import argparse
 from dataclasses import dataclass, field
 
-from _prompts import TESTBED, PromptScriptArguments, is_testbed, load_prompts
-from _script import run, training_begins
 from trl_blend.errors import ConfigError
+from trl_blend.scripts.prompts import TESTBED, PromptScriptArguments, is_testbed, load_prompts
+from trl_blend.scripts.running import run, training_begins
 
 
 @dataclass
@@ -78,8 +78,8 @@ def teacher_answers(prompts, teacher_name, tokenizer, script_args, training_args
     from datasets import Dataset
     from transformers import AutoTokenizer, GenerationConfig, set_seed
 
-    from _decoding import decode, eos_token_ids, own_share, tokenize_prompts
     from trl_blend._compat import load_replicated
+    from trl_blend.scripts.decoding import decode, eos_token_ids, own_share, tokenize_prompts
 
     state = training_args.distributed_state
     # In full on every process, also under FSDP and ZeRO-3

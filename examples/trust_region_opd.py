@@ -21,7 +21,8 @@ The baselines of the paper are settings of the same trainer, one flag each (`--r
 import argparse
 from dataclasses import dataclass, field
 
-from _prompts import (
+from trl_blend.errors import ConfigError
+from trl_blend.scripts.prompts import (
     TESTBED,
     TESTBED_REWARDS,
     PromptScriptArguments,
@@ -31,9 +32,8 @@ from _prompts import (
     load_reward,
     prompts_name,
 )
-from _results import means_and_errors
-from _script import run
-from trl_blend.errors import ConfigError
+from trl_blend.scripts.results import means_and_errors
+from trl_blend.scripts.running import run
 
 
 @dataclass
@@ -81,9 +81,9 @@ def find_teacher(script_args, training_args, dataset_args):
 def main(script_args, training_args, model_args, dataset_args):
     from trl import get_peft_config, get_quantization_config
 
-    from _decoding import greedy_rewards
-    from _training import finish, train_and_score
     from trl_blend import TrustRegionOPDTrainer
+    from trl_blend.scripts.decoding import greedy_rewards
+    from trl_blend.scripts.training import finish, train_and_score
 
     train_dataset, test_dataset = load_prompts(script_args, dataset_args)
     rewards = load_rewards(script_args, dataset_args, train_dataset)

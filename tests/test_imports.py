@@ -1,9 +1,9 @@
-"""Imports go downwards only: every import statement of the package is read and held against the table of rooms."""
+"""Imports go downwards only, and in no circle: every import statement of the package is read."""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,28 +12,41 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "trl_blend"
 
-# room -> rooms it may import. A room is a folder or a module directly below the package; "" is the package itself.
-ALLOWED = {
-    "errors": set(),
-    "_resources": {"errors"},
-    # A table of strings; what they name is imported only when it is checked
-    "_contract": set(),
-    "schedules": {"errors"},
-    "ops": {"errors", "ops"},
-    "_compat": {"errors", "ops"},
-    "generation": {"errors", "schedules", "ops", "generation"},
-    "teacher": {"errors", "schedules", "ops", "generation", "teacher", "_compat"},
-    # Below the trainers, which save, describe and push a run with it
-    "hub": {"errors", "schedules", "ops", "generation", "teacher", "hub", "_compat", "_resources"},
+# The journey of the data: a room imports itself and what stands before it. A room is a folder or a module directly
+# below the package; the package itself, which only names what is public, comes last.
+ORDER = (
+    "errors",
+    "schedules",
+    "_version",
+    "_files",
+    "_resources",
+    "ops",
+    "_compat",
+    "models",
+    "generation",
+    "rollouts",
+    "consistency",
+    "reports",
+    "export",
+    "trainers",
+    "scripts",
+    "cli",
+    "__main__",
+    "",
+)
+MAY_IMPORT_TRL = {"trainers", "scripts", "_compat"}
+# The one module that talks to an engine of vLLM in this process
+MAY_IMPORT_VLLM = {"trl_blend.rollouts.engines.vllm"}
+# Rooms whose only foundations are the standard library, what is listed here, and these rooms of ours
+PURE = {
+    "errors": (set(), set()),
+    "schedules": (set(), {"errors"}),
+    "_version": (set(), set()),
+    "_files": (set(), {"errors"}),
+    "_resources": (set(), set()),
+    "ops": ({"torch"}, {"errors"}),
+    "": (set(), set(ORDER)),
 }
-ALLOWED["trainers"] = ALLOWED["hub"] | {"trainers"}
-ALLOWED["cli"] = ALLOWED["trainers"] | {"cli", "_contract"}
-ALLOWED["__main__"] = {"cli"}
-ALLOWED[""] = set(ALLOWED)
-
-MAY_IMPORT_TRL = {"trainers", "_compat"}
-# Rooms whose only foundations are the standard library and what is listed here.
-FOREIGN = {"errors": set(), "_resources": set(), "_contract": set(), "schedules": set(), "ops": {"torch"}, "": set()}
 
 REPOSITORY_FOLDERS = {PACKAGE, "examples", "tests", "model_cards"}
 
@@ -49,28 +62,20 @@ def modules_on_disk() -> dict[str, Path]:
 MODULES = modules_on_disk()
 
 
-def imported_modules(source: str, module: str, is_package: bool) -> Iterator[str]:
-    """Absolute names of the modules that `source` imports, wherever the statement stands."""
+def imported_modules(source: str) -> Iterator[str]:
+    """Names of the modules that `source` imports, wherever the statement stands. A relative one begins with a dot."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = module.split(".")
-                parents = parts[: len(parts) - node.level + is_package]
-                base = ".".join([*parents, base] if base else parents)
+            base = "." * node.level + (node.module or "")
             for alias in node.names:  # `from package import module` imports the module
-                if (base, alias.name) != (PACKAGE, "__version__"):  # a constant, which hides no direction
-                    yield f"{base}.{alias.name}" if is_room_or_module(f"{base}.{alias.name}") else base
+                name = f"{base}.{alias.name}"
+                yield name if name in MODULES or name.removeprefix(f"{PACKAGE}.") in ORDER else base
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
             if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
                 yield node.args[0].value
-
-
-def is_room_or_module(name: str) -> bool:
-    return name in MODULES or (name.startswith(f"{PACKAGE}.") and name.removeprefix(f"{PACKAGE}.") in ALLOWED)
 
 
 def room_of(module: str) -> str:
@@ -83,63 +88,85 @@ def trainer_of(module: str) -> str | None:
     return parts[2] if parts[1:2] == ["trainers"] and len(parts) > 2 and not parts[2].startswith("_") else None
 
 
-def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+def violations(source: str, module: str) -> list[str]:
     """The rules that `source`, standing at `module`, breaks."""
     room, found = room_of(module), []
-    for name in imported_modules(source, module, is_package):
-        top = name.split(".")[0]
-        if top == PACKAGE:
-            target = room_of(name)
-            if target not in ALLOWED[room]:
-                found.append(f"{module} imports {name}: {room or PACKAGE} may not import {target or PACKAGE}")
-            elif trainer_of(name) not in (None, trainer_of(module)) and room == "trainers":
-                found.append(f"{module} imports {name}: trainers never import each other")
+    for name in imported_modules(source):
+        top, target = name.split(".")[0], room_of(name)
+        if name.startswith("."):
+            found.append(f"{module} imports {name}: imports are absolute")
+        elif top == PACKAGE and ORDER.index(target) > ORDER.index(room):
+            found.append(f"{module} imports {name}: {target or PACKAGE} stands after {room}")
+        elif top == PACKAGE and room in PURE and target not in PURE[room][1] | {room}:
+            found.append(f"{module} imports {name}: {room} is built on {sorted(PURE[room][1])} only")
+        elif top == PACKAGE and room == "trainers" and trainer_of(name) not in (None, trainer_of(module)):
+            found.append(f"{module} imports {name}: trainers never import each other")
         elif top == "trl" and room not in MAY_IMPORT_TRL:
             found.append(f"{module} imports {name}: only {sorted(MAY_IMPORT_TRL)} import trl")
-        elif room in FOREIGN and top not in FOREIGN[room] and top not in sys.stdlib_module_names:
-            found.append(f"{module} imports {name}: {room or PACKAGE} is built on {sorted(FOREIGN[room])} only")
+        elif top == "vllm" and module not in MAY_IMPORT_VLLM:
+            found.append(f"{module} imports {name}: only {sorted(MAY_IMPORT_VLLM)} import vllm")
+        elif top != PACKAGE and room in PURE and top not in PURE[room][0] and top not in sys.stdlib_module_names:
+            found.append(f"{module} imports {name}: {room or PACKAGE} is built on {sorted(PURE[room][0])} only")
     return found
+
+
+def circles(imports: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import themselves, through others or not."""
+    reached = {module: set(targets) for module, targets in imports.items()}
+    while True:
+        grown = {module: targets.union(*(reached[t] for t in targets)) for module, targets in reached.items()}
+        if grown == reached:
+            return sorted(module for module, targets in reached.items() if module in targets)
+        reached = grown
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_module_keeps_the_rules(module):
-    path = MODULES[module]
-    assert room_of(module) in ALLOWED, f"{module} is a new room: say in this test what it may import"
-    assert violations(path.read_text(), module, path.name == "__init__.py") == []
+    assert room_of(module) in ORDER, f"{module} is a new room: say in this test where it stands"
+    assert violations(MODULES[module].read_text(), module) == []
+
+
+def test_no_import_goes_in_a_circle():
+    imports = {module: set(imported_modules(path.read_text())) & set(MODULES) for module, path in MODULES.items()}
+    assert circles(imports) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
     ("module", "source", "rule"),
     [
-        ("trl_blend.errors", "from .ops import mixing", "errors may not import ops"),
+        ("trl_blend.errors", "from trl_blend.ops import mixing", "ops stands after errors"),
         ("trl_blend.errors", "import torch", "errors is built on [] only"),
-        ("trl_blend.schedules", "from trl_blend.ops.mixing import mix_logits", "schedules may not import ops"),
-        ("trl_blend.ops.mixing", "from ..generation.rules import LogitMixing", "ops may not import generation"),
-        ("trl_blend.ops.mixing", "from .. import _compat", "ops may not import _compat"),
-        ("trl_blend.ops.mixing", "from ..schedules import linear", "ops may not import schedules"),
+        ("trl_blend.schedules", "from trl_blend.ops.mixing import mix_logits", "ops stands after schedules"),
+        ("trl_blend.ops.mixing", "from ..errors import ConfigError", "imports are absolute"),
+        ("trl_blend.ops.mixing", "from trl_blend.generation.rules import LogitMixing", "generation stands after ops"),
+        ("trl_blend.ops.mixing", "from trl_blend import _compat", "_compat stands after ops"),
+        ("trl_blend.ops.mixing", "from trl_blend.schedules import linear", "ops is built on ['errors'] only"),
         ("trl_blend.ops.mixing", "def f():\n    import transformers", "ops is built on ['torch'] only"),
         ("trl_blend.ops.mixing", "import trl.trainer.utils", "import trl"),
-        ("trl_blend.generation.hooks", "from trl_blend.teacher import compatibility", "may not import teacher"),
-        ("trl_blend.generation.hooks", "from .. import LogitMixing", "generation may not import trl_blend"),
+        ("trl_blend.generation.hooks", "from trl_blend.rollouts import store", "rollouts stands after generation"),
+        ("trl_blend.generation.hooks", "from trl_blend import LogitMixing", "trl_blend stands after generation"),
         ("trl_blend.generation.hooks", "from trl import GRPOTrainer", "import trl"),
-        ("trl_blend.teacher.store", "from ..trainers import _cards", "teacher may not import trainers"),
-        ("trl_blend.teacher.store", "import trl_blend.trainers.logit_mix_grpo", "teacher may not import trainers"),
-        ("trl_blend._compat", "from .trainers import logit_mix_grpo", "_compat may not import trainers"),
-        ("trl_blend._contract", "from . import errors", "_contract may not import errors"),
-        ("trl_blend._contract", "import transformers", "_contract is built on [] only"),
-        ("trl_blend.trainers.a.trainer", "from ... import _contract", "trainers may not import _contract"),
-        ("trl_blend._resources", "from .hub import card", "_resources may not import hub"),
-        ("trl_blend.trainers.a.trainer", "from ..b.trainer import T", "trainers never import each other"),
-        ("trl_blend.trainers._shared", "from .b import T", "trainers never import each other"),
-        ("trl_blend.hub.card", "from ..trainers import _cards", "hub may not import trainers"),
-        ("trl_blend.trainers.a.trainer", "import_module('trl_blend.cli')", "trainers may not import cli"),
-        ("trl_blend.hub.card", "from ..cli import main", "hub may not import cli"),
-        ("trl_blend.hub.card", "from trl import GRPOConfig", "import trl"),
+        ("trl_blend.models.loading", "from trl_blend.trainers import _cards", "trainers stands after models"),
+        ("trl_blend.reports.cards", "from trl_blend.export.spec import MixingSpec", "export stands after reports"),
+        ("trl_blend.rollouts.store", "import trl_blend.trainers.logit_mix_grpo", "trainers stands after rollouts"),
+        ("trl_blend.rollouts.collect", "def f():\n    from vllm import LLM", "import vllm"),
+        (
+            "trl_blend.consistency.check",
+            "if TYPE_CHECKING:\n    from trl_blend.trainers.a.trainer import T",
+            "trainers stands after consistency",
+        ),
+        ("trl_blend.trainers.a.trainer", "from trl_blend.trainers.b.trainer import T", "trainers never import"),
+        ("trl_blend.trainers._shared", "from trl_blend.trainers.b import T", "trainers never import each other"),
+        ("trl_blend.trainers.a.trainer", "import_module('trl_blend.cli')", "cli stands after trainers"),
         ("trl_blend", "import transformers", "trl_blend is built on [] only"),
     ],
 )
 def test_a_broken_rule_is_found(module, source, rule):
-    found = violations(source, module, is_package=module == PACKAGE)
+    found = violations(source, module)
     assert len(found) == 1
     assert rule in found[0]
 
@@ -149,19 +176,21 @@ def test_a_broken_rule_is_found(module, source, rule):
     [
         (
             "trl_blend.ops.mixing",
-            "import math\nimport torch\nfrom ..errors import ConfigError\nfrom . import reduction",
+            "import math\nimport torch\nfrom trl_blend.errors import ConfigError\nfrom trl_blend.ops import reduction",
         ),
         ("trl_blend.generation.hooks", "import transformers\nfrom trl_blend.ops.mixing import mix_logits"),
-        ("trl_blend.trainers.a.trainer", "from trl import GRPOTrainer\nfrom ... import _compat, _resources"),
-        ("trl_blend.trainers.a.trainer", "from ... import __version__"),
-        ("trl_blend.trainers.a.trainer", "from .config import C\nfrom .._shared import f\nfrom ..a import config"),
-        ("trl_blend.hub.card", "from ..teacher.store import RolloutStore\nimport huggingface_hub"),
-        ("trl_blend.trainers._cards", "from ..hub import card"),
-        ("trl_blend", "from .trainers.a import T\nfrom .generation.rules import LogitMixing"),
+        ("trl_blend.trainers.a.trainer", "from trl import GRPOTrainer\nfrom trl_blend import _compat, _resources"),
+        ("trl_blend.trainers.a.trainer", "from trl_blend._version import __version__"),
+        (
+            "trl_blend.trainers.a.trainer",
+            "from trl_blend.trainers import _cards\nfrom trl_blend.trainers.a import config",
+        ),
+        ("trl_blend.export.card", "from trl_blend.reports.cards import render\nimport huggingface_hub"),
+        ("trl_blend", "from trl_blend.trainers.a import T\nfrom trl_blend.generation.rules import LogitMixing"),
     ],
 )
 def test_a_kept_rule_is_not_reported(module, source):
-    assert violations(source, module, is_package=module == PACKAGE) == []
+    assert violations(source, module) == []
 
 
 def test_no_other_folder_at_the_top():
@@ -180,6 +209,7 @@ def test_no_other_folder_at_the_top():
         ("import trl_blend", {"torch", "transformers", "trl"}),
         ("import trl_blend.ops", {"transformers", "trl"}),
         ("import trl_blend.schedules", {"torch", "transformers", "trl"}),
+        ("import trl_blend.cli", {"torch", "transformers", "trl"}),
         ("from trl_blend import LogitMixing", {"trl"}),
     ],
 )

@@ -21,29 +21,24 @@ trainer.train()
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from trl_blend._version import __version__
 
 
 if TYPE_CHECKING:
-    from .generation.hooks import blended_generation
-    from .generation.rules import BlendRule, LogitMixing, ProbabilityMixing
-    from .generation.trust_region_rules import SpeculativeKD, TrustRegion
-    from .hub.mixed_policy import export_mixed_policy
-    from .teacher.consistency import check_teacher_consistency
-    from .teacher.lightning import import_lightning_opd
-    from .teacher.provenance import TeacherProvenanceCallback, record_teacher
-    from .teacher.rollouts import collect_rollouts
-    from .teacher.scoring import score_rollouts
-    from .teacher.store import RolloutStore, load_rollouts, load_scored_rollouts
-    from .trainers.logit_mix_grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
-    from .trainers.offline_opd import OfflineOPDConfig, OfflineOPDTrainer
-    from .trainers.trust_region_opd import TrustRegionOPDConfig, TrustRegionOPDTrainer
-
-try:
-    __version__ = version("trl_blend")
-except PackageNotFoundError:  # a checkout on the path that nobody installed
-    __version__ = "0+unknown"
+    from trl_blend.consistency.check import check_teacher_consistency
+    from trl_blend.consistency.provenance import TeacherProvenanceCallback, record_teacher
+    from trl_blend.export.mixed_policy import export_mixed_policy
+    from trl_blend.generation.hooks import blended_generation
+    from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
+    from trl_blend.rollouts.collect import collect_rollouts
+    from trl_blend.rollouts.lightning import import_lightning_opd
+    from trl_blend.rollouts.score import score_rollouts
+    from trl_blend.rollouts.store import RolloutStore, load_rollouts, load_scored_rollouts
+    from trl_blend.trainers.logit_mix_grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
+    from trl_blend.trainers.offline_opd import OfflineOPDConfig, OfflineOPDTrainer
+    from trl_blend.trainers.trust_region_opd import TrustRegionOPDConfig, TrustRegionOPDTrainer
 
 _MODULE_OF = {
     "BlendRule": "trl_blend.generation.rules",
@@ -53,21 +48,21 @@ _MODULE_OF = {
     "OfflineOPDConfig": "trl_blend.trainers.offline_opd",
     "OfflineOPDTrainer": "trl_blend.trainers.offline_opd",
     "ProbabilityMixing": "trl_blend.generation.rules",
-    "RolloutStore": "trl_blend.teacher.store",
-    "SpeculativeKD": "trl_blend.generation.trust_region_rules",
-    "TeacherProvenanceCallback": "trl_blend.teacher.provenance",
-    "TrustRegion": "trl_blend.generation.trust_region_rules",
+    "RolloutStore": "trl_blend.rollouts.store",
+    "SpeculativeKD": "trl_blend.generation.rules",
+    "TeacherProvenanceCallback": "trl_blend.consistency.provenance",
+    "TrustRegion": "trl_blend.generation.rules",
     "TrustRegionOPDConfig": "trl_blend.trainers.trust_region_opd",
     "TrustRegionOPDTrainer": "trl_blend.trainers.trust_region_opd",
     "blended_generation": "trl_blend.generation.hooks",
-    "check_teacher_consistency": "trl_blend.teacher.consistency",
-    "collect_rollouts": "trl_blend.teacher.rollouts",
-    "export_mixed_policy": "trl_blend.hub.mixed_policy",
-    "import_lightning_opd": "trl_blend.teacher.lightning",
-    "load_rollouts": "trl_blend.teacher.store",
-    "load_scored_rollouts": "trl_blend.teacher.store",
-    "record_teacher": "trl_blend.teacher.provenance",
-    "score_rollouts": "trl_blend.teacher.scoring",
+    "check_teacher_consistency": "trl_blend.consistency.check",
+    "collect_rollouts": "trl_blend.rollouts.collect",
+    "export_mixed_policy": "trl_blend.export.mixed_policy",
+    "import_lightning_opd": "trl_blend.rollouts.lightning",
+    "load_rollouts": "trl_blend.rollouts.store",
+    "load_scored_rollouts": "trl_blend.rollouts.store",
+    "record_teacher": "trl_blend.consistency.provenance",
+    "score_rollouts": "trl_blend.rollouts.score",
 }
 
 # Spelled out, not computed, so that type checkers and editors see it; a test holds it equal to `_MODULE_OF`.

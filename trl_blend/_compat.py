@@ -18,8 +18,8 @@ import trl.trainer.utils as trl_utils
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from .ops.mixed_head import LMHead
-from .ops.reduction import masked_sum
+from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.reduction import masked_sum
 
 
 FusedLogProbs = Callable[[LMHead, torch.Tensor, float, tuple[str, ...]], tuple[torch.Tensor | None, ...]]

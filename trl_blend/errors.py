@@ -39,7 +39,7 @@ class ConsistencyError(TrlBlendError, ValueError):
     Args:
         message (`str`):
             The findings that failed, each with its remedy.
-        report ([`~trl_blend.teacher.consistency.ConsistencyReport`], *optional*):
+        report ([`~trl_blend.consistency.check.ConsistencyReport`], *optional*):
             Every finding, kept as attribute `report`.
     """
 

@@ -17,7 +17,7 @@ Example:
 import math
 from collections.abc import Callable
 
-from .errors import ConfigError
+from trl_blend.errors import ConfigError
 
 
 Schedule = Callable[[int], float]

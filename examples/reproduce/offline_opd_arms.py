@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from trl import DistillationConfig
 
-from _live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 from reproduce.jobs import machine
 from reproduce.offline_opd_data import BATCH, TOP_K, Data, collect, score
 from reproduce.offline_opd_models import models
@@ -17,6 +16,7 @@ from reproduce.trust_region_arms import CurveCallback, measure
 from testbed.evaluate import load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
 from trl_blend import OfflineOPDConfig, OfflineOPDTrainer, RolloutStore
+from trl_blend.scripts.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 
 
 LEARNING_RATE = 5e-5

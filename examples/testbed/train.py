@@ -37,7 +37,7 @@ from testbed.evaluate import CHECKPOINTS, evaluate, load_checkpoint
 from testbed.samples import build_teacher_dataset
 from testbed.task import build_prompt_dataset, build_sft_dataset
 from testbed.tokenizer import build_tokenizer
-from trl_blend.teacher.provenance import TeacherProvenanceCallback
+from trl_blend.consistency.provenance import TeacherProvenanceCallback
 
 
 BATCH_SIZE = 64

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import GenerationConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
+from tests.contract.seams import DISTILLATION_ATTRIBUTES
 from tests.tiny import PAD_ID, tiny_model
 from tests.trainers import runs
 from trl_blend import _compat
-from trl_blend._contract import DISTILLATION_ATTRIBUTES
 
 
 PROMPTS = tuple(f"{number}+5=" for number in range(8))

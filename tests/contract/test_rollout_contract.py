@@ -12,10 +12,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
+from tests.contract.seams import TRAINER_ATTRIBUTES
 from tests.tiny import PAD_ID, tiny_lora, tiny_model
 from tests.trainers import runs
 from trl_blend import _compat
-from trl_blend._contract import TRAINER_ATTRIBUTES
 
 
 # Rollouts

@@ -14,10 +14,9 @@ from transformers import GenerationConfig, GenerationMixin
 from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 from trl.trainer import utils as trl_utils
 
+from tests.contract.seams import SEAMS, parameters, resolve
 from tests.tiny import tiny_model
 from trl_blend import LogitMixGRPOTrainer, OfflineOPDTrainer, TrustRegionOPDTrainer, _compat
-from trl_blend._contract import SEAMS
-from trl_blend.cli.env import parameters, resolve
 
 
 PACKAGE = Path(_compat.__file__).parent
@@ -50,7 +49,7 @@ def test_every_overridden_trainer_method_is_frozen(ours, parent):
     overridden = {name for name, value in vars(ours).items() if inspect.isfunction(value)}
     inherited = {name for name in overridden if hasattr(parent, name)}
     missing = {f"trl.{parent.__name__}.{name}" for name in inherited} - set(SEAMS)
-    assert inherited and not missing, f"overridden but not in trl_blend/_contract.py: {sorted(missing)}"
+    assert inherited and not missing, f"overridden but not in tests/contract/seams.py: {sorted(missing)}"
 
 
 def private_names_used() -> dict[str, str]:
@@ -73,7 +72,7 @@ def test_every_private_upstream_method_in_use_is_frozen():
     used, frozen = private_names_used(), {path.rsplit(".", 1)[1] for path in SEAMS}
     assert len(used) > 10
     missing = {name: file for name, file in used.items() if name not in frozen}
-    assert not missing, f"used but not in trl_blend/_contract.py: {missing}"
+    assert not missing, f"used but not in tests/contract/seams.py: {missing}"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 import trl_blend
 from testbed.task import build_prompt_dataset, build_sft_dataset
 from tests.docs.markdown import ROOT
-from trl_blend.cli.settings import parse_script
+from trl_blend.scripts.settings import parse_script
 
 
 CHECKPOINTS = ROOT / "examples" / "testbed" / "checkpoints"

@@ -16,10 +16,10 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 import trust_region_opd
-from _decoding import decode, own_share, tokenize_prompts
-from _results import means_and_errors
 from testbed.evaluate import evaluate, load_checkpoint
 from testbed.task import build_prompt_dataset
+from trl_blend.scripts.decoding import decode, own_share, tokenize_prompts
+from trl_blend.scripts.results import means_and_errors
 
 
 ROOT = Path(__file__).resolve().parents[2]

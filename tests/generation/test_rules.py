@@ -5,7 +5,8 @@ import torch
 
 from tests.generation.teacher_forced import loop_kl, loop_softmax
 from trl_blend.errors import ConfigError
-from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing, log_normalizer
+from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from trl_blend.ops.policies import log_normalizer
 
 
 RULES = (LogitMixing, ProbabilityMixing)

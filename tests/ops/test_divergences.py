@@ -9,7 +9,8 @@ from tests import reference, reference_divergences
 from tests.ops.divergences import expected_reverse_kl, gradients, logit_rows
 from tests.ops.heads import leaves, random_head, to_double
 from trl_blend.errors import ConfigError
-from trl_blend.ops import EosMap, LMHead, _tiles, mixed_log_probs, reverse_kl, support_statistics
+from trl_blend.ops import EosMap, LMHead, mixed_log_probs, reverse_kl, support_statistics
+from trl_blend.ops.head import tiles as tiling
 
 
 N, V = 5, 11
@@ -37,14 +38,14 @@ CASES = {
 @pytest.fixture(params=[(3, 4), (100, 100)], ids=["small tiles", "one tile"])
 def tiles(request, monkeypatch):
     """Neither `N` nor `V` is a multiple of the small tiles."""
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", request.param[0])
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", request.param[1])
+    monkeypatch.setattr(tiling, "TOKEN_TILE", request.param[0])
+    monkeypatch.setattr(tiling, "VOCAB_TILE", request.param[1])
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 3)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 4)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 3)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 4)
 
 
 def build(case, requires_grad=True, tokens=N, dtype=torch.float64):
@@ -258,8 +259,8 @@ def test_result_does_not_depend_on_the_tiles(support, monkeypatch):
     student, teacher, arguments = build("all options")
     results = []
     for token_tile, vocab_tile in [(1, 1), (2, 3), (5, 11), (4096, 4096)]:
-        monkeypatch.setattr(_tiles, "TOKEN_TILE", token_tile)
-        monkeypatch.setattr(_tiles, "VOCAB_TILE", vocab_tile)
+        monkeypatch.setattr(tiling, "TOKEN_TILE", token_tile)
+        monkeypatch.setattr(tiling, "VOCAB_TILE", vocab_tile)
         result = reverse_kl(student, teacher, eos=EOS, veto_weight=0.4, **arguments, **support)
         statistics = support_statistics(student, teacher, torch.arange(N), eos=EOS, **arguments)
         results.append([*result, *torch.autograd.grad(result.loss.sum(), leaves(student)), *statistics])

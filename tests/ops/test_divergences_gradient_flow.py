@@ -8,7 +8,8 @@ from torch import nn
 
 from tests.ops.divergences import expected_reverse_kl, gradients
 from tests.ops.heads import leaves, random_head, to_double
-from trl_blend.ops import EosMap, LMHead, _tiles, reverse_kl, support_statistics
+from trl_blend.ops import EosMap, LMHead, reverse_kl, support_statistics
+from trl_blend.ops.head import tiles as tiling
 
 
 N, V = 7, 11
@@ -18,8 +19,8 @@ SUPPORTS = pytest.mark.parametrize("support", [{"top_k": None}, {"top_k": 3}], i
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 3)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 4)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 3)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 4)
 
 
 @SUPPORTS

@@ -5,7 +5,8 @@ import torch
 
 from tests.ops.heads import random_head
 from tests.ops.test_mixed_head_memory import Recorder
-from trl_blend.ops import EosMap, _tiles, reverse_kl, support_statistics
+from trl_blend.ops import EosMap, reverse_kl, support_statistics
+from trl_blend.ops.head import tiles as tiling
 
 
 N, V, H, TOP_K = 96, 640, 4, 8
@@ -24,8 +25,8 @@ ARMS = {
 
 @pytest.fixture(autouse=True)
 def tile_sizes(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", TOKEN_TILE)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", VOCAB_TILE)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", TOKEN_TILE)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", VOCAB_TILE)
 
 
 def record(student, teacher, arguments):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.ops.heads import leaves, random_head
-from trl_blend.ops import _tiles, reverse_kl
+from trl_blend.ops import reverse_kl
+from trl_blend.ops.head import tiles as tiling
 
 
 distillation = pytest.importorskip("trl.trainer.distillation_trainer")
@@ -14,8 +15,8 @@ B, T, V = 2, 9, 37
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 5)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 8)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 5)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 8)
     monkeypatch.setattr(kernels, "TOKEN_CHUNK_SIZE", 7)
     monkeypatch.setattr(kernels, "VOCAB_CHUNK_SIZE", 16)
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.ops.heads import expected_log_probs, leaves, random_head, to_double
 from trl_blend.errors import ConfigError
-from trl_blend.ops import LMHead, _tiles, mix_probs, mixed_log_probs
+from trl_blend.ops import LMHead, mix_probs, mixed_log_probs
+from trl_blend.ops.head import tiles as tiling
 
 
 SPACES = ["logits", "probs"]
@@ -44,14 +45,14 @@ CASES = {
 @pytest.fixture(params=[(3, 4), (100, 100)], ids=["small tiles", "one tile"])
 def tiles(request, monkeypatch):
     """Neither `N` nor `V` is a multiple of the small tiles."""
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", request.param[0])
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", request.param[1])
+    monkeypatch.setattr(tiling, "TOKEN_TILE", request.param[0])
+    monkeypatch.setattr(tiling, "VOCAB_TILE", request.param[1])
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 3)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 4)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 3)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 4)
 
 
 def gradients(outputs, tensors, directions):
@@ -222,8 +223,8 @@ def test_result_does_not_depend_on_the_tiles(space, monkeypatch):
     student, partners, weights, targets, temperature = build("all options")
     results = []
     for token_tile, vocab_tile in [(1, 1), (2, 3), (7, 11), (4096, 4096)]:
-        monkeypatch.setattr(_tiles, "TOKEN_TILE", token_tile)
-        monkeypatch.setattr(_tiles, "VOCAB_TILE", vocab_tile)
+        monkeypatch.setattr(tiling, "TOKEN_TILE", token_tile)
+        monkeypatch.setattr(tiling, "VOCAB_TILE", vocab_tile)
         result = mixed_log_probs(student, partners, weights, targets, temperature=temperature, space=space)
         grads = torch.autograd.grad((result.logps - 0.3 * result.entropy).sum(), leaves(student))
         results.append([*result, *grads])

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tests.ops.heads import expected_log_probs, leaves, random_head, to_double
-from trl_blend.ops import LMHead, _tiles, mixed_log_probs
+from trl_blend.ops import LMHead, mixed_log_probs
+from trl_blend.ops.head import tiles as tiling
 
 
 SPACES = ["logits", "probs"]
@@ -16,8 +17,8 @@ N, V = 7, 11
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 3)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 4)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 3)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 4)
 
 
 def total(result):

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.ops.heads import leaves, materialized_log_probs, random_head
-from trl_blend.ops import _tiles, mixed_log_probs
+from trl_blend.ops import mixed_log_probs
+from trl_blend.ops.head import tiles as tiling
 
 
 SPACES = ["logits", "probs"]
@@ -42,8 +43,8 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def tile_sizes(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", TOKEN_TILE)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", VOCAB_TILE)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", TOKEN_TILE)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", VOCAB_TILE)
 
 
 def record(score, *, entropy_gradient):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.ops.heads import leaves, random_head
-from trl_blend.ops import _tiles, mixed_log_probs
+from trl_blend.ops import mixed_log_probs
+from trl_blend.ops.head import tiles as tiling
 
 
 trl_utils = pytest.importorskip("trl.trainer.utils")
@@ -13,8 +14,8 @@ N, V = 13, 37
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 5)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 8)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 5)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 8)
 
 
 def trl_log_probs(hidden, weight, bias, targets, temperature, softcap=None, logit_scale=1.0):

@@ -10,7 +10,8 @@ from tests import reference
 from tests.ops.heads import random_head, to_double
 from tests.ops.test_mixed_head_memory import Recorder
 from trl_blend.errors import ConfigError
-from trl_blend.ops import LMHead, _tiles, mixed_log_probs, score_tokens
+from trl_blend.ops import LMHead, mixed_log_probs, score_tokens
+from trl_blend.ops.head import tiles as tiling
 
 
 N, V, H = 23, 37, 5
@@ -19,8 +20,8 @@ OPTIONS = [{}, {"bias": True, "logit_scale": 0.5, "softcap": 3.0}]
 
 @pytest.fixture(autouse=True)
 def tile_sizes(monkeypatch):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 7)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 11)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 7)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 11)
 
 
 def expected_scores(head: LMHead, targets, top_k):
@@ -97,8 +98,8 @@ def test_nothing_has_a_gradient():
 
 @pytest.mark.parametrize("top_k", [None, 6])
 def test_no_tensor_has_the_size_of_the_logits(monkeypatch, top_k):
-    monkeypatch.setattr(_tiles, "TOKEN_TILE", 32)
-    monkeypatch.setattr(_tiles, "VOCAB_TILE", 64)
+    monkeypatch.setattr(tiling, "TOKEN_TILE", 32)
+    monkeypatch.setattr(tiling, "VOCAB_TILE", 64)
     head, targets = random_head(96, 4, 640, dtype=torch.float32), torch.randint(0, 640, (96,))
     recorder = Recorder()
     with recorder:

@@ -9,8 +9,8 @@ from tests import reference_offline
 from tests.ops.heads import leaves, random_head, to_double
 from tests.ops.test_mixed_head_memory import Recorder
 from trl_blend.errors import ConfigError
-from trl_blend.ops import LMHead, top_k_divergence
-from trl_blend.ops import top_k_divergence as module_function
+from trl_blend.ops import LMHead
+from trl_blend.ops.head.top_k import top_k_divergence
 
 
 N, H, V, K = 7, 5, 23, 4
@@ -163,7 +163,7 @@ def test_bfloat16_is_near_float32():
 
 def test_no_tensor_has_the_size_of_the_logits(monkeypatch):
     rows, vocab, chunk = 96, 640, 8
-    monkeypatch.setitem(module_function.__globals__, "_ELEMENTS_PER_CHUNK", chunk * vocab)
+    monkeypatch.setitem(top_k_divergence.__globals__, "_ELEMENTS_PER_CHUNK", chunk * vocab)
     head = random_head(rows, H, vocab, requires_grad=True)
     _, targets, ids, logps, tail = stored(vocab, rows)
     forward, backward = Recorder(), Recorder()

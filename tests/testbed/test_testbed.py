@@ -26,8 +26,8 @@ from testbed.task import (
     split_of,
 )
 from testbed.tokenizer import CHAT_TEMPLATE, build_tokenizer
-from trl_blend.teacher.fingerprint import identify_model
-from trl_blend.teacher.provenance import read_provenance
+from trl_blend.consistency.provenance import read_provenance
+from trl_blend.models.fingerprint import identify_model
 
 
 SPLITS = ("train", "validation", "test")

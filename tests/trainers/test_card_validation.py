@@ -6,7 +6,7 @@ rules of the real Hub for metadata are in `card_reading.py`, which reads every c
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.hub_server import hub_endpoint  # noqa: F401
+from tests.hub.server import hub_endpoint  # noqa: F401
 from tests.trainers import scored
 from tests.trainers.card_reading import write_card
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tests.trainers import runs
 from tests.trainers.card_reading import code_of, metadata_of, read_card, run_of, tables_of, write_card
 from trl_blend._resources import model_card_template
-from trl_blend.hub import card_template
+from trl_blend.reports import cards as card_reports
 from trl_blend.trainers import _cards, _reporting
 
 
@@ -31,7 +31,7 @@ def template(tmp_path, monkeypatch):
     def write(text):
         path = tmp_path / "card.md"
         path.write_text(text, encoding="utf-8")
-        monkeypatch.setattr(card_template, "model_card_template", lambda name: str(tmp_path / name))
+        monkeypatch.setattr(card_reports, "model_card_template", lambda name: str(tmp_path / name))
 
     return write
 

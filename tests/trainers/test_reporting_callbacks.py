@@ -7,7 +7,7 @@ from transformers import ProgressCallback, TrainerCallback
 from trl import RichProgressCallback
 
 from tests.trainers import scored
-from trl_blend.hub.curves import CURVES_FILE, curves_figure, draw_curves
+from trl_blend.reports.curves import CURVES_FILE, curves_figure, draw_curves
 from trl_blend.trainers import _reporting
 
 

@@ -12,11 +12,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from testbed import task
-from tests.teacher.collecting import assert_logps, ends_well, rows_of
+from tests.rollouts.collecting import assert_logps, ends_well, rows_of
 from trl_blend.errors import ConfigError
-from trl_blend.teacher.local_engine import score_sequences
-from trl_blend.teacher.rollouts import collect_rollouts
-from trl_blend.teacher.scoring import score_rollouts
+from trl_blend.rollouts.collect import collect_rollouts
+from trl_blend.rollouts.engines.local import score_sequences
+from trl_blend.rollouts.score import score_rollouts
 
 
 pytestmark = pytest.mark.vllm

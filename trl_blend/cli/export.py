@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trl_blend.cli.messages import tell
+from trl_blend.scripts.messages import tell
 
 
 RENAMED = {
@@ -52,7 +52,7 @@ def run(
     **options: Any,
 ) -> int:
     """Export, and push on request."""
-    from trl_blend.hub.mixed_policy import export_mixed_policy
+    from trl_blend.export.mixed_policy import export_mixed_policy
 
     teachers = teacher_model_name_or_path
     folder = export_mixed_policy(
@@ -74,7 +74,7 @@ def _push(folder: Path, repository: str, private: bool) -> str:
     """Push a folder as a model; returns the address of the commit."""
     from huggingface_hub import HfApi
 
-    from trl_blend.teacher.hub_errors import Push, explained_errors
+    from trl_blend.models.hub_errors import Push, explained_errors
 
     again = f"The mixed policy is in {str(folder)!r}: `hf upload {repository} {shlex.quote(str(folder))}` sends it."
     with explained_errors(Push(repository, "--push_to_hub", "HF_TOKEN", kept=again, again="")):

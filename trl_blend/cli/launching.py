@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_blend import _resources
-from trl_blend.cli.messages import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, fail_in_one_line, say
-from trl_blend.cli.settings import NUM_PROCESSES_VARIABLE
 from trl_blend.errors import ConfigError
+from trl_blend.scripts.messages import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, fail_in_one_line, say
+from trl_blend.scripts.settings import NUM_PROCESSES_VARIABLE
 
 
 # What a worker has said itself

@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from trl_blend import __version__
-from trl_blend.cli import demo, env, export, settings, teacher_data, training
-from trl_blend.cli.messages import (
+from trl_blend._version import __version__
+from trl_blend.cli import demo, env, export, teacher_data, training
+from trl_blend.errors import ConfigError, TrlBlendError
+from trl_blend.scripts import settings
+from trl_blend.scripts.messages import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     fail_in_one_line,
@@ -16,7 +18,6 @@ from trl_blend.cli.messages import (
     say,
     unknown_options,
 )
-from trl_blend.errors import ConfigError, TrlBlendError
 
 
 PROGRAM = "trl-blend"

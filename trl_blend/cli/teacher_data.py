@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from trl_blend.cli.messages import EXIT_FAILED, say, tell
+from trl_blend.scripts.messages import EXIT_FAILED, say, tell
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -125,7 +125,7 @@ def _json_object(text: str) -> dict[str, Any]:
 def _rollouts(
     model_name_or_path: str, dataset_name: str, output_dir: str, dataset_train_split: str, **options: Any
 ) -> int:
-    from trl_blend.teacher.rollouts import collect_rollouts
+    from trl_blend.rollouts.collect import collect_rollouts
 
     _silence_bars(not options["show_progress"])
     store = collect_rollouts(
@@ -136,7 +136,7 @@ def _rollouts(
 
 
 def _score(teacher_model_name_or_path: str, rollouts: str, output_dir: str, **options: Any) -> int:
-    from trl_blend.teacher.scoring import score_rollouts
+    from trl_blend.rollouts.score import score_rollouts
 
     _silence_bars(not options["show_progress"])
     store = score_rollouts(rollouts, teacher_model_name_or_path, output_dir, **options)
@@ -170,7 +170,7 @@ _SCORED_ONLY = ("model_name_or_path", "teacher_model_name_or_path", "sft_teacher
 
 
 def _inspect(store: str, as_json: bool, **options: Any) -> int:
-    from trl_blend.teacher.inspection import inspect_store
+    from trl_blend.consistency.inspection import inspect_store
 
     inspection = inspect_store(store, **options)
     ignored = [name for name in _SCORED_ONLY if options[name] is not None and inspection.report is None]
@@ -183,7 +183,7 @@ def _inspect(store: str, as_json: bool, **options: Any) -> int:
 def _record_teacher(
     model_name_or_path: str, teacher_model_name_or_path: str, teacher_model_revision: str | None, **options: Any
 ) -> int:
-    from trl_blend.teacher.provenance import record_teacher
+    from trl_blend.consistency.provenance import record_teacher
 
     provenance = record_teacher(
         model_name_or_path, teacher_model_name_or_path, revision=teacher_model_revision, **options

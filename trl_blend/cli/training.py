@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl_blend import _resources
-from trl_blend.cli import settings
-from trl_blend.cli.messages import fail_in_one_line, nearest, option_names, unknown_options, without_token
 from trl_blend.errors import ConfigError
+from trl_blend.scripts import settings
+from trl_blend.scripts.messages import fail_in_one_line, nearest, option_names, unknown_options, without_token
 
 
 class Script(NamedTuple):

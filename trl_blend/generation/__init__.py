@@ -9,12 +9,11 @@ What happens at one decoding step, for any Hugging Face causal language model.
 * `hooks`: [`blended_generation`], the context manager to use.
 """
 
-from .hooks import BlendSession, blended_generation
-from .partner import PartnerDecoder
-from .processor import BlendLogitsProcessor
-from .recording import RolloutRecord
-from .rules import BlendRule, BlendStep, LogitMixing, ProbabilityMixing
-from .trust_region_rules import SpeculativeKD, TrustRegion
+from trl_blend.generation.hooks import BlendSession, blended_generation
+from trl_blend.generation.partner import PartnerDecoder
+from trl_blend.generation.processor import BlendLogitsProcessor
+from trl_blend.generation.recording import RolloutRecord
+from trl_blend.generation.rules import BlendRule, BlendStep, LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
 
 
 __all__ = [

@@ -13,15 +13,11 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.generation.partner import (
-    PartnerDecoder,
-    adapter_layers,
-    check_adapters_can_be_disabled,
-    innermost_model,
-)
+from trl_blend.generation.partner import PartnerDecoder
 from trl_blend.generation.processor import BlendLogitsProcessor
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.generation.rules import BlendRule
+from trl_blend.models.wrappers import adapter_layers, check_adapters_can_be_disabled, innermost_model
 from trl_blend.ops.vocab import EosMap
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trl_blend.generation.rules import BlendStep, log_normalizer
+from trl_blend.generation.rules import BlendStep
+from trl_blend.ops.policies import log_normalizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from trl_blend.errors import ConfigError
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
+from trl_blend.ops.policies import _kl_and_normalizer
+from trl_blend.ops.trust_region import solve_with_statistics, validate_trust_region
 
 
 class BlendStep(NamedTuple):
@@ -109,26 +112,6 @@ class ProbabilityMixing(_WeightedMixing):
         return step_with_kl(mix_probs(student_logits, partner_logits, self.weights), student_logits)
 
 
-def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
-    """
-    `logsumexp(logits)` over the last dimension, from the softmax.
-
-    `log Z = max(z) - log max(p)`: a softmax and two maxima, which is faster than `torch.logsumexp` and as accurate,
-    because the largest probability is at least `1 / V`.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., V)`):
-            Logits, of which at least one per row is finite.
-        probs (`torch.Tensor` of shape `(..., V)`, *optional*):
-            `softmax(logits)`, where it is known already.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`: Logarithm of the normaliser, in nats.
-    """
-    probs = logits.softmax(dim=-1) if probs is None else probs
-    return logits.amax(dim=-1) - probs.amax(dim=-1).log()
-
-
 def step_with_kl(behavior_logits: Tensor, student_logits: Tensor) -> BlendStep:
     """
     A step that reports `kl_behavior_student`, the exact `KL(μ‖p_S)` over the whole vocabulary.
@@ -146,18 +129,129 @@ def step_with_kl(behavior_logits: Tensor, student_logits: Tensor) -> BlendStep:
     return BlendStep(behavior_logits, {"kl_behavior_student": divergence}, normalizer)
 
 
-@torch.no_grad()
-def _kl_and_normalizer(behavior_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`KL(softmax(behavior_logits) ‖ softmax(student_logits))` in nats and `logsumexp(behavior_logits)`."""
-    probs = behavior_logits.softmax(dim=-1)
-    normalizer = log_normalizer(behavior_logits, probs)
-    # Where the behaviour excludes a token the difference is -inf or NaN, and the term is 0 by the limit of p·log p
-    difference = (behavior_logits - student_logits).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
-    divergence = difference.mul_(probs).sum(dim=-1) - normalizer + log_normalizer(student_logits)
-    # 0·inf: a mass too small for a float on a token the student excludes
-    excluded = divergence.isnan() & normalizer.isfinite()
-    return divergence.masked_fill_(excluded, math.inf).clamp_(min=0.0), normalizer
-
-
 def _as_tuple(weight: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(weight) if isinstance(weight, Sequence) else (weight,)
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    r"""
+    Samples from the policy closest to the teacher whose KL to the student is within a budget:
+
+    $$
+    \mu^* = \arg\min_\mu \mathrm{KL}(\mu \| p_T) \ \text{s.t.}\ \mathrm{KL}(\mu \| p_S) \le \varepsilon, \qquad
+    \mu^* = \mathrm{softmax}((1 - \beta^*) z_S + \beta^* z_T)
+    $$
+
+    (Eq. 1-2 of arXiv 2605.31159.) The weight is found per prefix by [`~trl_blend.ops.solve_trust_region`]. Rows of
+    weight 0 have exactly the student's logits, rows of weight 1 exactly the teacher's. Both policies are those at the
+    sampling temperature, so the budget is too.
+
+    Statistics, each of shape `(...)`, without gradient:
+
+    * `teacher_weight`: `β*`, in `[0, 1]`.
+    * `teacher_feasible`: 1 where the teacher itself is within the budget, else 0.
+    * `kl_behavior_student`, `kl_behavior_teacher` (nats): the realised `KL(μ‖p_S)` and `KL(μ‖p_T)` over the whole
+      vocabulary; the latter is infinite where the student is kept and allows a token that the teacher excludes.
+
+    Args:
+        kl_budget (`float`):
+            Budget `ε` in nats: 0 gives the student, `inf` the teacher. The paper uses 0.001 to 0.05.
+        rtol (`float`, *optional*, defaults to `1e-3`):
+            Relative tolerance of the realised KL, from 1e-6 to 0.1.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If the budget is negative or NaN or `rtol` is out of range; when called, if
+            there is not exactly one partner.
+    """
+
+    kl_budget: float
+    rtol: float = 1e-3
+
+    def __post_init__(self) -> None:
+        validate_trust_region(self.kl_budget, self.rtol)
+
+    def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
+        student, teacher = _two_policies(self, student_logits, partner_logits)
+        solution, kl_teacher, normalizer = solve_with_statistics(student, teacher, self.kl_budget, rtol=self.rtol)
+        weight = solution.weight.unsqueeze(-1)
+        # 0·(-inf) is NaN: at the ends of the path the model of weight 0 is left out
+        logits = torch.addcmul(student * (1.0 - weight), teacher, weight)
+        logits = torch.where(weight == 0.0, student, torch.where(weight == 1.0, teacher, logits))
+        statistics = {
+            "teacher_weight": solution.weight,
+            "teacher_feasible": solution.feasible.to(solution.weight.dtype),
+            "kl_behavior_student": solution.kl,
+            "kl_behavior_teacher": kl_teacher,
+        }
+        return BlendStep(logits, statistics, normalizer)
+
+
+@dataclass(frozen=True)
+class SpeculativeKD:
+    r"""
+    Speculative knowledge distillation with `γ = 1` (arXiv 2410.11325; App. A.2 of arXiv 2605.31159): the student draws
+    a token, and one outside the teacher's top `k` is replaced by a draw from the teacher. As one distribution:
+
+    $$
+    \mu(v) = p_S(v)\,1[v \in \mathrm{top}_k(p_T)] + m\,q(v), \qquad m = \sum_{v \notin \mathrm{top}_k(p_T)} p_S(v),
+    \qquad q = \mathrm{softmax}(z_T / \tau_T)
+    $$
+
+    A single draw from `μ` is therefore exactly the two-stage procedure. `q` covers the whole vocabulary. The logits
+    are already divided by the sampling temperature when a rule sees them, and `τ_T` acts on that policy: the teacher's
+    raw logits are divided by the product of the two. A token that the teacher excludes (`-inf`) is in no top `k`.
+
+    Statistics, each of shape `(...)`: `replaced_share`, the probability `m` of a replacement, without gradient, and
+    `kl_behavior_student` (nats), the exact `KL(μ‖p_S)`; it has no bound, and is infinite where `q` gives mass to a
+    token that the student excludes.
+
+    Args:
+        top_k (`int`):
+            Number of the teacher's tokens that a student's draw must be among. The paper sweeps 15, 25 and 50.
+        teacher_temperature (`float`):
+            Temperature `τ_T` of the replacement. The paper sweeps 0.2, 0.6 and 1.0.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If `top_k` is below 1 or the temperature is not positive and finite; when
+            called, if `top_k` exceeds the vocabulary or there is not exactly one partner.
+    """
+
+    top_k: int
+    teacher_temperature: float
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError(f"`top_k` is {self.top_k}. Set it to 1 or more.")
+        if not 0.0 < self.teacher_temperature < math.inf:  # also catches NaN
+            raise ConfigError(f"`teacher_temperature` is {self.teacher_temperature}. Set it to a positive number.")
+
+    def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
+        student, teacher = _two_policies(self, student_logits, partner_logits)
+        if self.top_k > student.shape[-1]:
+            raise ConfigError(
+                f"`top_k` is {self.top_k} for a vocabulary of {student.shape[-1]} tokens. Set it to at most that."
+            )
+        student_logprobs = student.log_softmax(dim=-1)
+        top = teacher.topk(self.top_k, dim=-1)
+        excluded = top.values == -math.inf
+        kept = student_logprobs.gather(-1, top.indices)
+        # The mass off the top k is summed there: as 1 minus the rest it would lose its digits
+        outside = student_logprobs.exp().scatter(-1, top.indices, kept.exp().masked_fill(~excluded, 0.0))
+        replaced = outside.sum(dim=-1, keepdim=True)
+        kept = kept.masked_fill(excluded, -math.inf)
+        logprobs = (teacher / self.teacher_temperature).log_softmax(dim=-1) + replaced.log()
+        logprobs = logprobs.scatter(-1, top.indices, torch.logaddexp(logprobs.gather(-1, top.indices), kept))
+        step = step_with_kl(logprobs, student)
+        statistics = {"replaced_share": replaced.detach().squeeze(-1), **step.statistics}
+        return BlendStep(step.logits, statistics, step.log_normalizer)
+
+
+def _two_policies(rule: object, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Student and teacher in one precision, at least float32: half precision has too few bits to be blended in."""
+    if len(partner_logits) != 1:
+        raise ConfigError(
+            f"`{type(rule).__name__}` got the logits of {len(partner_logits)} partners. Pass one teacher to it."
+        )
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, partner_logits[0].dtype), torch.float32)
+    return student_logits.to(dtype), partner_logits[0].detach().to(dtype)

@@ -4,14 +4,15 @@ Pure tensor operations: tensors in, tensors out.
 Nothing here knows a model, a trainer, a tokenizer or a logger, and importing it loads neither transformers nor trl.
 """
 
-from trl_blend.ops.divergences import ReverseKL, SupportStatistics, reverse_kl, support_statistics
+from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.head.mixed import MixedLogProbs, mixed_log_probs
+from trl_blend.ops.head.reverse_kl import ReverseKL, SupportStatistics, reverse_kl, support_statistics
+from trl_blend.ops.head.scores import TokenLogProbs, score_tokens
+from trl_blend.ops.head.top_k import TopKDivergence, top_k_divergence
 from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
 from trl_blend.ops.losses import SampledTokenLoss, sampled_kl, sampled_token_loss, sequence_weights
-from trl_blend.ops.mixed_head import LMHead, MixedLogProbs, mixed_log_probs
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
 from trl_blend.ops.reduction import masked_mean, masked_sum
-from trl_blend.ops.token_scores import TokenLogProbs, score_tokens
-from trl_blend.ops.top_k_divergence import TopKDivergence, top_k_divergence
 from trl_blend.ops.trust_region import TrustRegionSolution, solve_trust_region
 from trl_blend.ops.vocab import EosMap, align_vocab, canonicalize_eos, eos_map
 

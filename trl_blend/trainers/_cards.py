@@ -12,13 +12,13 @@ from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from huggingface_hub import try_to_load_from_cache
 
-from .. import __version__, _compat
-from ..hub import card_metadata, cards
-from ..hub.card_names import shown_name
-from ..hub.card_template import render
-from ..hub.cards import CardTeacher
-from ..hub.licences import Source, reminders
-from . import _reporting
+from trl_blend import _compat
+from trl_blend._version import __version__
+from trl_blend.reports import cards, metadata
+from trl_blend.reports.cards import CardTeacher, render
+from trl_blend.reports.licences import Source, reminders
+from trl_blend.reports.names import shown_name
+from trl_blend.trainers import _reporting
 
 
 CARD = "README.md"
@@ -68,7 +68,7 @@ def write_card(
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    kept = card_metadata.kept_metadata(folder / CARD)
+    kept = metadata.kept_metadata(folder / CARD)
     method = trainer.card_fields()
     fields = _fields(trainer, method, dataset_name) | {"license": kept.get("license")}
     tags = [tags] if isinstance(tags, str) else list(tags or [])
@@ -81,14 +81,14 @@ def write_card(
             dataset_name=shown_name(dataset_name).hub_id,
             tags=tags,
         )
-    card_metadata.complete_metadata(
+    metadata.complete_metadata(
         folder / CARD,
         base_model=shown_name(_base_name(trainer)).hub_id,
         is_adapter=fields["is_adapter"],
         # The adapter of a mixed policy is in a subfolder, which transformers finds through `mixing.json`
         library="peft" if fields["is_adapter"] and not fields["mixed"] else "transformers",
         kept=kept,
-        eval_results=card_metadata.model_index(trainer.card_results),
+        eval_results=metadata.model_index(trainer.card_results),
     )
 
 

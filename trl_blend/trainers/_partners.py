@@ -13,10 +13,10 @@ from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from .. import _compat
-from ..errors import ConfigError, UnsupportedError
-from ..generation.partner import check_adapters_can_be_disabled
-from ..teacher.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
+from trl_blend import _compat
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
+from trl_blend.models.wrappers import check_adapters_can_be_disabled
 
 
 logger = get_logger(__name__)

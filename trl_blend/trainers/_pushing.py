@@ -13,11 +13,11 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from .. import __version__
-from ..errors import HubError
-from ..teacher import hub_errors
-from ..teacher.provenance import PROVENANCE_FILE
-from ._tokens import guard_tokens
+from trl_blend._version import __version__
+from trl_blend.consistency.provenance import PROVENANCE_FILE
+from trl_blend.errors import HubError
+from trl_blend.models import hub_errors
+from trl_blend.trainers._tokens import guard_tokens
 
 
 logger = get_logger(__name__)

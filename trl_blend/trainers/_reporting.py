@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from transformers import ProgressCallback, TrainerCallback
 from trl import RichProgressCallback
 
-from ..hub.curves import CURVES_FILE, draw_curves, progress_text
+from trl_blend.reports.curves import CURVES_FILE, draw_curves, progress_text
 
 
 logger = get_logger(__name__)
@@ -40,7 +40,7 @@ def write_curves(trainer: Any) -> Path | None:
         logger.warning(
             f"The training curves could not be drawn into '{path}' ({type(error).__name__}: {error}). The run is not "
             "affected. When the cause is mended, draw them from `trainer.state.log_history`, or from the "
-            "`log_history` in a checkpoint's `trainer_state.json`, with `trl_blend.hub.curves.draw_curves("
+            "`log_history` in a checkpoint's `trainer_state.json`, with `trl_blend.reports.curves.draw_curves("
             "log_history, trainer._panels, path)`."
         )
         return None

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..hub import former_export
-from ..hub.curves import Panel
-from . import _cards, _pushing, _reporting
+from trl_blend.export import former_export
+from trl_blend.reports.curves import Panel
+from trl_blend.trainers import _cards, _pushing, _reporting
 
 
 class RunMixin:

@@ -20,7 +20,7 @@ from tests.trainers.card_reading import (
     tables_of,
     write_card,
 )
-from trl_blend import __version__
+from trl_blend._version import __version__
 
 
 NOTICE = "Decoded alone, this model is not the policy whose reward was maximised"

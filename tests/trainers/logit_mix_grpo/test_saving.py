@@ -10,8 +10,8 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from tests.hub.conftest import modules_cache  # noqa: F401
-from tests.hub_server import hub_endpoint  # noqa: F401
+from tests.export.conftest import modules_cache  # noqa: F401
+from tests.hub.server import hub_endpoint  # noqa: F401
 from tests.tiny import tiny_tokenizer
 from tests.trainers import runs
 from trl_blend.trainers.logit_mix_grpo.greedy import _greedy

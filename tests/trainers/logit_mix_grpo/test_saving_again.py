@@ -8,8 +8,8 @@ from huggingface_hub import snapshot_download
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.hub.conftest import modules_cache  # noqa: F401
-from tests.hub_server import hub_endpoint  # noqa: F401
+from tests.export.conftest import modules_cache  # noqa: F401
+from tests.hub.server import hub_endpoint  # noqa: F401
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import runs
 from tests.trainers.logit_mix_grpo.test_saving import LORA, MIX, exported_greedy, spec, trainers_greedy

@@ -8,7 +8,7 @@ import pytest
 from tests.trainers import scored
 from tests.trainers.runs import PROMPTS
 from trl_blend import collect_rollouts, score_rollouts
-from trl_blend.teacher.provenance import record_teacher
+from trl_blend.consistency.provenance import record_teacher
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from tests.trainers import scored
 from tests.trainers.card_reading import metadata_of, rows_of, run_of, settings_of, tables_of, write_card
 from tests.trainers.runs import PROMPTS
 from trl_blend import load_scored_rollouts
-from trl_blend.teacher.provenance import PROVENANCE_FILE
+from trl_blend.consistency.provenance import PROVENANCE_FILE
 
 
 DRIFT = "drift from the policy of the rollouts, first and last log"

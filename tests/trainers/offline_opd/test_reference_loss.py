@@ -10,7 +10,8 @@ from tests import reference_offline
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import scored
 from tests.trainers.runs import assert_close_tensors, set_parameters, snapshot
-from trl_blend.ops import LMHead, top_k_divergence
+from trl_blend.ops import LMHead
+from trl_blend.ops.head.top_k import top_k_divergence
 from trl_blend.trainers.offline_opd.data import TOP_K, ScoredRolloutCollator, prepare
 from trl_blend.trainers.offline_opd.forward import OfflineForward
 

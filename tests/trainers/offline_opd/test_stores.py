@@ -12,8 +12,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import scored
 from tests.trainers.runs import PROMPTS, check_refusal, snapshot
 from trl_blend import load_scored_rollouts
+from trl_blend.consistency.provenance import PROVENANCE_FILE, TeacherProvenance, record_teacher
 from trl_blend.errors import ConfigError, ConsistencyError, StoreError
-from trl_blend.teacher.provenance import PROVENANCE_FILE, TeacherProvenance, record_teacher
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tests.tiny import tiny_model
 from tests.trainers import runs
 from tests.trainers.card_reading import code_of, metadata_of, read_card, rows_of, run_of, settings_of, write_card
-from trl_blend import __version__
+from trl_blend._version import __version__
 
 
 BASELINE = "This run uses a baseline of that paper instead of its method"

@@ -2,15 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback
-
-
-if TYPE_CHECKING:
-    from .trainer import LogitMixGRPOTrainer
 
 
 class NetGain(NamedTuple):
@@ -59,7 +55,7 @@ class AdaptiveWeightCallback(TrainerCallback):
     teacher weight. It runs before the checkpoint of that step is written, so the checkpoint holds the new weight.
     """
 
-    def __init__(self, trainer: "LogitMixGRPOTrainer", validation_rows: list[dict[str, Any]]):
+    def __init__(self, trainer: Any, validation_rows: list[dict[str, Any]]):
         self.trainer = trainer
         self.validation_rows = validation_rows
 

@@ -1,19 +1,16 @@
 """What a [`LogitMixGRPOTrainer`] refuses: as much as possible before a model is loaded, the rest before a step."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...errors import ConfigError, UnsupportedError
-from .. import _partners
-from .._sampling import distribution_warpers
-from .config import LogitMixGRPOConfig
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.trainers import _partners
+from trl_blend.trainers._sampling import distribution_warpers
+from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
 
-
-if TYPE_CHECKING:
-    from .trainer import LogitMixGRPOTrainer
 
 logger = get_logger(__name__)
 
@@ -64,7 +61,7 @@ def check_arguments(
     _partners.check_names(model, teachers, processing_class, args)
 
 
-def check_student(trainer: "LogitMixGRPOTrainer", teachers: list) -> None:
+def check_student(trainer: Any, teachers: list) -> None:
     """
     Check what only the loaded and prepared student shows.
 

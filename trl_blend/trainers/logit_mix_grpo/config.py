@@ -5,11 +5,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from ...errors import ConfigError
-from ...ops.mixing import validate_weights
-from ...schedules import DECAYING_SCHEDULES
-from .._sampling import distribution_warpers
-from .._tokens import TokensUnwritten
+from trl_blend.errors import ConfigError
+from trl_blend.ops.mixing import validate_weights
+from trl_blend.schedules import DECAYING_SCHEDULES
+from trl_blend.trainers._sampling import distribution_warpers
+from trl_blend.trainers._tokens import TokensUnwritten
 
 
 _CHOICES = {

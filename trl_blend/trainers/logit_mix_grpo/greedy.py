@@ -5,17 +5,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ...generation.partner import evaluation_mode
+from trl_blend.models.wrappers import evaluation_mode
 
-
-if TYPE_CHECKING:
-    from .trainer import LogitMixGRPOTrainer
 
 _SAMPLING_KEYS = frozenset({"do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"})
 
@@ -38,9 +35,7 @@ class GreedyRewards(NamedTuple):
     seconds: float
 
 
-def greedy_rewards(
-    trainer: "LogitMixGRPOTrainer", rows: list[dict[str, Any]], weights: tuple[float, ...]
-) -> GreedyRewards:
+def greedy_rewards(trainer: Any, rows: list[dict[str, Any]], weights: tuple[float, ...]) -> GreedyRewards:
     """
     Decode `rows` greedily at the given teacher weights and reward the completions.
 
@@ -79,7 +74,7 @@ def greedy_rewards(
 
 
 @contextmanager
-def _greedy(trainer: "LogitMixGRPOTrainer") -> Iterator[None]:
+def _greedy(trainer: Any) -> Iterator[None]:
     """Greedy generation settings, with the trainer's logs and counters put back on exit."""
     saved_settings = trainer.generation_kwargs, trainer.generation_config
     saved_logs = trainer._metrics, trainer.state.num_input_tokens_seen

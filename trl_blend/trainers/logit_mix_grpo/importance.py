@@ -2,20 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...ops.importance import ImportanceSums, importance_statistics, summarize_importance
-
-
-if TYPE_CHECKING:
-    from .trainer import LogitMixGRPOTrainer
+from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
 
 
 @contextmanager
-def importance_clip(trainer: "LogitMixGRPOTrainer") -> Iterator[None]:
+def importance_clip(trainer: Any) -> Iterator[None]:
     r"""
     Turn TRL's clipped surrogate into \\( -rA \\) (`"none"`) or \\( -\min(r, c)A \\) (`"max"`), by its own bounds:
     without a lower bound, and with the upper bound and `delta` at \\( c \\), both arms of its minimum are equal.
@@ -37,7 +33,7 @@ def importance_clip(trainer: "LogitMixGRPOTrainer") -> Iterator[None]:
         trainer.epsilon_low, trainer.epsilon_high, args.delta = saved
 
 
-def log_importance(trainer: "LogitMixGRPOTrainer", inputs: dict[str, Any], logps: Tensor) -> None:
+def log_importance(trainer: Any, inputs: dict[str, Any], logps: Tensor) -> None:
     """
     Log mean, maximum, effective sample size and clipped share of the ratio, over the tokens (sequences) of all ranks.
 
@@ -70,7 +66,7 @@ def _combine(sums: Tensor) -> ImportanceSums:
     return ImportanceSums(*sums.sum(dim=0))._replace(ratio_max=sums[:, 3].max())
 
 
-def _ratio_cap(trainer: "LogitMixGRPOTrainer") -> float | None:
+def _ratio_cap(trainer: Any) -> float | None:
     """Ratio above which the loss no longer grows with it; `None` where the loss has no such bound."""
     args = trainer.args
     if args.loss_type == "cispo":

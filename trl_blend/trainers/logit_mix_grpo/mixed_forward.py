@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import _compat
-from ...generation.partner import evaluation_mode
-from ...ops.mixed_head import LMHead, mixed_log_probs
+from trl_blend import _compat
+from trl_blend.models.wrappers import evaluation_mode
+from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.head.mixed import mixed_log_probs
 
 
 class MixedForward:

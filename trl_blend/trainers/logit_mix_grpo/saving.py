@@ -8,23 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
-from ... import _compat
-from ...errors import ConfigError, UnsupportedError
-from ...hub import former_export, model_files
-from ...hub.mixing_spec import SPEC_FILE, MixingSpec, ModelSource
-from ...teacher.checkpoints import Checkpoint, find_checkpoint
-from ...teacher.loading import find_tokenizer
-from ...teacher.model_state import AdapterConfig
-from ...teacher.tokenizer_identity import fingerprint_tokenizer
+from trl_blend import _compat
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.export import former_export, model_files
+from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
+from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
+from trl_blend.models.loading import find_tokenizer
+from trl_blend.models.model_state import AdapterConfig
+from trl_blend.models.tokenizer_identity import fingerprint_tokenizer
 
-
-if TYPE_CHECKING:
-    from .trainer import LogitMixGRPOTrainer
 
 logger = get_logger(__name__)
 
@@ -61,7 +58,7 @@ class MixedPolicyFiles:
             has a name of its own.
     """
 
-    def __init__(self, trainer: "LogitMixGRPOTrainer", student: Any, teachers: list) -> None:
+    def __init__(self, trainer: Any, student: Any, teachers: list) -> None:
         self.trainer = trainer
         self.is_adapter = is_peft_model(trainer.model)
         self.base = self._find_base(student) if self.is_adapter else None

@@ -1,13 +1,10 @@
 """What a checkpoint of [`LogitMixGRPOTrainer`] holds beyond its parent's."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .._settings import read_settings, write_settings
+from trl_blend.trainers._settings import read_settings, write_settings
 
-
-if TYPE_CHECKING:
-    from .trainer import LogitMixGRPOTrainer
 
 _FILE = "logit_mix_state.json"
 # A resumed run with other values of these does not continue the interrupted one
@@ -23,12 +20,12 @@ _FIELDS = (
 )
 
 
-def save_state(trainer: "LogitMixGRPOTrainer", checkpoint: Path) -> None:
+def save_state(trainer: Any, checkpoint: Path) -> None:
     """Write the adaptive weight, and the settings that decide the weight of a step, into the checkpoint's folder."""
     write_settings(checkpoint / _FILE, trainer.args, _FIELDS, adaptive_weights=trainer.adaptive_weights)
 
 
-def load_state(trainer: "LogitMixGRPOTrainer", checkpoint: Path) -> None:
+def load_state(trainer: Any, checkpoint: Path) -> None:
     """Restore the adaptive weight; warn, with both values, of settings that differ. GRPO checkpoints hold neither."""
     state = read_settings(checkpoint / _FILE, trainer.args, _FIELDS)
     if state is not None:

@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
-from ... import _compat
-from ...generation.hooks import blended_generation
-from ...generation.partner import adapter_layers, evaluation_mode
-from ...generation.recording import RolloutRecord
-from ...generation.rules import BlendRule, LogitMixing, ProbabilityMixing
-from ...hub import cards
-from ...hub.licences import Source
-from ...ops.importance import ImportanceSums
-from ...schedules import make_schedule
-from .. import _cards, _partners
-from .._run import RunMixin
-from .._statistics import TokenMeans
-from . import paper
-from .adaptive import AdaptiveWeightCallback
-from .checks import check_arguments, check_student, warn_of_few_prompts
-from .config import LogitMixGRPOConfig
-from .greedy import GreedyRewards, greedy_rewards
-from .importance import importance_clip, log_importance
-from .mixed_forward import MixedForward
-from .panels import PANELS
-from .saving import MixedPolicyFiles, MixedPolicySaving
-from .state import load_state, save_state
+from trl_blend import _compat
+from trl_blend.generation.hooks import blended_generation
+from trl_blend.generation.recording import RolloutRecord
+from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from trl_blend.models.wrappers import adapter_layers, evaluation_mode
+from trl_blend.ops.importance import ImportanceSums
+from trl_blend.reports import cards
+from trl_blend.reports.licences import Source
+from trl_blend.schedules import make_schedule
+from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers._run import RunMixin
+from trl_blend.trainers._statistics import TokenMeans
+from trl_blend.trainers.logit_mix_grpo import report
+from trl_blend.trainers.logit_mix_grpo.adaptive import AdaptiveWeightCallback
+from trl_blend.trainers.logit_mix_grpo.checks import check_arguments, check_student, warn_of_few_prompts
+from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
+from trl_blend.trainers.logit_mix_grpo.greedy import GreedyRewards, greedy_rewards
+from trl_blend.trainers.logit_mix_grpo.importance import importance_clip, log_importance
+from trl_blend.trainers.logit_mix_grpo.mixed_forward import MixedForward
+from trl_blend.trainers.logit_mix_grpo.report import PANELS
+from trl_blend.trainers.logit_mix_grpo.saving import MixedPolicyFiles, MixedPolicySaving
+from trl_blend.trainers.logit_mix_grpo.state import load_state, save_state
 
 
 class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
@@ -341,9 +341,9 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         rewards = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
         return {
             "paper_name": "the logit-averaging paper" if averages else "logit fusion",
-            "paper": paper.paper_values(args),
+            "paper": report.paper_values(args),
             "settings": {"prompts_per_step": rollouts // self.num_generations},
-            "choices": paper.choices(args),
+            "choices": report.choices(args),
             "teachers": teachers,
             "sources": [Source("teacher", one.name, one.commit) for one in teachers if one.name],
             "data_rows": _cards.num_rows(self.train_dataset),

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from ...hub.cards import CardTeacher, model_link
-from ...teacher.findings import ConsistencyReport
-from ...teacher.identity import ModelIdentity
-from ...teacher.manifest import Manifest
-from ...teacher.provenance import TeacherProvenance
+from trl_blend.consistency.provenance import TeacherProvenance
+from trl_blend.consistency.report import ConsistencyReport
+from trl_blend.models.identity import ModelIdentity
+from trl_blend.reports.cards import CardTeacher, model_link
+from trl_blend.rollouts.format import Manifest
 
 
 def card_teacher(manifest: Manifest | None, report: ConsistencyReport | None) -> CardTeacher:

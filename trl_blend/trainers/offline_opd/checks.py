@@ -8,15 +8,15 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...errors import ConfigError, UnsupportedError
-from ...teacher.consistency import check_teacher_consistency
-from ...teacher.findings import ConsistencyReport
-from ...teacher.provenance import TeacherProvenance, read_provenance
-from ...teacher.sampling import nucleus_settings
-from ...teacher.store import RolloutStore
-from ...teacher.workers import on_main_process
-from .. import _partners
-from .config import OfflineOPDConfig
+from trl_blend.consistency.check import check_teacher_consistency
+from trl_blend.consistency.provenance import TeacherProvenance, read_provenance
+from trl_blend.consistency.report import ConsistencyReport
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.rollouts.engines.base import nucleus_settings
+from trl_blend.rollouts.processes import on_main_process
+from trl_blend.rollouts.store import RolloutStore
+from trl_blend.trainers import _partners
+from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
 
 
 logger = get_logger(__name__)

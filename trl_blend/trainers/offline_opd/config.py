@@ -6,8 +6,8 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ...errors import ConfigError
-from .._tokens import TokensUnwritten
+from trl_blend.errors import ConfigError
+from trl_blend.trainers._tokens import TokensUnwritten
 
 
 _CHOICES = {

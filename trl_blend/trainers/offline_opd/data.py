@@ -12,9 +12,9 @@ from torch import Tensor
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ...errors import ConfigError, StoreError
-from ...ops.losses import sequence_weights
-from ...teacher.validation import check_rows
+from trl_blend.errors import ConfigError, StoreError
+from trl_blend.ops.losses import sequence_weights
+from trl_blend.rollouts.checks import check_rows
 
 
 # Columns with one value per token, under the names they have in a store

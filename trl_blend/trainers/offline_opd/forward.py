@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ... import _compat
-from ...ops.losses import sampled_token_loss
-from ...ops.mixed_head import LMHead
-from ...ops.top_k_divergence import top_k_divergence
-from .config import OfflineOPDConfig
-from .data import WEIGHTS
+from trl_blend import _compat
+from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.head.top_k import top_k_divergence
+from trl_blend.ops.losses import sampled_token_loss
+from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
+from trl_blend.trainers.offline_opd.data import WEIGHTS
 
 
 class OfflineForward:

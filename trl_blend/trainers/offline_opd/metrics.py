@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...ops.losses import sampled_kl
-from ...teacher.columns import UNLIKELY_LOGP
-from .._statistics import TokenMeans
-from .data import LOG_PROBS
+from trl_blend.ops.losses import sampled_kl
+from trl_blend.rollouts.format import UNLIKELY_LOGP
+from trl_blend.trainers._statistics import TokenMeans
+from trl_blend.trainers.offline_opd.data import LOG_PROBS
 
 
 class OfflineMetrics:

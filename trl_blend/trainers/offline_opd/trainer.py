@@ -9,18 +9,18 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from ... import _compat
-from ...hub.licences import Source
-from ...teacher.findings import ConsistencyReport
-from ...teacher.store import RolloutStore
-from .. import _cards
-from .._run import RunMixin
-from . import checks, data, paper
-from .card_identities import card_teacher, describe, named
-from .config import OfflineOPDConfig
-from .forward import OfflineForward
-from .metrics import OfflineMetrics
-from .panels import PANELS
+from trl_blend import _compat
+from trl_blend.consistency.report import ConsistencyReport
+from trl_blend.reports.licences import Source
+from trl_blend.rollouts.store import RolloutStore
+from trl_blend.trainers import _cards
+from trl_blend.trainers._run import RunMixin
+from trl_blend.trainers.offline_opd import checks, data, report
+from trl_blend.trainers.offline_opd.card_identities import card_teacher, describe, named
+from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
+from trl_blend.trainers.offline_opd.forward import OfflineForward
+from trl_blend.trainers.offline_opd.metrics import OfflineMetrics
+from trl_blend.trainers.offline_opd.report import PANELS
 
 
 logger = get_logger(__name__)
@@ -269,9 +269,9 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         rollouts = _cards.rows_per_step(args)
         return {
             "paper_name": "Lightning OPD",
-            "paper": paper.paper_values(sampling),
-            "settings": paper.rollout_settings(sampling),
-            "choices": paper.choices(args),
+            "paper": report.paper_values(sampling),
+            "settings": report.rollout_settings(sampling),
+            "choices": report.choices(args),
             "teachers": [teacher],
             "sources": [Source("teacher", teacher.name, teacher.commit)] if teacher.name else [],
             "data_rows": manifest.num_rows if manifest else _cards.num_rows(self.train_dataset),

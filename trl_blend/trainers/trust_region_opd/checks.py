@@ -1,19 +1,16 @@
 """What a [`TrustRegionOPDTrainer`] refuses: as much as possible before a model is loaded, the rest before a step."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ...errors import ConfigError, UnsupportedError
-from ...ops.vocab import EosMap, eos_map
-from .. import _partners
-from .._sampling import distribution_warpers
-from .config import TrustRegionOPDConfig
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.ops.vocab import EosMap, eos_map
+from trl_blend.trainers import _partners
+from trl_blend.trainers._sampling import distribution_warpers
+from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
-
-if TYPE_CHECKING:
-    from .trainer import TrustRegionOPDTrainer
 
 logger = get_logger(__name__)
 
@@ -92,7 +89,7 @@ def _check_prompts(datasets: dict[str, Any]) -> None:
             )
 
 
-def check_loaded(trainer: "TrustRegionOPDTrainer", teachers: list) -> None:
+def check_loaded(trainer: Any, teachers: list) -> None:
     """
     Check what only the loaded and prepared models show.
 
@@ -136,7 +133,7 @@ def check_loaded(trainer: "TrustRegionOPDTrainer", teachers: list) -> None:
         )
 
 
-def find_eos_map(trainer: "TrustRegionOPDTrainer", teachers: list) -> EosMap | None:
+def find_eos_map(trainer: Any, teachers: list) -> EosMap | None:
     """End-of-sequence tokens to merge, or `None` where both models end with the same ones."""
     args = trainer.args
     if not args.canonicalize_eos or not teachers:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow
 from accelerate.utils import gather_object
@@ -14,12 +14,9 @@ from pyarrow import parquet
 from torch import Tensor
 from transformers.utils import is_rich_available
 
-from ... import _compat
-from ...generation.recording import RolloutRecord
+from trl_blend import _compat
+from trl_blend.generation.recording import RolloutRecord
 
-
-if TYPE_CHECKING:
-    from .trainer import TrustRegionOPDTrainer
 
 _LEVEL = {"trust_region": "kl_budget", "fixed_weight": "teacher_weight"}
 _STATISTICS = {
@@ -64,7 +61,7 @@ class CompletionsTable:
             Whose rollouts to show.
     """
 
-    def __init__(self, trainer: "TrustRegionOPDTrainer"):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
         self._turns: list[_Completion] = []
         self._rewards: dict[str, deque[float]] = {}

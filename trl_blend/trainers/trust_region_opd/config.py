@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from trl import DistillationConfig
 
-from ...errors import ConfigError
-from ...schedules import Schedule, constant, make_schedule
-from .._sampling import distribution_warpers
-from .._tokens import TokensUnwritten
+from trl_blend.errors import ConfigError
+from trl_blend.schedules import Schedule, constant, make_schedule
+from trl_blend.trainers._sampling import distribution_warpers
+from trl_blend.trainers._tokens import TokensUnwritten
 
 
 _CHOICES = {

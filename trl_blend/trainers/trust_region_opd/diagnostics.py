@@ -4,25 +4,21 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import _compat
-from ...generation.recording import RolloutRecord
-from ...ops.divergences import support_statistics
-from ...ops.mixed_head import LMHead
-from ...ops.reduction import masked_mean
-from ...ops.vocab import EosMap
-from .._statistics import TokenMeans
-from .completions import CompletionsTable
-from .rewards import score_rollouts
-from .support import SupportScores
-
-
-if TYPE_CHECKING:
-    from .trainer import TrustRegionOPDTrainer
+from trl_blend import _compat
+from trl_blend.generation.recording import RolloutRecord
+from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.head.reverse_kl import support_statistics
+from trl_blend.ops.reduction import masked_mean
+from trl_blend.ops.vocab import EosMap
+from trl_blend.trainers._statistics import TokenMeans
+from trl_blend.trainers.trust_region_opd.completions import CompletionsTable
+from trl_blend.trainers.trust_region_opd.rewards import score_rollouts
+from trl_blend.trainers.trust_region_opd.support import SupportScores
 
 
 class Diagnostics:
@@ -37,7 +33,7 @@ class Diagnostics:
             Whose metrics to fill.
     """
 
-    def __init__(self, trainer: "TrustRegionOPDTrainer"):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
         self._rollout_means = TokenMeans()
         self._loss_means = {"train": TokenMeans(), "eval": TokenMeans()}

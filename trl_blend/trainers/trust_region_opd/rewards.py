@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 
-from ... import _compat
-from ...errors import ConfigError
+from trl_blend import _compat
+from trl_blend.errors import ConfigError
 
 
 RewardFunction = Callable[..., list[float | None]]

@@ -2,16 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ...schedules import linear
-
-
-if TYPE_CHECKING:
-    from .trainer import TrustRegionOPDTrainer
+from trl_blend.schedules import linear
 
 
-def sampling_temperature(trainer: "TrustRegionOPDTrainer") -> float:
+def sampling_temperature(trainer: Any) -> float:
     """Temperature of the student's training rollouts at the current optimizer step."""
     start, steps = trainer.args.temperature_warmup_start, trainer.args.temperature_warmup_steps
     if not steps:
@@ -20,7 +16,7 @@ def sampling_temperature(trainer: "TrustRegionOPDTrainer") -> float:
 
 
 @contextmanager
-def warmed_up_sampling(trainer: "TrustRegionOPDTrainer") -> Iterator[None]:
+def warmed_up_sampling(trainer: Any) -> Iterator[None]:
     """Let the parent's rollouts inside the context, by transformers or vLLM, sample at the warmup's temperature."""
     temperature = sampling_temperature(trainer)
     if temperature == trainer.temperature:

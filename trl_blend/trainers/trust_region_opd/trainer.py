@@ -12,25 +12,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DistillationTrainer
 
-from ... import _compat
-from ...generation.hooks import blended_generation
-from ...generation.partner import evaluation_mode
-from ...generation.rules import BlendRule, LogitMixing
-from ...generation.trust_region_rules import SpeculativeKD, TrustRegion
-from ...hub.licences import Source
-from ...ops.divergences import reverse_kl
-from ...schedules import linear
-from .. import _cards, _partners
-from .._run import RunMixin
-from .._settings import read_settings, write_settings
-from . import paper
-from .base_teacher import BaseTeacher
-from .checks import check_arguments, check_loaded, find_eos_map
-from .config import TrustRegionOPDConfig
-from .diagnostics import Diagnostics, valid_positions
-from .panels import PANELS
-from .rewards import RewardFunction, as_reward_functions
-from .temperature import sampling_temperature, warmed_up_sampling
+from trl_blend import _compat
+from trl_blend.generation.hooks import blended_generation
+from trl_blend.generation.rules import BlendRule, LogitMixing, SpeculativeKD, TrustRegion
+from trl_blend.models.wrappers import evaluation_mode
+from trl_blend.ops.head.reverse_kl import reverse_kl
+from trl_blend.reports.licences import Source
+from trl_blend.schedules import linear
+from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers._run import RunMixin
+from trl_blend.trainers._settings import read_settings, write_settings
+from trl_blend.trainers.trust_region_opd import report
+from trl_blend.trainers.trust_region_opd.base_teacher import BaseTeacher
+from trl_blend.trainers.trust_region_opd.checks import check_arguments, check_loaded, find_eos_map
+from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
+from trl_blend.trainers.trust_region_opd.diagnostics import Diagnostics, valid_positions
+from trl_blend.trainers.trust_region_opd.report import PANELS
+from trl_blend.trainers.trust_region_opd.rewards import RewardFunction, as_reward_functions
+from trl_blend.trainers.trust_region_opd.temperature import sampling_temperature, warmed_up_sampling
 
 
 logger = get_logger(__name__)
@@ -352,12 +351,12 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         teacher = _cards.live_teacher(self.partners[0], self.args) if self.partners else _cards.base_teacher(self)
         return {
             "paper_name": "the trust-region paper",
-            "paper": paper.paper_values(args, merges_eos=self.eos is not None),
+            "paper": report.paper_values(args, merges_eos=self.eos is not None),
             "settings": {
                 "prompts_per_step": rollouts // args.num_rollouts_per_prompt,
                 "divergence": "reverse KL" if args.beta == 1.0 else f"generalised Jensen-Shannon, beta {args.beta:g}",
             },
-            "choices": paper.choices(args, merges_eos=self.eos is not None),
+            "choices": report.choices(args, merges_eos=self.eos is not None),
             "teachers": [teacher],
             "sources": [Source("teacher", teacher.name, teacher.commit)] if teacher.name else [],
             "data_rows": _cards.num_rows(self.train_dataset),
@@ -365,7 +364,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             "per_step": _cards.rollouts_text(rollouts, args.num_rollouts_per_prompt),
             "result_metrics": r"(?:.+_)?(loss|blend/reverse_kl|rewards/.+/mean)",
             "curves_text": "The budget, the teacher weight it allows, and other metrics against the optimizer step",
-            "is_baseline": paper.is_baseline(args),
+            "is_baseline": report.is_baseline(args),
             "realised": [entry for entry in self.state.log_history if "blend/kl_behavior_student" in entry],
             "eos": self.eos,
         }

@@ -1,0 +1,147 @@
+"""The stand-in for the Hub itself: what the real client says of its answers."""
+
+import hashlib
+import os
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import http_backoff
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.hub.server import OTHER, READER, hub_endpoint  # noqa: F401
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def hub(hub_endpoint):  # noqa: F811
+    return hub_endpoint
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client's retries do not wait."""
+    waits = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=waits.append))
+    return waits
+
+
+def test_a_model_is_pushed_and_loaded_back(hub):
+    model = tiny_model(seed=3)
+    model.push_to_hub("me/model", private=True)
+    tiny_tokenizer().push_to_hub("me/model")
+    assert hub.model("me/model").private
+    assert hub.model("me/model").snapshots[hub.model("me/model").sha()]["model.safetensors"].is_lfs
+    loaded = AutoModelForCausalLM.from_pretrained("me/model", dtype=torch.float32)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert AutoTokenizer.from_pretrained("me/model")("12+3=")["input_ids"] == tiny_tokenizer()("12+3=")["input_ids"]
+    with pytest.raises(OSError, match="me/model is not a local folder|Repository Not Found|private repo"):
+        AutoModelForCausalLM.from_pretrained("me/model", token=OTHER, force_download=True)
+
+
+def test_a_dataset_is_pushed_and_loaded_back(hub):
+    rows = datasets.Dataset.from_dict({"prompt": ["1+1=", "2+2="], "answer": [2, 4]})
+    rows.push_to_hub("me/rows", private=True)
+    assert datasets.load_dataset("me/rows", split="train").to_list() == rows.to_list()
+    streamed = datasets.load_dataset("me/rows", split="train", streaming=True)
+    assert list(streamed) == rows.to_list()
+
+
+def test_a_commit_adds_copies_and_deletes(hub):
+    api = HfApi()
+    api.create_repo("me/files")
+    big, small = os.urandom(1000), b"small"
+    adds = [CommitOperationAdd("a/big.bin", big), CommitOperationAdd("a/small.txt", small)]
+    api.create_commit("me/files", [*adds, CommitOperationAdd("b/gone.txt", b"x")], commit_message="first")
+    copies = [CommitOperationCopy("a/big.bin", "c.bin"), CommitOperationCopy("a/small.txt", "c.txt")]
+    api.create_commit("me/files", [*copies, CommitOperationDelete("b/gone.txt")], commit_message="second")
+    repository = hub.model("me/files")
+    assert repository.commits == [("main", "first"), ("main", "second")]
+    expected = {"a/big.bin": big, "a/small.txt": small, "c.bin": big, "c.txt": small}
+    assert {path: data for path, data in repository.files().items() if path != ".gitattributes"} == expected
+    assert hub.arrived() == [hashlib.sha256(big).hexdigest()]
+    api.create_commit("me/files", [CommitOperationDelete("a/")], commit_message="third")
+    assert set(repository.files()) == {".gitattributes", "c.bin", "c.txt"}
+
+
+def test_branches_revisions_and_reading(hub):
+    api = HfApi()
+    api.create_repo("me/files")
+    api.create_branch("me/files", branch="v2")
+    first = api.upload_file(path_or_fileobj=b"one", path_in_repo="data/x.txt", repo_id="me/files").oid
+    api.upload_file(path_or_fileobj=b"two", path_in_repo="data/x.txt", repo_id="me/files")
+    assert open(hf_hub_download("me/files", "data/x.txt")).read() == "two"
+    assert open(hf_hub_download("me/files", "data/x.txt", revision=first)).read() == "one"
+    folder = snapshot_download("me/files", revision="main")
+    assert sorted(os.listdir(folder)) == [".gitattributes", "data"]
+    assert {branch.name for branch in api.list_repo_refs("me/files").branches} == {"main", "v2"}
+    assert [entry.path for entry in api.list_repo_tree("me/files")] == [".gitattributes", "data"]
+    address = f"{hub.url}/me/files/resolve/main/data/x.txt"
+    part = http_backoff("GET", address, headers={"Range": "bytes=1-1"})
+    assert (part.status_code, part.content) == (206, b"w")
+    with pytest.raises(EntryNotFoundError):
+        hf_hub_download("me/files", "y.txt")
+    with pytest.raises(RevisionNotFoundError):
+        hf_hub_download("me/files", "data/x.txt", revision="v3")
+
+
+def test_who_may_do_what(hub):
+    hub.create("other/public"), hub.create("other/private", private=True), hub.create("me/mine")
+    assert HfApi().whoami()["name"] == "me"
+    assert HfApi().model_info("other/public").id == "other/public"
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi().model_info("other/private")
+    assert HfApi(token=OTHER).model_info("other/private").private
+    HfApi().auth_check("me/mine", write=True)
+    for token, name in ((None, "other/public"), (READER, "me/mine")):
+        with pytest.raises(HfHubHTTPError, match="403"):
+            HfApi(token=token).auth_check(name, write=True)
+        with pytest.raises(HfHubHTTPError, match="403"):
+            HfApi(token=token).upload_file(path_or_fileobj=b"", path_in_repo="x", repo_id=name)
+    for token, status in ((READER, 403), ("hf_nobody", 401), (False, 401)):
+        with pytest.raises(HfHubHTTPError, match=str(status)):
+            HfApi(token=token).create_repo("me/new")
+    with pytest.raises(HfHubHTTPError, match="403"):
+        HfApi().create_repo("other/new")
+    with pytest.raises(HfHubHTTPError, match="409"):
+        HfApi().create_repo("me/mine")
+    assert HfApi().create_repo("me/mine", exist_ok=True).repo_id == "me/mine"
+
+
+def test_failures_once_and_until_the_client_gives_up(hub, impatient):
+    api = HfApi()
+    api.create_repo("me/files")
+    hub.fail("lfs_upload", 503)
+    hub.fail("preupload", 429, retry_after="3")
+    api.upload_file(path_or_fileobj=b"a", path_in_repo="a.bin", repo_id="me/files")
+    assert [request.status for request in hub.requests if request.kind == "lfs_upload"] == [503, 200]
+    assert impatient == [4.0, 1]
+    hub.fail("lfs_upload", None, times=99)
+    with pytest.raises(RuntimeError, match="Error while uploading 'b.bin'"):
+        api.upload_file(path_or_fileobj=b"b", path_in_repo="b.bin", repo_id="me/files")
+    assert set(hub.model("me/files").files()) == {".gitattributes", "a.bin"}
+
+
+def test_a_large_file_arrives_in_parts(hub):
+    hub.part_size = 400
+    data = os.urandom(1000)
+    HfApi().create_repo("me/files")
+    HfApi().upload_file(path_or_fileobj=data, path_in_repo="a.bin", repo_id="me/files")
+    assert hub.model("me/files").files()["a.bin"] == data
+    assert (hub.count("lfs_part"), hub.arrived()) == (3, [hashlib.sha256(data).hexdigest()])

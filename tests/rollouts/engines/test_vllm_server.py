@@ -1,0 +1,275 @@
+"""Scores and rollouts from a server that speaks vLLM's protocol, and every way in which it can fail."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.rollouts.collecting import assert_logps, ends_well, forced_logits, log_softmax
+from tests.rollouts.engines.test_local_scores import random_rows
+from tests.rollouts.vllm_fake import FakeVllm, serving
+from tests.tiny import EOS_ID, tiny_model
+from trl_blend.errors import ConfigError, EngineError
+from trl_blend.rollouts.engines.base import SamplingSettings
+from trl_blend.rollouts.engines.local import score_sequences
+from trl_blend.rollouts.engines.vllm import check_vllm_kwargs
+from trl_blend.rollouts.engines.vllm_server import VllmClient, VllmServer, scores_of_prompt_logprobs
+
+
+FAST = {"backoff": 0.01, "timeout": 20.0}
+ONE = ([[5, 6, 7]], [[8, 9]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def fake(model):
+    return FakeVllm(model)
+
+
+@pytest.fixture
+def url(fake):
+    with serving(fake) as url:
+        yield url
+
+
+def server_at(url, model="teacher", **options):
+    return VllmServer(url, model, argument="teacher", client=FAST, **options)
+
+
+def score(url, rows=ONE, top_k=None, **options):
+    return server_at(url, **options).scoring_engine().score(*rows, top_k, lambda *done: None)
+
+
+# -------------------- scores
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 6])
+def test_server_and_local_scores_agree(model, fake, url, top_k):
+    rows = random_rows()
+    seen = []
+    engine = server_at(url, concurrency=3).scoring_engine()
+    scores = engine.score(*rows, top_k, lambda *done: seen.append(done))
+    for remote, local in zip(scores, score_sequences(model, *rows, top_k=top_k), strict=True):
+        np.testing.assert_allclose(remote.logps, local.logps, rtol=0, atol=1e-4)
+        if top_k is None:
+            assert remote.topk_ids is None
+            continue
+        np.testing.assert_array_equal(remote.topk_ids, local.topk_ids)
+        np.testing.assert_allclose(remote.topk_logps, local.topk_logps, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(remote.tail_logmass, local.tail_logmass, rtol=0, atol=1e-4)
+    assert sorted(seen) == sorted((1, len(completion)) for completion in rows[1])
+    assert 1 < fake.most_at_once <= 3
+    # Ids go in, one token comes out, and the temperature is the one that scores are at
+    request = fake.scoring_requests[0]
+    assert request["prompt"] in [[*prompt, *completion] for prompt, completion in zip(*rows)]
+    assert (request["max_tokens"], request["temperature"], request["prompt_logprobs"]) == (1, 1.0, top_k or 0)
+
+
+def test_the_tail_is_never_minus_infinity():
+    scores = scores_of_prompt_logprobs([{3: 0.0, 5: -30.0}], [3], 2)
+    assert scores.topk_ids.tolist() == [[3, 5]] and scores.tail_logmass[0] == pytest.approx(-24 * math.log(2))
+
+
+@pytest.mark.parametrize("failures", [[503, 429, 500], ["drop", "drop"], [502, "drop", 408]])
+def test_what_passes_is_tried_again(model, fake, url, failures):
+    fake.failures = list(failures)
+    (result,) = score(url)
+    np.testing.assert_allclose(result.logps, score_sequences(model, *ONE)[0].logps, rtol=0, atol=1e-4)
+    assert len(fake.scoring_requests) == len(failures) + 1
+
+
+def test_waiting_times_double(monkeypatch, fake, url):
+    waits = []
+    client = VllmClient(url, **FAST)
+    monkeypatch.setattr(client._stop, "wait", lambda seconds: waits.append(seconds))
+    fake.failures = [503] * 4
+    client.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 1, "temperature": 1.0})
+    assert waits == [0.01, 0.02, 0.04, 0.08]
+
+
+def test_what_does_not_pass_is_given_up(fake, url):
+    fake.failures = [503] * 100
+    with pytest.raises(
+        EngineError, match=r"does not answer \(7 attempts; the last: HTTP 503: injected 503\).*is kept"
+    ):
+        score(url)
+    assert len(fake.scoring_requests) == 7
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(400, "not repeated"), (401, "VLLM_API_KEY"), (404, "Check the URL"), (422, "not repeated")],
+)
+def test_a_refusal_is_not_repeated(fake, url, status, message):
+    fake.failures = [status]
+    answer = rf"refused /v1/completions \(HTTP {status}: injected {status}\).*{message}"
+    with pytest.raises(EngineError, match=answer):
+        score(url)
+    assert len(fake.requests) == 1
+
+
+def test_the_first_error_ends_all_requests(fake, url):
+    fake.failures = [400]
+    with pytest.raises(EngineError):
+        score(url, random_rows([(3, 3)] * 40), concurrency=2)
+    assert len(fake.requests) < 10
+
+
+def test_what_hangs_is_broken_off_with_the_first_error(fake, url):
+    fake.failures = ["hang", "hang", 400]
+    start = time.perf_counter()
+    with pytest.raises(EngineError, match="injected 400"):
+        score(url, random_rows([(3, 3)] * 3), concurrency=3)
+    assert time.perf_counter() - start < 10  # a request may take 20 seconds here, and the fake one takes 60
+
+
+def test_an_unreachable_server():
+    with pytest.raises(
+        EngineError, match="http://127.0.0.1:9 does not answer.*ConnectionRefusedError.*Check that it runs"
+    ):
+        server_at("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", ""])
+def test_what_is_no_url(url):
+    with pytest.raises(ConfigError, match="is no URL"):
+        server_at(url)
+
+
+def test_the_url_may_end_in_v1(url):
+    assert server_at(f"{url}/v1/").client.url == url
+
+
+def test_the_wrong_model(url):
+    with pytest.raises(
+        ConfigError, match=r"`teacher='other'` is not what .* serves: \['teacher'\].*--served-model-name"
+    ):
+        server_at(url, model="other")
+    assert server_at(url, model="/weights/teacher").model_id == "teacher"  # what it was loaded from
+
+
+def test_a_loaded_model_has_no_name(model):
+    with pytest.raises(ConfigError, match="needs the name of the served model, but `teacher` is a loaded Qwen3"):
+        server_at("http://host:1", model=model)
+
+
+def test_the_key_is_sent_along(monkeypatch, fake, url):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    server_at(url)
+    assert fake.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_a_row_that_is_too_long(fake, url):
+    fake.max_model_len = 20
+    with pytest.raises(ConfigError, match="10 prompt and 10 completion tokens.*takes 19 .*--max-model-len 21"):
+        score(url, random_rows([(10, 10)]))
+    assert fake.requests == []
+
+
+def without(answer):
+    answer["choices"][0]["prompt_logprobs"] = None
+    return answer
+
+
+def incomplete(answer):
+    answer["choices"][0]["prompt_logprobs"][1] = None
+    return answer
+
+
+def other_ids(answer):
+    answer["choices"][0]["prompt_token_ids"] = [1, 2, 3]
+    return answer
+
+
+def other_tokens(answer):
+    answer["choices"][0]["prompt_logprobs"][-1] = {"63": {"logprob": -1.0}}
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without, "without `prompt_logprobs`.*one of vLLM"),
+        (incomplete, "with incomplete `prompt_logprobs`.*--no-enable-prefix-caching"),
+        (other_ids, r"read other token ids than it was sent \(\[1, 2, 3\] instead of \[5, 6, 7, 8, 9\]\)"),
+        (other_tokens, "no log-probability for token 9 at position 1"),
+        (lambda answer: {"text": "hello"}, "without `choices`"),
+        (lambda answer: b"<html>", "not JSON"),
+    ],
+)
+def test_answers_that_cannot_be_used(fake, url, change, message):
+    fake.change = change
+    with pytest.raises(EngineError, match=message):
+        score(url)
+    assert len(fake.requests) == 1
+
+
+def test_fewer_log_probabilities_than_asked_for():
+    with pytest.raises(EngineError, match="2 log-probabilities where `top_k=5`.*--max-logprobs 5"):
+        scores_of_prompt_logprobs([{3: -0.1, 5: -3.0}], [3], 5)
+
+
+# -------------------- rollouts
+
+
+SAMPLING = SamplingSettings(temperature=0.7, top_p=0.9, top_k=20, min_p=0.02, max_new_tokens=6)
+EOS_IDS = [EOS_ID, *range(20, 30)]
+
+
+def test_rollouts_and_their_log_probabilities(model, fake, url):
+    prompts = [[5, 6], [7], [8, 9, 10], [11]]
+    engine = server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+    seen = []
+    rollouts = engine.sample(prompts, [1, 2, 3, 4], lambda *done: seen.append(done))
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        assert_logps(model, prompt, *rollout[:3], temperature=0.7, top_p=0.9, top_k=20, min_p=0.02)
+        assert ends_well(rollout.completion_ids, rollout.truncated, 6, EOS_IDS)
+    assert sorted(seen) == sorted((1, len(rollout.completion_ids)) for rollout in rollouts)
+    assert engine.sample(prompts, [1, 2, 3, 4]) == rollouts
+    assert engine.sample(prompts, [5, 6, 7, 8]) != rollouts
+    # What is not in the request the server would take from the checkpoint
+    request = next(request for request in fake.requests if request["max_tokens"] == 6)
+    assert {"repetition_penalty": 1.0, "temperature": 0.7, "top_k": 20, "min_p": 0.02}.items() <= request.items()
+
+
+def test_log_probabilities_of_another_distribution_are_refused(fake, url):
+    fake.logprobs_mode = "raw_logprobs"
+    with pytest.raises(ConfigError, match="Start it with `--logprobs-mode processed_logprobs`"):
+        server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+    assert len(fake.requests) == 1  # a probe, nothing was sampled
+
+
+def test_a_certain_model_does_not_hide_the_mode(url, fake):
+    fake.model = tiny_model("llama")
+    with torch.no_grad():
+        fake.model.lm_head.weight.mul_(30)
+    # The token that is sampled has log-prob 0 in either mode
+    assert max(log_softmax(forced_logits(fake.model, [EOS_ID], [0])[0])) > -1e-4
+    server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+    fake.logprobs_mode = "raw_logprobs"
+    with pytest.raises(ConfigError, match="--logprobs-mode"):
+        server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+
+
+def test_a_completion_without_log_probabilities(fake, url):
+    engine = server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+
+    def change(answer):
+        answer["choices"][0]["logprobs"] = None
+        return answer
+
+    fake.change = change
+    with pytest.raises(EngineError, match="without the log-probability of every token"):
+        engine.sample([[5]], [0])
+
+
+def test_arguments_of_the_engine_that_are_ours():
+    check_vllm_kwargs({"max_model_len": 100})
+    with pytest.raises(ConfigError, match="`vllm_kwargs` holds logprobs_mode='raw_logprobs'"):
+        check_vllm_kwargs({"logprobs_mode": "raw_logprobs"})

@@ -1,0 +1,263 @@
+"""`score_rollouts`: the numbers, the rows they belong to, resuming, and what is refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from tests import reference
+from tests.rollouts.collecting import rows_of, save_model, save_prompts
+from tests.rollouts.engines.test_local_scores import forced_logprobs
+from tests.rollouts.vllm_fake import FakeVllm, serving
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from trl_blend.errors import ConfigError, EngineError, StoreError, TokenizerMismatchError
+from trl_blend.rollouts import score as scoring
+from trl_blend.rollouts.checks import check_rows
+from trl_blend.rollouts.collect import collect_rollouts
+from trl_blend.rollouts.engines import local as local_engine
+from trl_blend.rollouts.score import score_rollouts
+
+
+COLLECT = {"max_new_tokens": 8, "rows_per_shard": 4, "logps_dtype": "float32", "show_progress": False}
+SCORE = {"show_progress": False, "tokens_per_batch": 64}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("teacher"), seed=1, arch="llama")
+
+
+@pytest.fixture(scope="module")
+def rollouts(student, tmp_path_factory):
+    prompts = save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", count=10)
+    return collect_rollouts(student, prompts, tmp_path_factory.mktemp("rollouts") / "store", **COLLECT)
+
+
+@pytest.fixture(scope="module")
+def finished(rollouts, teacher, tmp_path_factory):
+    return score_rollouts(rollouts, teacher, tmp_path_factory.mktemp("scored") / "store", top_k=5, **SCORE)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    monkeypatch.setattr(scoring, "load_model", lambda *args: pytest.fail("a model was loaded"))
+
+
+def test_the_scores_are_the_teachers(rollouts, finished):
+    model = tiny_model("llama", seed=1)
+    for row in rows_of(finished):
+        expected = forced_logprobs(model, row["prompt_ids"], row["completion_ids"])
+        for t, (token, logprobs) in enumerate(zip(row["completion_ids"], expected, strict=True)):
+            assert row["teacher_logps"][t] == pytest.approx(logprobs[token].item(), abs=2e-5)
+            kept = row["teacher_topk_ids"][t]
+            assert token in kept and len(set(kept)) == 5
+            np.testing.assert_allclose(row["teacher_topk_logps"][t], logprobs[kept], rtol=0, atol=2e-5)
+            rest = [logprobs[v] for v in range(64) if v not in kept]
+            log_rest = reference.log_sum_exp(rest).item()
+            assert row["teacher_tail_logmass"][t] == pytest.approx(log_rest, abs=2e-5)
+    for _, table in finished.iter_shards():
+        check_rows(table, vocab_size=64, top_k_required=True)
+
+
+def test_the_rows_and_shards_are_those_of_the_rollouts(rollouts, finished):
+    own = {"teacher_logps", "teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass"}
+    kept = [{name: value for name, value in row.items() if name not in own} for row in rows_of(finished)]
+    assert kept == rows_of(rollouts)
+    assert [record["rows"] for record in finished.manifest.shards] == [4, 4, 2]
+    inputs = [record["input_digest"] for record in finished.manifest.shards]
+    assert inputs == [record["sha256"] for record in rollouts.manifest.shards]
+
+
+def test_the_manifest_says_who_did_what(rollouts, finished, teacher, student):
+    manifest = finished.manifest
+    assert manifest.kind == "scored_rollouts" and manifest.logps_dtype == "float32"
+    assert manifest.scoring == {"temperature": 1.0, "top_k": 5, "dtype": "float32"}
+    assert manifest.sampling == rollouts.manifest.sampling and manifest.student == rollouts.manifest.student
+    assert (manifest.teacher["name"], manifest.student["name"]) == (teacher, student)
+    assert manifest.source["rollouts_digest"] == rollouts.digest
+
+
+def test_sampled_tokens_only_in_float16(rollouts, teacher, finished, tmp_path):
+    store = score_rollouts(rollouts, teacher, tmp_path / "store", logps_dtype="float16", **SCORE)
+    assert store.manifest.scoring["top_k"] is None
+    for row, exact in zip(rows_of(store), rows_of(finished), strict=True):
+        assert "teacher_topk_ids" not in row
+        np.testing.assert_allclose(row["teacher_logps"], exact["teacher_logps"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("given", ["model", "adapter"])
+def test_a_teacher_in_memory(rollouts, finished, tmp_path, given):
+    model = tiny_model("llama", seed=1)
+    model = tiny_lora(model, target_modules=["q_proj"]) if given == "adapter" else model
+    store = score_rollouts(rollouts, model, tmp_path / "store", top_k=5, **SCORE)
+    same = [row["teacher_logps"] for row in rows_of(store)] == [row["teacher_logps"] for row in rows_of(finished)]
+    assert same == (given == "model")
+    assert store.manifest.teacher["weights"]["sha256"] == finished.manifest.teacher["weights"]["sha256"]
+
+
+def test_bfloat16(rollouts, teacher, finished, tmp_path):
+    store = score_rollouts(rollouts, teacher, tmp_path / "store", dtype="bfloat16", **SCORE)
+    difference = [
+        abs(a - b)
+        for one, other in zip(rows_of(store), rows_of(finished), strict=True)
+        for a, b in zip(one["teacher_logps"], other["teacher_logps"], strict=True)
+    ]
+    assert 1e-4 < np.mean(difference) < 0.1
+    assert store.manifest.scoring["dtype"] == "bfloat16"
+
+
+def test_the_budget_changes_rounding_only(rollouts, teacher, finished, tmp_path):
+    store = score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, tokens_per_batch=1, show_progress=False)
+    for one, other in zip(rows_of(store), rows_of(finished), strict=True):
+        np.testing.assert_allclose(one["teacher_logps"], other["teacher_logps"], rtol=0, atol=1e-5)
+
+
+# -------------------- resuming
+
+
+def test_interrupted_and_continued(rollouts, teacher, finished, tmp_path, monkeypatch):
+    calls, score = [], local_engine._score_batch
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(local_engine, "_score_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, **SCORE)
+    monkeypatch.undo()
+    assert 0 < len(list((tmp_path / "store" / "data").glob("*.parquet"))) < 3
+    # The budget is no setting: after running out of memory one goes on with a smaller one
+    store = score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, **SCORE)
+    assert store.digest == finished.digest
+
+
+def test_a_finished_store_is_left_alone(rollouts, teacher, finished, no_model):
+    assert score_rollouts(rollouts, teacher, finished.folder, top_k=5, **SCORE).digest == finished.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"top_k": None}, "top_k: 5 -> None"),
+        ({"top_k": 5, "dtype": "bfloat16"}, "dtype: 'auto' -> 'bfloat16'"),
+        ({"top_k": 5, "logps_dtype": "float16"}, "logps_dtype"),
+    ],
+)
+def test_other_settings_do_not_continue(rollouts, teacher, finished, no_model, change, named):
+    with pytest.raises(ConfigError, match=named):
+        score_rollouts(rollouts, teacher, finished.folder, **change, **SCORE)
+
+
+def test_another_teacher_or_other_rollouts_do_not_continue(student, rollouts, teacher, finished, tmp_path, no_model):
+    with pytest.raises(ConfigError, match="teacher_weights"):
+        score_rollouts(rollouts, student, finished.folder, top_k=5, **SCORE)
+    other = collect_rollouts(student, ["a", "b"], tmp_path / "other", **COLLECT)
+    with pytest.raises(ConfigError, match="rollouts: '"):
+        score_rollouts(other, teacher, finished.folder, top_k=5, **SCORE)
+
+
+def test_broken_rollouts_are_named(rollouts, teacher, tmp_path):
+    folder = shutil.copytree(rollouts.folder, tmp_path / "rollouts")
+    broken = folder / "data" / "part-00001.parquet"
+    content = bytearray(broken.read_bytes())
+    content[100] ^= 0xFF
+    broken.write_bytes(content)
+    with pytest.raises(StoreError, match="part-00001.parquet is broken"):
+        score_rollouts(str(folder), teacher, tmp_path / "store", **SCORE)
+
+
+# -------------------- refused before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0}, "`top_k=0` must be at least 1 and less than the teacher's vocabulary size 64"),
+        ({"top_k": 64}, "`top_k=64`"),
+        ({"tokens_per_batch": 0}, "`tokens_per_batch=0` must be at least 1"),
+        ({"logps_dtype": "int8"}, "`logps_dtype='int8'`"),
+        ({"dtype": "int8"}, "`dtype='int8'`"),
+        ({"load_in_4bit": True}, "needs bitsandbytes"),
+        ({"vllm_concurrency": 0}, "`vllm_concurrency=0`"),
+    ],
+)
+def test_settings(rollouts, teacher, tmp_path, no_model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        score_rollouts(rollouts, teacher, tmp_path / "store", **{"show_progress": False, **settings})
+    assert not (tmp_path / "store").exists()
+
+
+def test_where_scores_may_not_go(rollouts, teacher, no_model):
+    for folder in (rollouts.folder, rollouts.folder / "scored"):
+        with pytest.raises(ConfigError, match="is the store that is read, or in it"):
+            score_rollouts(rollouts, teacher, folder, **SCORE)
+
+
+def test_what_may_be_scored(finished, teacher, tmp_path, no_model):
+    with pytest.raises(StoreError, match="has the teacher's log-probs already"):
+        score_rollouts(str(finished.folder), teacher, tmp_path / "store", **SCORE)
+
+
+def test_a_teacher_with_other_tokens(rollouts, tmp_path, no_model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    other = save_model(tmp_path / "other", seed=1, tokenizer=tokenizer, vocab_size=65)
+    with pytest.raises(TokenizerMismatchError, match="map other tokens to the same ids"):
+        score_rollouts(rollouts, other, tmp_path / "store", **SCORE)
+
+
+def test_a_vocabulary_that_is_too_small(rollouts, tmp_path):
+    other = save_model(tmp_path / "other", seed=1, vocab_size=40)
+    with pytest.raises(TokenizerMismatchError, match="holds token id .* but the model has the 40 tokens"):
+        score_rollouts(rollouts, other, tmp_path / "store", **SCORE)
+
+
+def test_an_unreadable_teacher(rollouts, tmp_path):
+    with pytest.raises(ConfigError, match="`teacher='nowhere/at-all'` is neither a folder"):
+        score_rollouts(rollouts, "nowhere/at-all", tmp_path / "store", **SCORE)
+
+
+# -------------------- with a server
+
+
+def test_a_server_gives_the_same_store(rollouts, teacher, finished, tmp_path, no_model):
+    fake = FakeVllm(tiny_model("llama", seed=1), name=teacher)
+    fake.failures = [503]
+    with serving(fake) as url:
+        store = score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, vllm_server_url=url, **SCORE)
+    assert store.manifest.engine == {"name": "vllm-server", "vllm": "0.fake"}
+    assert store.manifest.teacher == finished.manifest.teacher
+    for remote, local in zip(rows_of(store), rows_of(finished), strict=True):
+        assert remote["teacher_topk_ids"] == local["teacher_topk_ids"]
+        for name in ("teacher_logps", "teacher_tail_logmass"):
+            np.testing.assert_allclose(remote[name], local[name], rtol=0, atol=1e-4)
+
+
+def test_a_server_that_fails_and_comes_back(rollouts, teacher, tmp_path):
+    fake = FakeVllm(tiny_model("llama", seed=1), name=teacher)
+    options = {"vllm_concurrency": 1, "identify": False, **SCORE}
+    with serving(fake) as url:
+        fake.failures = [None] * 6 + [400]
+        with pytest.raises(EngineError, match="injected 400"):
+            score_rollouts(rollouts, teacher, tmp_path / "store", vllm_server_url=url, **options)
+        seen = len(fake.requests)
+        store = score_rollouts(rollouts, teacher, tmp_path / "store", vllm_server_url=url, **options)
+    assert len(fake.requests) - seen == 6  # the four rows of the first shard were not asked for again
+    assert len(rows_of(store)) == 10
+
+
+def test_an_identity_that_cannot_be_had(rollouts, tmp_path):
+    with serving(FakeVllm(tiny_model("llama", seed=1), name="org/only-there")) as url:
+        options = {"vllm_server_url": url, **SCORE}
+        with pytest.raises(ConfigError, match="identity of `teacher='org/only-there'`.*--no_identify"):
+            score_rollouts(rollouts, "org/only-there", tmp_path / "store", **options)
+        store = score_rollouts(rollouts, "org/only-there", tmp_path / "store", identify=False, **options)
+    assert store.manifest.teacher is None

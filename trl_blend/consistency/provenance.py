@@ -1,0 +1,245 @@
+"""
+Which teacher a student was fine-tuned on: `teacher_provenance.json` beside the student's checkpoint.
+
+Offline distillation is biased when the teacher of the log-probs is not the teacher of the SFT stage (teacher
+consistency). Months may lie between the two, so the SFT stage writes down whose samples it trains on.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from trl_blend.errors import ConfigError
+from trl_blend.models.checkpoints import find_checkpoint
+from trl_blend.models.fingerprint import ModelIdentity, identify_model
+from trl_blend.models.identity import compare_identities
+
+
+PROVENANCE_FILE = "teacher_provenance.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TeacherProvenance:
+    """
+    The teacher whose samples a student was fine-tuned on.
+
+    Args:
+        teacher ([`~trl_blend.models.fingerprint.ModelIdentity`]):
+            Its identity.
+        how (`str`):
+            `"recorded"` beside the checkpoint, or `"stated"` by the user of the checkpoint, which nothing verifies.
+        created_at (`str`):
+            ISO 8601, UTC.
+        note (`str`):
+            Free text.
+    """
+
+    teacher: ModelIdentity
+    how: Literal["recorded", "stated"]
+    created_at: str
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TeacherProvenance":
+        """
+        Raises:
+            [`~trl_blend.errors.ConfigError`]: If it was written by a newer release, or not a provenance record.
+        """
+        version = fields.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"a provenance record of schema_version={version!r}; this release reads {SCHEMA_VERSION}. "
+                "Update trl_blend, or record the teacher again."
+            )
+        return cls(
+            ModelIdentity.from_dict(fields["teacher"]), fields["how"], fields["created_at"], fields.get("note", "")
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `teacher_provenance.json` into a folder, all of it or nothing."""
+        path = Path(folder) / PROVENANCE_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{PROVENANCE_FILE}.{os.getpid()}")
+        partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TeacherProvenance":
+        """
+        Raises:
+            [`~trl_blend.errors.ConfigError`]: If the file is not a provenance record.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} is not a teacher provenance record ({type(error).__name__}: {error}). Delete it and record "
+                "the teacher again with `trl-blend record-teacher`."
+            ) from error
+
+
+def identify_teacher(teacher: Any, revision: str | None = None) -> ModelIdentity:
+    """The identity of a teacher that is given as one, as a name or as a model."""
+    return teacher if isinstance(teacher, ModelIdentity) else identify_model(teacher, revision=revision)
+
+
+def record_teacher(
+    checkpoint_folder: str | os.PathLike[str],
+    teacher: Any,
+    *,
+    revision: str | None = None,
+    note: str = "",
+    overwrite: bool = False,
+) -> TeacherProvenance:
+    """
+    Record the SFT teacher beside a checkpoint, after the training. During it, [`TeacherProvenanceCallback`] does so.
+
+    Args:
+        checkpoint_folder (`str` or `os.PathLike`):
+            Folder of the student's checkpoint.
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.fingerprint.ModelIdentity`]):
+            The model whose samples the student was trained on. The weights that count are those which generated.
+        revision (`str`, *optional*):
+            Revision of a Hub id.
+        note (`str`, *optional*):
+            Free text, such as where the samples are.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace the record of another teacher.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there is no such folder, the teacher cannot be read, or another one is
+            recorded there.
+    """
+    folder = Path(checkpoint_folder)
+    if not folder.is_dir():
+        raise ConfigError(f"checkpoint_folder={str(folder)!r} is not a folder: give the student's checkpoint.")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError(
+            f"checkpoint_folder={str(folder)!r} holds no model (no config.json or adapter_config.json): give the "
+            "student's checkpoint."
+        )
+    identity = identify_teacher(teacher, revision)
+    if not overwrite:
+        _refuse_another(folder, identity, "`overwrite=True` (`--overwrite`) replaces it")
+    return _write(folder, identity, note)
+
+
+def _write(folder: Path, identity: ModelIdentity, note: str) -> TeacherProvenance:
+    provenance = TeacherProvenance(identity, "recorded", datetime.now(UTC).isoformat(timespec="seconds"), note)
+    provenance.save(folder)
+    return provenance
+
+
+def _refuse_another(folder: Path, identity: ModelIdentity, remedy: str) -> None:
+    if not (folder / PROVENANCE_FILE).is_file():
+        return
+    recorded = TeacherProvenance.load(folder / PROVENANCE_FILE).teacher
+    if compare_identities(recorded, identity).relation in ("different", "unknown"):
+        raise ConfigError(
+            f"{folder} records another teacher, {recorded.describe()}; given was {identity.describe()}. A student of "
+            f"two teachers has no single consistent one. {remedy}."
+        )
+
+
+def read_provenance(student: Any, *, revision: str | None = None) -> TeacherProvenance | None:
+    """
+    The record beside a student's checkpoint. An adapter without one has its base model's.
+
+    Args:
+        student (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Folder or Hub id; a model in memory: where it was loaded from.
+        revision (`str`, *optional*):
+            Revision of a Hub id.
+
+    Returns:
+        [`TeacherProvenance`], or `None` where there is none.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there is a file that is no record, or the name is no model.
+    """
+    if not isinstance(student, (str, os.PathLike)):
+        return _provenance_of_model(student)
+    checkpoint = find_checkpoint(os.fspath(student), revision)
+    if (checkpoint.folder / PROVENANCE_FILE).is_file():
+        return TeacherProvenance.load(checkpoint.folder / PROVENANCE_FILE)
+    if checkpoint.is_adapter:
+        settings = json.loads((checkpoint.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return _provenance_if_found(settings.get("base_model_name_or_path"), settings.get("revision"))
+    return None
+
+
+def _provenance_of_model(model: Any) -> TeacherProvenance | None:
+    config = model.config
+    name, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+    return _provenance_if_found(name, commit)
+
+
+def _provenance_if_found(name: str | None, revision: str | None) -> TeacherProvenance | None:
+    if not name:
+        return None
+    try:
+        find_checkpoint(name, revision)
+    except ConfigError:
+        return None  # a name of another machine is no statement about this one
+    return read_provenance(name, revision=revision)
+
+
+class TeacherProvenanceCallback(TrainerCallback):
+    """
+    Records the SFT teacher beside the checkpoints of any [`~transformers.Trainer`].
+
+    The identity is computed once, by the main process, before the first step. `teacher_provenance.json` is written
+    into `output_dir` when the training begins and when it ends, and into every `checkpoint-N`. What is in `output_dir`
+    is what the trainer's `push_to_hub` uploads, so it travels with the model. A folder given to
+    `trainer.save_model(folder)` is not known to callbacks: use [`record_teacher`] there.
+
+    Args:
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.fingerprint.ModelIdentity`]):
+            The model whose samples the SFT data are.
+        revision (`str`, *optional*):
+            Revision of a Hub id.
+        note (`str`, *optional*):
+            Free text.
+
+    Example:
+
+    ```python
+    trainer = SFTTrainer(model, args, train_dataset=samples, callbacks=[TeacherProvenanceCallback("Qwen/Qwen3-8B")])
+    ```
+    """
+
+    def __init__(self, teacher: Any, *, revision: str | None = None, note: str = ""):
+        self.teacher = teacher
+        self.revision = revision
+        self.note = note
+        self._identity: ModelIdentity | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._identity = identify_teacher(self.teacher, self.revision)
+        folder = Path(args.output_dir)
+        if state.global_step > 0:
+            _refuse_another(folder, self._identity, "Continue with the same one, or use another output_dir")
+        _write(folder, self._identity, self.note)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._identity is not None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                _write(folder, self._identity, self.note)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self._identity is not None:
+            _write(Path(args.output_dir), self._identity, self.note)

@@ -1,0 +1,83 @@
+"""The card of an exported mixed policy that no trainer of this package made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import ModelCardData
+
+from trl_blend._version import __version__
+from trl_blend.ops.mixing import student_weight
+from trl_blend.reports.cards import model_link, render
+from trl_blend.reports.licences import Source, reminders
+from trl_blend.reports.names import shown_name
+
+
+class Part(NamedTuple):
+    """
+    A model of the mixture.
+
+    Args:
+        name (`str`): Name, id or path; empty for a model built in memory.
+        commit (`str` or `None`): Commit on the Hub.
+        is_base (`bool`): Whether it is the student's own base.
+    """
+
+    name: str
+    commit: str | None = None
+    is_base: bool = False
+
+
+def write_policy_card(
+    folder: Path,
+    student: Part,
+    references: Sequence[Part],
+    weights: Sequence[float],
+    space: str,
+    *,
+    is_adapter: bool,
+    has_chat_template: bool,
+) -> None:
+    """
+    Write `README.md` of an exported mixed policy.
+
+    Args:
+        folder (`Path`):
+            Folder of the policy.
+        student, references:
+            Its models.
+        weights (`Sequence[float]`):
+            One weight per reference; the student has the rest.
+        space (`str`):
+            `"logits"` or `"probs"`.
+        is_adapter (`bool`):
+            Whether the student is an adapter.
+        has_chat_template (`bool`):
+            Whether its tokenizer has one.
+    """
+    parts = [student, *(part for part in references if not part.is_base)]
+    ids = [shown_name(part.name).hub_id for part in parts]
+    metadata = ModelCardData(
+        base_model=[name for name in ids if name] or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["custom_generate", "trl-blend"],
+    )
+    fields = {
+        "metadata": metadata.to_yaml(),
+        "folder_name": folder.resolve().name,
+        "student": _shown(student),
+        "student_weight": f"{student_weight(weights):g}",
+        "references": [(_shown(part), f"{weight:g}") for part, weight in zip(references, weights, strict=True)],
+        "space": space,
+        "is_adapter": is_adapter,
+        "chat": has_chat_template,
+        "reminders": reminders(Source("model", part.name, part.commit) for part in parts if part.name),
+        "version": __version__,
+        "local_names": [part.name for part in parts],
+    }
+    (folder / "README.md").write_text(render("mixed_policy.md", fields), encoding="utf-8")
+
+
+def _shown(part: Part) -> str:
+    return "the base of that adapter" if part.is_base else model_link(part.name, part.commit)

@@ -1,1 +1,0 @@
-"""Models on the Hub: exporting a mixed policy, cards, curves."""

@@ -1,0 +1,153 @@
+"""Where a checkpoint lies, and how its weights are read without building the model."""
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from trl_blend.errors import ConfigError
+from trl_blend.models.weights import LazyTensor
+
+
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Checkpoint(NamedTuple):
+    """
+    Args:
+        name (`str`):
+            As it was given.
+        folder (`Path`):
+            Where its files are.
+        commit (`str`, *optional*):
+            Commit of a Hub repository, also for a folder inside the Hub's cache.
+        in_hub (`bool`):
+            Whether the name is a Hub id, so that its weights may still have to be fetched.
+        local_files_only (`bool`):
+            Whether nothing is to be fetched.
+    """
+
+    name: str
+    folder: Path
+    commit: str | None
+    in_hub: bool
+    local_files_only: bool
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / "adapter_config.json").is_file()
+
+
+def find_checkpoint(name: str, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+    """
+    The folder of a checkpoint: itself, or the snapshot of a Hub repository (its small files are fetched; offline, the
+    cache is used).
+
+    Args:
+        name (`str`):
+            Folder or Hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id.
+        local_files_only (`bool`, *optional*, defaults to `False`):
+            Whether to look into the Hub's cache only.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it is neither a folder nor a repository that can be had.
+    """
+    if not name:
+        raise ConfigError("a model without a name: give a folder or a Hub id.")
+    folder = Path(name)
+    in_hub = not folder.is_dir()
+    if in_hub:
+        folder = Path(_snapshot(name, revision, _SMALL_FILES, local_files_only))
+    has_commit = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
+    return Checkpoint(name, folder, folder.name if has_commit else None, in_hub, local_files_only)
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str], local_files_only: bool) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        where = f" at revision {revision!r}" if revision else ""
+        raise ConfigError(
+            f"{name!r}{where} is neither a folder nor a Hub model that can be reached or is in the cache "
+            f"({type(error).__name__}). Check the name, or fetch it first with `hf download {name}`."
+        ) from error
+
+
+def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, LazyTensor]:
+    """
+    How to read each tensor of a checkpoint: safetensors, else PyTorch files, one file or shards with an index. Only
+    the files of the index are read, so shards left over from another save do not count.
+
+    Args:
+        checkpoint ([`Checkpoint`]):
+            Where.
+        stem (`str`, *optional*, defaults to `"model"`):
+            `"adapter_model"` for an adapter.
+    """
+    files = weight_files(checkpoint, stem)
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+            handle = functools.cache(functools.partial(safe_open, file, framework="pt"))
+            tensors |= {name: functools.partial(_read_safetensors, handle, name) for name in names}
+        else:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            tensors |= {name: functools.partial(loaded.__getitem__, name) for name in loaded}
+    return tensors
+
+
+def _read_safetensors(handle, name: str) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    return handle().get_tensor(name)
+
+
+def weight_files(checkpoint: Checkpoint, stem: str = "model") -> list[Path]:
+    """
+    The files that hold a checkpoint's weights, fetched if they have to be; without the index of shards.
+
+    Args:
+        checkpoint ([`Checkpoint`]):
+            Where.
+        stem (`str`, *optional*, defaults to `"model"`):
+            `"adapter_model"` for an adapter.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there are none, or some are missing.
+    """
+    legacy = {"model": "pytorch_model"}.get(stem, stem)
+    for single in (f"{stem}.safetensors", f"{legacy}.bin"):
+        if found := _fetched(checkpoint, [single], missing_ok=True):
+            return found  # before an index, as transformers does
+        index = checkpoint.folder / f"{single}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return _fetched(checkpoint, shards)
+    raise ConfigError(
+        f"{checkpoint.name!r} has no weights: neither {stem}.safetensors nor {legacy}.bin, nor an index of shards, in "
+        f"{checkpoint.folder}."
+    )
+
+
+def _fetched(checkpoint: Checkpoint, files: Iterable[str], missing_ok: bool = False) -> list[Path]:
+    paths = [checkpoint.folder / file for file in files]
+    if checkpoint.in_hub and not all(path.is_file() for path in paths):
+        _snapshot(checkpoint.name, checkpoint.commit, [path.name for path in paths], checkpoint.local_files_only)
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing and not missing_ok:
+        raise ConfigError(
+            f"{checkpoint.name!r} lacks {missing} of its weights in {checkpoint.folder}. Save or fetch it again."
+        )
+    return [] if missing else paths

@@ -1,0 +1,282 @@
+"""
+What a model card says, as data: tables, the comparison of a run with its paper, and results. Nothing here knows a
+trainer; `trl_blend.trainers._cards` reads one and fills in the templates of `model_cards/`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from trl_blend._resources import model_card_template
+from trl_blend.reports.names import shown_name, without_paths
+
+
+NOT_GIVEN = "not given"
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PaperValue:
+    """
+    What a paper, or its authors' code, does for one setting of the method.
+
+    Args:
+        label (`str`):
+            Name of the setting in the card.
+        values (`tuple`, *optional*, defaults to `()`):
+            Values that are used there. A run with one of them does not differ. None of them: the run always does.
+        source (`str`, *optional*, defaults to `""`):
+            Where that is stated.
+        text (`str`, *optional*):
+            How the card writes it. Defaults to the values; without values, to `"not given"`.
+    """
+
+    label: str
+    values: tuple[Any, ...] = ()
+    source: str = ""
+    text: str = ""
+
+    @property
+    def shown(self) -> str:
+        *others, last = [shown_value(value) for value in self.values] or [NOT_GIVEN]
+        text = self.text or " or ".join([", ".join(others), last] if others else [last])
+        return f"{text} ({self.source})" if self.source else text
+
+
+class PaperComparison(NamedTuple):
+    """
+    Args:
+        differences (`list[Row]`): Setting, value of this run, value of the paper.
+        agreements (`list[Row]`): Setting and value of those that are the paper's.
+    """
+
+    differences: list[Row]
+    agreements: list[Row]
+
+
+def compare_with_paper(paper: Mapping[str, PaperValue], run: Mapping[str, Any]) -> PaperComparison:
+    """
+    Compare the settings of a run with the paper's.
+
+    Args:
+        paper (`Mapping[str, PaperValue]`):
+            Per setting, what the paper does.
+        run (`Mapping[str, Any]`):
+            Value of each of these settings in the run.
+    """
+    differences, agreements = [], []
+    for name, value in paper.items():
+        own = _plain(run[name])
+        if any(_equal(own, _plain(one)) for one in value.values):
+            agreements.append((value.label, shown_value(own)))
+        else:
+            differences.append((value.label, shown_value(own), value.shown))
+    return PaperComparison(differences, agreements)
+
+
+def _plain(value: Any) -> Any:
+    value = value.value if isinstance(value, Enum) else value
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second  # True is no 1 here
+    numbers = all(isinstance(value, (int, float)) for value in (first, second))
+    return math.isclose(first, second, rel_tol=1e-9) if numbers else first == second
+
+
+def shown_value(value: Any) -> str:
+    """A value of a setting, for a reader."""
+    value = _plain(value)
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(shown_value, value))
+    return str(value)
+
+
+def cell(value: Any) -> str:
+    """A value in a cell of a Markdown table."""
+    text = " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+    return text or "-"
+
+
+def code(value: Any) -> str:
+    """A name as a code span."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
+
+
+def model_link(name: Any, commit: str | None = None, kind: str = "") -> str:
+    """
+    A model or data set as a card names it.
+
+    Args:
+        name (`str`):
+            Name, id or path.
+        commit (`str`, *optional*):
+            Commit on the Hub, or another revision.
+        kind (`str`, *optional*, defaults to `""`):
+            `"datasets/"` for a data set.
+    """
+    shown = shown_name(name)
+    if not shown.text:
+        return "a dataset without a name" if kind else "a model without a name"
+    if shown.hub_id is None:
+        return f"{code(shown.text)} (a local {'dataset' if kind else 'model'})"
+    commit = commit or shown.commit
+    text = f"[{shown.hub_id}](https://huggingface.co/{kind}{shown.hub_id})"
+    if not commit:
+        return text
+    return f"{text} at commit `{commit[:12]}`" if is_commit(commit) else f"{text} at revision {code(commit)}"
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit, which cannot move, rather than a branch or a tag."""
+    return bool(revision and re.fullmatch(r"[0-9a-f]{7,64}", revision))
+
+
+class CardTeacher(NamedTuple):
+    """
+    A teacher in a card.
+
+    Args:
+        name (`str` or `None`): Name, id or path.
+        commit (`str` or `None`): Commit on the Hub.
+        dtype (`str` or `None`): Number format it ran in.
+        state (`str`): `"verified"`, `"stated"` or `"unknown"`.
+        reason (`str`): How that is known.
+    """
+
+    name: str | None
+    commit: str | None
+    dtype: str | None
+    state: str
+    reason: str
+
+    @property
+    def shown(self) -> str:
+        text = model_link(self.name, self.commit) if self.name else "a model without a name"
+        return f"{text}, {self.dtype}" if self.dtype else text
+
+
+def evaluation_table(log_history: Iterable[Mapping[str, Any]], pattern: str) -> tuple[Row, list[Row]] | None:
+    """
+    First and last evaluation of a run.
+
+    Args:
+        log_history (`Iterable[Mapping[str, Any]]`):
+            `trainer.state.log_history`.
+        pattern (`str`):
+            Regular expression of the metrics to show, without the prefix `eval_`.
+
+    Returns:
+        Header and rows of a table, or `None` without an evaluation that has such a metric.
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in log_history:
+        prefix = _dataset_prefix(entry)
+        for name, value in entry.items():
+            metric = name.removeprefix("eval_")
+            if metric != name and not metric.startswith(prefix):
+                metric = prefix + metric
+            if metric != name and re.fullmatch(pattern, metric) and isinstance(value, (int, float)):
+                found.setdefault(metric, []).append((entry.get("step", 0), value))
+    # A policy's own metrics are also logged without its name
+    found = {name: values for name, values in found.items() if not any(f"{p}/{name}" in found for p in _POLICIES)}
+    if not found:
+        return None
+    first, last = (pick(values[end][0] for values in found.values()) for end, pick in ((0, min), (-1, max)))
+    if first == last:
+        return ("metric", f"step {last}"), [(name, f"{values[-1][1]:.4g}") for name, values in found.items()]
+    rows = [(name, *(_at(values, step) for step in (first, last))) for name, values in found.items()]
+    return ("metric", f"step {first}", f"step {last}"), rows
+
+
+_POLICIES = ("mixed", "student")
+
+
+def _dataset_prefix(entry: Mapping[str, Any]) -> str:
+    # With several evaluation sets TRL's own metrics lack the name of theirs, which those of transformers have
+    match = next(filter(None, (re.fullmatch(r"eval_(.+_)?runtime", name) for name in entry)), None)
+    return (match and match[1]) or ""
+
+
+def _at(values: Sequence[tuple[int, float]], step: int) -> str:
+    return next((f"{value:.4g}" for at, value in reversed(values) if at == step), "-")
+
+
+def before_after_table(results: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """
+    Scores before and after training, of every policy that was measured.
+
+    Args:
+        results (`Mapping[str, Any]`):
+            `rewards` (names), `prompts` (their number), `before` and `after`: per policy, a mean and a standard error
+            for each reward; `before_step` where `before` is not the start but a checkpoint that the run went on from.
+    """
+    rows = []
+    # An adaptive weight moves, and with it the name of the policy: rows are matched by position
+    for (policy, before), (policy_after, after) in zip(
+        results["before"].items(), results["after"].items(), strict=True
+    ):
+        name = policy if policy == policy_after else f"{policy}; after: {policy_after}"
+        for reward, old, new in zip(results["rewards"], before, after, strict=True):
+            rows.append((name, reward, *(f"{mean:.3f} ± {error:.3f}" for mean, error in (old, new))))
+    step = results.get("before_step")
+    return ("policy", "reward", f"at step {step}" if step else "before", "after"), rows
+
+
+_JINJA = re.compile(r"\{\{|\{%|\{#|\}\}|%\}|#\}")
+
+
+def render(template: str, fields: Mapping[str, Any]) -> str:
+    """
+    A card template with the method's fields filled in, as `create_model_card` of TRL takes it.
+
+    What is filled in is text to TRL, braces included, and shows no folders of this machine.
+
+    Args:
+        template (`str`):
+            File name under `model_cards/`.
+        fields (`Mapping[str, Any]`):
+            Values of the placeholders. A missing one is an error. `local_names`, where given, lists names that
+            [`without_paths`] hides in all of them.
+    """
+    path = Path(model_card_template(template))
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        variable_start_string="[[",
+        variable_end_string="]]",
+        block_start_string="[%",
+        block_end_string="%]",
+        comment_start_string="[#",
+        comment_end_string="#]",
+        undefined=StrictUndefined,
+        finalize=_finalizer(fields.get("local_names", ())),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": cell, "code": code, "shown": lambda name: shown_name(name).text}
+    return environment.get_template(path.name).render(**fields)
+
+
+def _finalizer(names: Any) -> Callable[[Any], Any]:
+    def finalize(value: Any) -> Any:
+        if isinstance(value, StrictUndefined):
+            return value
+        return _JINJA.sub(lambda match: "{{ '" + match[0] + "' }}", without_paths(str(value), names))
+
+    return finalize

@@ -1,0 +1,90 @@
+"""The metadata of a model card, at the top of its file, which the Hub reads."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, metadata_load
+
+from trl_blend.reports.names import shown_name
+
+
+# What the publisher of a model adds to its metadata, kept when the card is written again
+KEPT_METADATA = ("license", "license_name", "license_link", "language")
+
+
+def kept_metadata(path: Path) -> dict[str, Any]:
+    """What somebody has added to the metadata of a card, such as its license."""
+    try:
+        present = metadata_load(path) if path.is_file() else None
+    except (yaml.YAMLError, ValueError):  # TRL replaces a broken card without reading it
+        present = None
+    return {name: present[name] for name in KEPT_METADATA if present.get(name)} if isinstance(present, dict) else {}
+
+
+def complete_metadata(
+    path: Path,
+    *,
+    base_model: str | None,
+    is_adapter: bool,
+    library: str,
+    kept: Mapping[str, Any],
+    eval_results: Sequence[EvalResult] = (),
+) -> None:
+    """
+    Complete the metadata of a card that TRL has written, and leave no two blank lines in a row.
+
+    Args:
+        path (`Path`):
+            The card.
+        base_model (`str` or `None`):
+            Id on the Hub of the model that training started from. A folder is none: the Hub would refuse it.
+        is_adapter (`bool`):
+            Whether the repository holds an adapter rather than a whole model.
+        library (`str`):
+            Library that loads the repository, `"transformers"` or `"peft"`.
+        kept (`Mapping[str, Any]`):
+            Result of [`kept_metadata`].
+        eval_results (`Sequence[EvalResult]`, *optional*):
+            Results for the model index.
+    """
+    card = ModelCard.load(path)
+    data = card.data
+    data.pop("licence")  # a placeholder of TRL, no field of the Hub
+    data.base_model = base_model
+    data.base_model_relation = ("adapter" if is_adapter else "finetune") if base_model else None
+    data.library_name = library
+    data.pipeline_tag = "text-generation"
+    data.tags = sorted(data.tags or [])
+    for name, value in kept.items():
+        data[name] = value
+    data.eval_results = list(eval_results) or None
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
+    card.save(path)
+
+
+def model_index(results: Mapping[str, Any] | None) -> list[EvalResult]:
+    """
+    Entries of the model index: only for results that name a data set on the Hub and the policy that is published.
+
+    Args:
+        results (`Mapping[str, Any]`, *optional*):
+            As for [`~trl_blend.reports.cards.before_after_table`], with `dataset` (id on the Hub), `policy` (the one
+            of `after` that this model is) and optionally `split`.
+    """
+    dataset = shown_name((results or {}).get("dataset")).hub_id
+    if results is None or dataset is None or results.get("policy") not in results["after"]:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=results.get("split"),
+            metric_type=reward,
+            metric_value=round(mean, 4),
+        )
+        for reward, (mean, _) in zip(results["rewards"], results["after"][results["policy"]], strict=True)
+    ]

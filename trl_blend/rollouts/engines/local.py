@@ -1,0 +1,400 @@
+"""
+Log-probabilities that a model in this process gives to tokens that exist already.
+
+Hidden states are taken from the backbone and projected in tiles ([`~trl_blend.ops.score_tokens`]), so that
+`(B, T, V)` logits are never built.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PretrainedConfig, PreTrainedModel
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trl_blend import _compat
+from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.models.wrappers import evaluation_mode, innermost_model
+from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.head.scores import TokenLogProbs, score_tokens
+from trl_blend.ops.policies import log_normalizer
+from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, cut_at_eos
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """
+    What a model thinks of one completion: log-probabilities in nats, at temperature 1, over its whole vocabulary.
+
+    Args:
+        logps (`numpy.ndarray` of shape `(T,)`):
+            Log-probability of every completion token.
+        topk_ids (`numpy.ndarray` of shape `(T, K)`, *optional*):
+            The `K` most probable tokens, the last one replaced by the sampled token where that is not among them.
+        topk_logps (`numpy.ndarray` of shape `(T, K)`, *optional*):
+            Their log-probabilities.
+        tail_logmass (`numpy.ndarray` of shape `(T,)`, *optional*):
+            Logarithm of the probability of all other tokens together.
+    """
+
+    logps: np.ndarray
+    topk_ids: np.ndarray | None = None
+    topk_logps: np.ndarray | None = None
+    tail_logmass: np.ndarray | None = None
+
+
+def score_sequences(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    top_k: int | None = None,
+    tokens_per_batch: int = 16384,
+    on_rows: OnRows | None = None,
+) -> list[TokenScores]:
+    """
+    Log-probability of every completion token given its prefix: one forward pass, no sampling, no gradient.
+
+    Rows of similar length share a batch, padded on the right, of at most `tokens_per_batch` tokens with the padding
+    (always at least one row). The model runs in evaluation mode and is left as it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
+            Causal language model.
+        prompt_ids (`Sequence[Sequence[int]]`):
+            Token ids of the prompts, at least one per row.
+        completion_ids (`Sequence[Sequence[int]]`):
+            Token ids of the completions, at least one per row.
+        top_k (`int`, *optional*):
+            Number of token ids to keep at every position, see [`~trl_blend.ops.score_tokens`].
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Budget of one forward pass.
+        on_rows (`Callable[[int, int], object]`, *optional*):
+            Called after every forward pass with its number of rows and of completion tokens.
+
+    Returns:
+        `list[TokenScores]`: One per row, in the order given, in float32 (float64 for a float64 model).
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a row is empty or longer than the model's context, or a setting is out
+            of range.
+        [`~trl_blend.errors.TokenizerMismatchError`]: If a token id is beyond the model's vocabulary.
+        [`~trl_blend.errors.UnsupportedError`]: If the output layer is not a plain linear layer.
+    """
+    inner: Any = innermost_model(model, "model")
+    _check_rows(inner, prompt_ids, completion_ids)
+    if tokens_per_batch < 1:
+        raise ConfigError(f"`tokens_per_batch={tokens_per_batch}` must be at least 1.")
+    _check_head(inner)
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    scores: dict[int, TokenScores] = {}
+    with torch.no_grad(), evaluation_mode(inner), _fused_head(inner):
+        for batch in length_sorted_batches(lengths, tokens_per_batch):
+            rows = [[*prompt_ids[index], *completion_ids[index]] for index in batch]
+            starts = [len(prompt_ids[index]) for index in batch]
+            scores.update(zip(batch, _score_batch(inner, rows, starts, top_k), strict=True))
+            if on_rows is not None:
+                on_rows(len(batch), sum(len(completion_ids[index]) for index in batch))
+    return [scores[index] for index in range(len(lengths))]
+
+
+def length_sorted_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """
+    Indices of rows in batches of similar length, longest first, each of at most `tokens_per_batch` padded tokens.
+
+    A row longer than the budget gets a batch of its own.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * width > tokens_per_batch:
+            batches.append([])
+            width = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def _score_batch(
+    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], top_k: int | None
+) -> list[TokenScores]:
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+        labels[index, start : len(row)] = ids[index, start : len(row)]
+    scored: list[TokenLogProbs] = []
+
+    def score(head: LMHead, targets: Tensor, temperature: float, outputs: tuple[str, ...]) -> tuple[Any, ...]:
+        chosen = (labels[:, 1:] != -100).flatten().to(targets.device)
+        placeholder = torch.zeros(targets.shape, device=targets.device)
+        # TRL hands over all positions, or only the labelled ones (kernels on an accelerator)
+        if head.hidden.shape[0] == chosen.numel():
+            head, targets = head._replace(hidden=head.hidden[chosen]), targets[chosen]
+        scored.append(score_tokens(head, targets, top_k, gather_parameters=_compat.gather_lm_head))
+        return placeholder, None, None, None, None
+
+    device = model.get_input_embeddings().weight.device
+    with _compat.fused_log_prob_function(score):
+        model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), fused_lm_head=True)
+    columns = [None if column is None else column.cpu().numpy() for column in scored[0]]
+    ends = np.cumsum([len(row) - start for row, start in zip(rows, starts, strict=True)])
+    split = [[None] * len(rows) if column is None else np.split(column, ends[:-1]) for column in columns]
+    return [TokenScores(*parts) for parts in zip(*split, strict=True)]
+
+
+@contextmanager
+def _fused_head(model: Any) -> Iterator[None]:
+    """TRL's fused head on `model`, taken off on exit: a caller's model is left as it was."""
+    own = model.__dict__.get("forward")
+    _compat.add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False)
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+def _check_rows(model: Any, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
+    if len(prompt_ids) != len(completion_ids):
+        raise ConfigError(
+            f"`prompt_ids` has {len(prompt_ids)} rows and `completion_ids` {len(completion_ids)}. Pass one completion "
+            "per prompt."
+        )
+    limit, rows = context_length(model.config), _num_tokens(model)
+    for index, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        for name, ids in (("prompt_ids", prompt), ("completion_ids", completion)):
+            if len(ids) == 0:
+                raise ConfigError(f"`{name}[{index}]` is empty. A score needs a prefix and a token: drop the row.")
+            if not 0 <= min(ids) <= max(ids) < rows:
+                bad = max(ids) if max(ids) >= rows else min(ids)
+                raise TokenizerMismatchError(
+                    f"`{name}[{index}]` holds token id {bad}, but the model has the {rows} tokens 0 to {rows - 1}. "
+                    "Score with a model that shares the tokenizer of the data."
+                )
+        if limit is not None and len(prompt) + len(completion) > limit:
+            raise ConfigError(
+                f"Row {index} has {len(prompt)} prompt and {len(completion)} completion tokens, more than the model's "
+                f"context of {limit} (`max_position_embeddings`). Drop the row, or use a model with a longer context."
+            )
+
+
+def _num_tokens(model: Any) -> int:
+    sizes = [model.config.get_text_config().vocab_size]
+    sizes += [getattr(model.get_input_embeddings(), "num_embeddings", sizes[0])]
+    return min(sizes)
+
+
+def _check_head(model: Any) -> None:
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        raise UnsupportedError(
+            f"`model` is a {type(model).__name__} without an output layer (`get_output_embeddings()`), so its "
+            "log-probabilities cannot be computed from hidden states. Use a causal language model."
+        )
+    if hasattr(head, "base_layer") or not head.weight.dtype.is_floating_point:
+        raise UnsupportedError(
+            f"The output layer of `model` is a {type(head).__name__} with an adapter or quantized weights, which the "
+            "fused log-probabilities cannot read. Merge the adapter (`merge_and_unload`), or keep `lm_head` out of "
+            "the quantization (`llm_int8_skip_modules`)."
+        )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Number of positions that a model was built for, `None` where its configuration does not say."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+logger = logging.getLogger(__name__)
+
+# What a checkpoint's generation_config.json may hold that changes the distribution of a token, or where a text ends
+_LEFT_OUT = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "force_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "penalty_alpha",
+    "repetition_penalty",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+    "top_h",
+    "typical_p",
+    "watermarking_config",
+}
+
+
+class LocalRolloutEngine:
+    """
+    Samples completions in batches of left-padded prompts.
+
+    The distribution is the model's own after temperature, top-k, top-p and min-p, in transformers' order, and nothing
+    else: what the checkpoint's `generation_config.json` would add (a repetition penalty, suppressed tokens, ...) is
+    left out, with a warning that names it. The global random state is left as it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
+            Causal language model. It runs in evaluation mode and is left as it was.
+        sampling ([`SamplingSettings`]):
+            What is sampled.
+        eos_token_ids (`Sequence[int]`):
+            Tokens that end a completion.
+        pad_token_id (`int`):
+            Token to pad with; may be one of `eos_token_ids`.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of completions drawn at once.
+
+    Raises:
+        [`~trl_blend.errors.UnsupportedError`]: If `model` is not a decoder-only model with `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampling: SamplingSettings,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        batch_size: int = 32,
+    ) -> None:
+        self.model: Any = innermost_model(model, "model")
+        self.sampling = sampling
+        self.eos_token_ids = list(eos_token_ids)
+        self.pad_token_id = pad_token_id
+        self.max_batch: int | None = batch_size
+        left_out = sorted(name for name in self.model.generation_config.to_diff_dict() if name in _LEFT_OUT)
+        if left_out:
+            logger.warning(
+                f"The checkpoint's generation_config.json sets {left_out}, which rollouts leave out: they are drawn "
+                "from the model's own distribution after temperature, top-k, top-p and min-p only."
+            )
+
+    def sample(
+        self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
+    ) -> list[Rollout]:
+        """One rollout per prompt, in order. All of `prompt_ids` is one batch, seeded with the first of `seeds`."""
+        width = max(len(prompt) for prompt in prompt_ids)
+        ids = torch.full((len(prompt_ids), width), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompt_ids):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        device = self.model.get_input_embeddings().weight.device
+        recorder = _SampledLogProbs(_warpers(self.sampling))
+        devices = [device] if device.type not in ("cpu", "mps") else []
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
+            torch.manual_seed(seeds[0])
+            with evaluation_mode(self.model), self._neutral_generation_config() as config:
+                sequences = self.model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=config,
+                    logits_processor=[recorder],
+                )
+        tokens = sequences[:, width:].tolist()
+        rollout_logps, student_logps = recorder.finish(sequences, width)
+        rollouts = []
+        for row, completion in enumerate(tokens):
+            end, ended = cut_at_eos(completion, self.eos_token_ids)
+            rollouts.append(
+                Rollout(completion[:end], rollout_logps[row][:end], student_logps[row][:end], truncated=not ended)
+            )
+        if on_rows is not None:
+            on_rows(len(rollouts), sum(len(rollout.completion_ids) for rollout in rollouts))
+        return rollouts
+
+    @contextmanager
+    def _neutral_generation_config(self) -> Iterator[GenerationConfig]:
+        # `generate` fills what its argument leaves open from the model's own configuration
+        own = self.model.generation_config
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self.sampling.max_new_tokens,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+        )
+        self.model.generation_config = GenerationConfig()
+        try:
+            yield config
+        finally:
+            self.model.generation_config = own
+
+
+def _warpers(sampling: SamplingSettings) -> list[LogitsProcessor]:
+    """transformers' own, in its own order."""
+    warpers: list[Any] = []
+    if sampling.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p is not None:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers
+
+
+class _SampledLogProbs(LogitsProcessor):
+    """
+    Applies the warpers, as the last processor of `generate`, and records log-probabilities before and after them.
+
+    The token drawn from a step is only known at the next one, so one step's two `(B, V)` tensors are kept until then.
+    """
+
+    def __init__(self, warpers: Sequence[LogitsProcessor]) -> None:
+        self._warpers = warpers
+        self._pending: list[Tensor] = []
+        self._logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._pending:
+            self._gather(input_ids[:, -1])
+        warped = scores
+        for warper in self._warpers:
+            warped = warper(input_ids, warped)
+        self._pending = [warped, scores]
+        return warped
+
+    def finish(self, sequences: Tensor, prompt_length: int) -> tuple[list[list[float]], list[list[float]]]:
+        """Log-probabilities of the sampled-from distribution and of the model, one list per row each."""
+        length = sequences.shape[1] - prompt_length
+        # `generate` may have undone its last step (deferred stop check): then no token belongs to it
+        if len(self._logps) < length:
+            self._gather(sequences[:, -1])
+        self._pending = []
+        sampled, own = torch.stack(self._logps[:length], dim=-1).clamp_(max=0.0).tolist()
+        return sampled, own
+
+    def _gather(self, tokens: Tensor) -> None:
+        index = tokens[:, None]
+        logps = [logits.gather(1, index).squeeze(1) - log_normalizer(logits) for logits in self._pending]
+        self._logps.append(torch.stack(logps))  # (2, B)

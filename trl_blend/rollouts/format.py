@@ -1,0 +1,321 @@
+"""
+Columns of a store of rollouts: their names, their Arrow types, and the row's key.
+
+| column | type | content |
+|---|---|---|
+| `key` | string | [`row_key`] of the prompt and the sample index |
+| `prompt_ids` | list of int32 | token ids of the prompt, chat template applied |
+| `completion_ids` | list of int32, `(T,)` | sampled token ids, the end-of-sequence token included |
+| `rollout_logps` | list of float, `(T,)` | log-prob of each token under the distribution it was sampled from |
+| `student_logps` | list of float, `(T,)` | the same at temperature 1 over all tokens, what drift is measured against |
+| `truncated` | bool | the length limit was hit: no end-of-sequence token at the end |
+| `teacher_logps` | list of float, `(T,)` | log-prob of each token under the teacher, temperature 1 |
+| `teacher_topk_ids` | list of list of int32, `(T, K)` | the teacher's K most probable ids, the sampled one included |
+| `teacher_topk_logps` | list of list of float, `(T, K)` | their log-probs |
+| `teacher_tail_logmass` | list of float, `(T,)` | log of the teacher's probability outside the K ids |
+
+Floats are float16 or float32, the same for all columns of a store. All log-probs are in nats.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trl_blend._files import write_atomically
+from trl_blend._version import __version__
+from trl_blend.errors import ConfigError, StoreError
+
+
+UNLIKELY_LOGP = -10.0
+"""Below this a token is one that the teacher would hardly ever write: e^-10 is 5 in 100,000."""
+
+ID_COLUMNS = ("prompt_ids", "completion_ids")
+TOKEN_COLUMNS = ("rollout_logps", "student_logps", "teacher_logps", "teacher_tail_logmass")
+TOP_K_COLUMNS = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")
+# In the order of the table above, which is their order on disk.
+COLUMNS = (
+    "key",
+    "prompt_ids",
+    "completion_ids",
+    "rollout_logps",
+    "student_logps",
+    "truncated",
+    "teacher_logps",
+    "teacher_topk_ids",
+    "teacher_topk_logps",
+    "teacher_tail_logmass",
+)
+# What a row of each kind of store needs at least.
+REQUIRED = {
+    "rollouts": ("key", "prompt_ids", "completion_ids", "rollout_logps", "truncated"),
+    "scored_rollouts": ("key", "prompt_ids", "completion_ids", "teacher_logps", "truncated"),
+}
+
+_NESTED = ("teacher_topk_ids", "teacher_topk_logps")
+
+
+def row_key(prompt_ids: Iterable[int], sample_index: int) -> str:
+    """
+    Key of a row: 32 hexadecimal characters of the SHA-256 of the prompt's token ids and the sample's index.
+
+    Args:
+        prompt_ids (`Iterable[int]`):
+            Token ids of the prompt.
+        sample_index (`int`):
+            Index of the sample among those of the same prompt.
+    """
+    content = np.asarray([*prompt_ids, sample_index], dtype="<i8").tobytes()
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def build_table(columns: Mapping[str, Sequence[Any]], logps_dtype: str = "float32") -> pa.Table:
+    """
+    Arrow table of columns of Python lists or arrays, with the types and in the order of the table above.
+
+    Args:
+        columns (`Mapping[str, Sequence[Any]]`):
+            One entry per row each: a list or one-dimensional array for the list columns; `(T, K)` for the top-k ones.
+        logps_dtype (`str`, *optional*, defaults to `"float32"`):
+            `"float16"` or `"float32"`.
+
+    Raises:
+        [`~trl_blend.errors.StoreError`]: If a column is none of the above, has another number of rows than the first,
+            or holds something that its type cannot.
+    """
+    unknown = sorted(set(columns) - set(COLUMNS))
+    if unknown:
+        raise StoreError(f"Unknown columns {unknown}. A store of rollouts has {COLUMNS}; leave the others out.")
+    counts = {name: len(values) for name, values in columns.items()}
+    if len(set(counts.values())) > 1:
+        raise StoreError(f"The columns differ in their number of rows: {counts}. Pass one entry per row in each.")
+    arrays = {}
+    for name in COLUMNS:
+        if name in columns:
+            try:
+                arrays[name] = _to_arrow(name, columns[name], logps_dtype)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise StoreError(f"Column {name!r} does not hold what it has to: {error}.") from error
+    return pa.table(arrays)
+
+
+def _to_arrow(name: str, rows: Sequence[Any], logps_dtype: str) -> pa.Array:
+    if name == "key":
+        return pa.array(rows, pa.string())
+    if name == "truncated":
+        return pa.array([bool(row) for row in rows], pa.bool_())
+    dtype = np.dtype(np.int32 if name.endswith("_ids") else logps_dtype)
+    if name not in _NESTED:
+        return _list_array(rows, _flat(rows, dtype))
+    positions = [position for row in rows for position in row]
+    return _list_array(rows, _list_array(positions, _flat(positions, dtype)))
+
+
+def _flat(rows: Sequence[Any], dtype: np.dtype[Any]) -> pa.Array:
+    parts = [part for part in map(np.asarray, rows) if part.size]
+    wrong = next((part.ndim for part in parts if part.ndim != 1), None)
+    if wrong is not None:
+        raise ValueError(f"every entry has to be one-dimensional, got one of {wrong} dimensions")
+    flat = np.concatenate(parts) if parts else np.empty(0, dtype)
+    if dtype.kind == "i" and flat.size:
+        if flat.dtype.kind not in "iu":
+            raise TypeError(f"token ids have to be integers, got {flat.dtype}")
+        if flat.max() > np.iinfo(dtype).max or flat.min() < np.iinfo(dtype).min:
+            raise OverflowError(f"a token id is beyond int32: {flat.min()} to {flat.max()}")
+    with np.errstate(over="ignore"):  # an infinity is found and reported by the checks of the rows
+        return pa.array(flat.astype(dtype))
+
+
+def _list_array(rows: Sequence[Any], values: pa.Array) -> pa.Array:
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise OverflowError(f"{offsets[-1]} values in one shard; write fewer rows per shard")
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
+
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+KINDS = ("rollouts", "scored_rollouts")
+LOGPS_DTYPES = ("float16", "float32")
+
+
+class BrokenManifestError(StoreError):
+    """A `manifest.json` that cannot be made sense of. The shards beside it may well be whole."""
+
+
+@dataclass
+class Manifest:
+    """
+    What a store holds.
+
+    Args:
+        kind (`str`):
+            `"rollouts"` (student samples) or `"scored_rollouts"` (with the teacher's log-probs).
+        settings (`dict[str, Any]`):
+            Flat dictionary of JSON values: everything that has to be equal for a second start to continue the first.
+        schema_version (`int`, *optional*, defaults to `1`):
+            Version of the layout on disk.
+        complete (`bool`, *optional*, defaults to `False`):
+            Whether every shard is written.
+        created_at (`str`, *optional*):
+            Time of the first start, ISO 8601 in UTC.
+        package_version (`str`, *optional*):
+            Version of `trl_blend` at the first start.
+        planned_shards (`int`, *optional*):
+            Number of shards of the finished store, where it is known beforehand.
+        num_rows, num_prompt_tokens, num_completion_tokens, num_truncated (`int`, *optional*, defaults to `0`):
+            Sums over the shards named here.
+        logps_dtype (`str`, *optional*, defaults to `"float16"`):
+            `"float16"` or `"float32"`, for every column of log-probs.
+        sampling (`dict[str, Any]`, *optional*):
+            Temperature, top-p, top-k, min-p, `max_new_tokens`, `num_rollouts_per_prompt`, seed, `eos_token_ids`.
+        scoring (`dict[str, Any]`, *optional*):
+            Temperature (1.0), top-k and dtype of the teacher's forward pass.
+        engine (`dict[str, Any]`, *optional*):
+            `name` (`"transformers"`, `"vllm"`, `"vllm-server"`) and versions.
+        student, teacher (`dict[str, Any]`, *optional*):
+            Identity of the model ([`~trl_blend.models.fingerprint.ModelIdentity`] as a dictionary). `None` means that
+            nothing is known about it.
+        source (`dict[str, Any]`, *optional*):
+            Where the rows came from.
+        shards (`list[dict[str, Any]]`, *optional*):
+            In the order of their index: `file`, `rows`, `bytes`, `sha256`, `input_digest`, `num_prompt_tokens`,
+            `num_completion_tokens`, `num_truncated`.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If `kind` or `logps_dtype` is none of the above, or `settings` is not JSON.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+    complete: bool = False
+    created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    package_version: str = __version__
+    planned_shards: int | None = None
+    num_rows: int = 0
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    num_truncated: int = 0
+    logps_dtype: str = "float16"
+    sampling: dict[str, Any] | None = None
+    scoring: dict[str, Any] | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"Unknown kind={self.kind!r} of a store. Choose one of {KINDS}.")
+        if self.logps_dtype not in LOGPS_DTYPES:
+            raise ConfigError(f"Unknown logps_dtype={self.logps_dtype!r}. Choose one of {LOGPS_DTYPES}.")
+        try:
+            self.settings = _plain(self.settings)
+        except TypeError as error:
+            raise ConfigError(f"`settings` of a manifest has to be JSON: {error}.") from None
+
+    @property
+    def settings_digest(self) -> str:
+        """SHA-256 of what [`Manifest.differences`] compares; every shard carries it."""
+        return hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, now: "Manifest") -> list[str]:
+        """Every setting that `now` has otherwise than this manifest, as a line `name: old -> new`."""
+        old, new = self._identity(), now._identity()
+        return [
+            f"{name}: {_short(old, name)} -> {_short(new, name)}"
+            for name in sorted(old | new)
+            if (name in old, old.get(name)) != (name in new, new.get(name))
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dictionary of JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = MANIFEST_NAME) -> "Manifest":
+        """
+        Inverse of [`Manifest.to_dict`]. Keys that this version does not know are left out.
+
+        Raises:
+            [`~trl_blend.errors.StoreError`]: If the schema is newer than this version's, or a value is missing or of
+                the wrong kind.
+        """
+        version = values.get("schema_version")
+        if not isinstance(version, int) or version < 1:
+            raise BrokenManifestError(
+                f"{where} has schema_version={version!r}, so it is no manifest of a store of rollouts."
+            )
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{where} has schema_version={version}, written by trl_blend {values.get('package_version')}; this is "
+                f"trl_blend {__version__}, which reads up to {SCHEMA_VERSION}. Upgrade trl_blend to read it."
+            )
+        known = {entry.name for entry in fields(cls)}
+        missing = sorted(known - {"planned_shards"} - values.keys())
+        if missing:
+            raise BrokenManifestError(
+                f"{where} lacks {missing}. Restore the file, or run the command again with `--repair`."
+            )
+        try:
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except ConfigError as error:
+            raise BrokenManifestError(f"{where}: {error}") from None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `folder/manifest.json` atomically."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        write_atomically(Path(folder) / MANIFEST_NAME, text.encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
+        """
+        Read `folder/manifest.json`.
+
+        Raises:
+            [`~trl_blend.errors.StoreError`]: If there is none, it is not JSON, or [`Manifest.from_dict`] refuses it.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise StoreError(
+                f"{folder} has no {MANIFEST_NAME}, so it is no store of rollouts. Pass the output_dir of "
+                "`trl-blend rollouts` or `trl-blend score`."
+            ) from None
+        except ValueError as error:
+            raise BrokenManifestError(
+                f"{path} is broken ({error}). Run the command that wrote it again with `--repair`; the shards stay."
+            ) from None
+        return cls.from_dict(values if isinstance(values, dict) else {}, where=str(path))
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.settings, "kind": self.kind, "logps_dtype": self.logps_dtype}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON would give it back, with one spelling per number: 1.0 from a command line is 1."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def _short(settings: Mapping[str, Any], name: str) -> str:
+    text = repr(settings[name]) if name in settings else "not set"
+    return text if len(text) <= 80 else f"{text[:77]}..."

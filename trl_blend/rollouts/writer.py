@@ -1,0 +1,276 @@
+"""
+Writing a store of rollouts so that it can be killed at any point and started again.
+
+The shard is the unit of work: which rows it holds follows from its index and the settings alone. It is written whole
+or not at all, so what a killed process leaves behind is a set of finished shards, and the same command started again
+writes the others. The manifest follows the shards; one that it does not know yet is recognised by its footer.
+"""
+
+import hashlib
+import os
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trl_blend._files import sha256_of, write_atomically
+from trl_blend.errors import ConfigError, StoreError
+from trl_blend.rollouts.card import CARD_NAME, write_card
+from trl_blend.rollouts.checks import check_rows
+from trl_blend.rollouts.folder_lock import hold_lock, release_lock
+from trl_blend.rollouts.format import MANIFEST_NAME, REQUIRED, BrokenManifestError, Manifest, build_table
+from trl_blend.rollouts.shard import (
+    DATA_FOLDER,
+    Footer,
+    check_record,
+    check_seal,
+    encode,
+    read_footer,
+    record_of,
+    shard_file,
+    shard_index,
+    shards_on_disk,
+)
+
+
+MANIFEST_INTERVAL = 10.0
+"""Seconds between two manifests while shards are being written."""
+
+_SUMS = {
+    "num_rows": "rows",
+    "num_prompt_tokens": "num_prompt_tokens",
+    "num_completion_tokens": "num_completion_tokens",
+    "num_truncated": "num_truncated",
+}
+
+
+class ShardWriter:
+    """
+    Writes the shards of one store, alone or together with other processes.
+
+    With several processes, create it on the main process first (`with state.main_process_first(): ...`): that is where
+    leftovers are removed and broken shards are found. Shards may be written in any order, each by one process.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of the store, created if it does not exist. If it holds a store with the same settings, that one is
+            continued: its creation time, identities and versions are kept, also if the ones given now differ.
+        manifest ([`~trl_blend.rollouts.format.Manifest`]):
+            What is going to be written.
+        is_main_process (`bool`, *optional*, defaults to `True`):
+            Whether this process writes the manifest.
+        repair (`bool`, *optional*, defaults to `False`):
+            Verify every checksum and delete the shards that are bad, so that they are written again. Nothing else is
+            touched.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If the folder holds a store with other settings. The message names each one.
+        [`~trl_blend.errors.StoreError`]: If a shard is broken or missing and `repair` is off, if another process is
+            writing the folder, or if the disk is full.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        is_main_process: bool = True,
+        repair: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.is_main_process = is_main_process
+        (self.folder / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
+        if is_main_process:
+            # Also given back when a writer is dropped half-way, in a notebook for instance
+            self._unlock = weakref.finalize(self, release_lock, self.folder, hold_lock(self.folder))
+        self.manifest = self._continued(manifest, repair=repair)
+        self._records = {_index(record): record for record in self.manifest.shards}
+        self._saved_at = float("-inf")
+        if is_main_process:
+            self._remove_leftovers()
+            self._check_known(repair)
+            self._adopt_unknown(repair, seals=True)
+            self.update_manifest(complete=self.manifest.complete and self._is_whole())
+
+    def done(self, index: int, input_digest: str) -> bool:
+        """
+        Whether a shard is on disk.
+
+        Args:
+            index (`int`):
+                Place of the shard in the store.
+            input_digest (`str`):
+                Digest of what its rows are made from.
+
+        Raises:
+            [`~trl_blend.errors.ConfigError`]: If it was made from another input or with other settings.
+            [`~trl_blend.errors.StoreError`]: If the file is broken.
+        """
+        file = shard_file(index)
+        if not (self.folder / file).exists():
+            return False
+        record = self._records.get(index)
+        found = record["input_digest"] if record else self._own_footer(file).input_digest
+        if found != input_digest:
+            raise ConfigError(
+                f"Shard {self.folder / file} was made from another input (digest {found[:16]}…, now "
+                f"{input_digest[:16]}…): the prompts or rollouts have changed since the store was started. Restore "
+                "them, or choose another output_dir."
+            )
+        return True
+
+    def write(self, index: int, columns: Mapping[str, Sequence[Any]], input_digest: str) -> None:
+        """
+        Check the rows of a shard and write them, whole or not at all.
+
+        Args:
+            index (`int`):
+                Place of the shard in the store.
+            columns (`Mapping[str, Sequence[Any]]`):
+                Its rows, see [`~trl_blend.rollouts.format`]. Log-probs are stored as the manifest's `logps_dtype`.
+            input_digest (`str`):
+                Digest of what the rows were made from.
+
+        Raises:
+            [`~trl_blend.errors.StoreError`]: If a row is wrong, or the disk is full; what was written before is kept.
+        """
+        file = shard_file(index)
+        try:
+            table = build_table(columns, self.manifest.logps_dtype)
+        except StoreError as error:
+            raise StoreError(f"shard {file}: {error}") from None
+        if not table.num_rows:
+            raise StoreError(f"shard {file} has no rows. Plan the shards so that each has at least one.")
+        check_rows(table, required=REQUIRED[self.manifest.kind], where=f"shard {file}")
+        content, footer = encode(
+            table, settings_digest=self.manifest.settings_digest, index=index, input_digest=input_digest
+        )
+        write_atomically(self.folder / file, content)
+        if self.is_main_process:
+            self._records[index] = record_of(
+                file, footer, size=content.size, sha256=hashlib.sha256(content).hexdigest()
+            )
+
+    def update_manifest(self, complete: bool = False) -> None:
+        """
+        Bring the manifest up to date with the shards of all processes. Does nothing on any but the main process.
+
+        Cheap to call after every shard: unless `complete`, a manifest is written every 10 seconds at most. Each file
+        is hashed once.
+
+        Args:
+            complete (`bool`, *optional*, defaults to `False`):
+                Whether all shards of all processes are written. Wait for the other processes before.
+
+        Raises:
+            [`~trl_blend.errors.StoreError`]: If `complete` and a shard is missing; if a shard is broken.
+        """
+        if not self.is_main_process:
+            return
+        if not complete and time.monotonic() - self._saved_at < MANIFEST_INTERVAL:
+            return
+        self._adopt_unknown(repair=False, seals=False)
+        if complete:
+            self._require_whole()
+        manifest = self.manifest
+        manifest.shards = [record for _, record in sorted(self._records.items())]
+        manifest.complete = complete
+        for total, name in _SUMS.items():
+            setattr(manifest, total, sum(record[name] for record in manifest.shards))
+        manifest.save(self.folder)
+        self._saved_at = time.monotonic()
+        if complete or not (self.folder / CARD_NAME).exists():
+            write_card(self.folder, manifest)
+        if complete:
+            self._unlock()
+
+    def _continued(self, manifest: Manifest, *, repair: bool) -> Manifest:
+        """The manifest of the folder if there is one with the same settings, else the one given."""
+        if not (self.folder / MANIFEST_NAME).exists():
+            return manifest
+        try:
+            found = Manifest.load(self.folder)
+        except BrokenManifestError:
+            if not repair:
+                raise
+            return manifest  # the shards say what is in them
+        differences = found.differences(manifest)
+        if differences:
+            listed = "; ".join(differences)
+            raise ConfigError(
+                f"{self.folder} holds a store that was started with other settings (there -> now): {listed}. "
+                "Pass the same settings to continue it, or choose another output_dir."
+            )
+        return found
+
+    def _remove_leftovers(self) -> None:
+        for pattern in (f"{DATA_FOLDER}/.part-*.tmp", f".{MANIFEST_NAME}.*.tmp", f".{CARD_NAME}.*.tmp"):
+            for path in self.folder.glob(pattern):
+                with suppress(FileNotFoundError):
+                    path.unlink()
+
+    def _check_known(self, repair: bool) -> None:
+        for index, record in list(self._records.items()):
+            try:
+                check_record(self.folder, record, checksum=repair)
+                self._own_footer(record["file"])
+            except StoreError:
+                if not repair:
+                    raise
+                self._drop(index, record["file"])
+
+    def _adopt_unknown(self, repair: bool, *, seals: bool) -> None:
+        """Take up the shards that the manifest does not know: of a killed process, or of the other processes."""
+        for index, file in shards_on_disk(self.folder).items():
+            if index in self._records:
+                continue
+            try:
+                footer = self._own_footer(file, sealed=seals)
+            except StoreError:
+                if not repair:
+                    raise
+                self._drop(index, file)
+                continue
+            path = self.folder / file
+            self._records[index] = record_of(file, footer, size=path.stat().st_size, sha256=sha256_of(path))
+
+    def _drop(self, index: int, file: str) -> None:
+        self._records.pop(index, None)
+        (self.folder / file).unlink(missing_ok=True)
+
+    def _own_footer(self, file: str, *, sealed: bool = False) -> Footer:
+        footer = read_footer(self.folder, file)
+        if sealed:
+            check_seal(self.folder, file, footer)
+        if footer.settings_digest != self.manifest.settings_digest:
+            raise ConfigError(
+                f"Shard {self.folder / file} belongs to a store with other settings, and no manifest says which. "
+                "Choose another output_dir."
+            )
+        return footer
+
+    def _is_whole(self) -> bool:
+        expected = self.manifest.planned_shards
+        count = len(self._records) if expected is None else expected
+        return sorted(self._records) == list(range(count))
+
+    def _require_whole(self) -> None:
+        if self._is_whole():
+            return
+        planned = self.manifest.planned_shards
+        count = max(self._records, default=-1) + 1 if planned is None else planned
+        missing = sorted(set(range(count)) - self._records.keys())
+        extra = sorted(self._records.keys() - set(range(count)))
+        raise StoreError(
+            f"{self.folder} is not complete: of {count} shards, {len(missing)} are missing (the first: {missing[:3]}) "
+            f"and {len(extra)} are too many (the first: {extra[:3]}). Run the same command again."
+        )
+
+
+def _index(record: Mapping[str, Any]) -> int:
+    index = shard_index(record["file"])
+    if index is None:
+        raise StoreError(f"{MANIFEST_NAME} names {record['file']!r}, which is no shard. Run again with `--repair`.")
+    return index

@@ -1,0 +1,107 @@
+"""How a script runs: one line for errors of the user, exit codes, and as many processes as were asked for."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from trl_blend.errors import ConfigError, TrlBlendError
+from trl_blend.scripts.messages import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    is_main_process,
+    name_options,
+    one_line,
+    say,
+    without_token,
+)
+from trl_blend.scripts.settings import NUM_PROCESSES_VARIABLE, parse_script
+
+
+# Arguments of the trainers that have another name as an option
+_RENAMED = {
+    "model": "model_name_or_path",
+    "teacher_model": "teacher_model_name_or_path",
+    "train_dataset": "dataset_name",
+}
+# The launcher ends all processes when one ends; the others wait that long for the message of the first
+_SECONDS_TO_SPEAK = 10.0
+_training_began = threading.Event()
+
+
+def run(main: Callable[..., None], make_parser: Callable[..., Any]) -> None:
+    """
+    Run `main` with the arguments of this process.
+
+    Args:
+        main (`Callable`):
+            Takes the dataclasses of the parser.
+        make_parser (`Callable`):
+            Makes the parser.
+    """
+    _training_began.clear()
+    try:
+        main(*_parse(make_parser()))
+    except KeyboardInterrupt:
+        if is_main_process():
+            say("Interrupted.")
+        sys.exit(EXIT_INTERRUPTED)
+    except TrlBlendError as error:
+        _fail(error)
+    except OSError as error:
+        if _training_began.is_set():
+            raise
+        _fail(error)
+
+
+def training_begins() -> None:
+    """From here on, an `OSError` keeps its traceback: it is a full disk or a reward's file, not a wrong path."""
+    _training_began.set()
+
+
+def _parse(parser: Any) -> tuple[Any, ...]:
+    try:
+        arguments = parse_script(parser, sys.argv[1:])
+    except TrlBlendError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # those of the configurations that ours derive from
+        raise ConfigError(str(error)) from error
+    sys.argv[1:] = without_token(sys.argv[1:])  # wandb records them
+    training_args = next(one for one in arguments if hasattr(one, "world_size"))
+    wanted = os.environ.get(NUM_PROCESSES_VARIABLE)
+    if wanted is not None and int(wanted) != training_args.world_size:
+        raise ConfigError(
+            f"{wanted} processes were asked for, but this run has {training_args.world_size}. Without accelerators, "
+            "set `--use_cpu`; on several machines, check their number."
+        )
+    _check_checkpoint(training_args)
+    return arguments
+
+
+def _check_checkpoint(args: Any) -> None:
+    """Refuse to go on from what is no checkpoint, before models are loaded."""
+    given = args.resume_from_checkpoint
+    if given is None:
+        return
+    latest = str(given).lower() == "true"  # on the command line: the latest of `output_dir`
+    folder = get_last_checkpoint(args.output_dir) if latest and Path(args.output_dir).is_dir() else given
+    if latest and folder in (None, given):
+        raise ConfigError(f"`resume_from_checkpoint={given}`: there is no checkpoint in {args.output_dir}.")
+    if not (Path(folder) / TRAINER_STATE_NAME).is_file():
+        raise ConfigError(
+            f"`resume_from_checkpoint={given}` is no folder with a {TRAINER_STATE_NAME}. Give a checkpoint of an "
+            "interrupted run, or `true` for the latest one in `output_dir`."
+        )
+
+
+def _fail(error: Exception) -> NoReturn:
+    if not is_main_process():
+        time.sleep(_SECONDS_TO_SPEAK)
+    say(f"error: {name_options(one_line(error), (), _RENAMED)}")
+    sys.exit(EXIT_USER_ERROR)

@@ -1,0 +1,242 @@
+"""
+Settings of a training script from a YAML file and the command line, checked before anything is loaded.
+
+The scripts and `trl-blend` read them with the same functions. TRL's parser would start a training with half of the
+mistakes that are found here: a scalar where a list belongs, a fraction of a step, an abbreviated option.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_blend import _resources
+from trl_blend.errors import ConfigError
+from trl_blend.scripts.messages import fail_in_one_line, nearest, one_line, option_names, unknown_options
+
+
+ACCELERATE_CONFIG = "accelerate_config"
+NUM_PROCESSES_VARIABLE = "TRL_BLEND_NUM_PROCESSES"
+COMMAND_VARIABLE = "TRL_BLEND_COMMAND"
+"""Set by `trl-blend` for the processes that it launches: how many they have to be, and the command that did."""
+
+
+def take_option(arguments: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name value` or `--name=value`, and the arguments without it; the last one counts."""
+    value, rest = None, []
+    items = iter(arguments)
+    for item in items:
+        if item == f"--{name}":
+            value = next(items, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"`--{name}` needs a value.")
+        elif item.startswith(f"--{name}="):
+            value = item.partition("=")[2]
+        else:
+            rest.append(item)
+    return value, rest
+
+
+def read_yaml(file: str, option: str = "config", shipped: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, given by `--{option}`."""
+    import yaml
+
+    given = f"`--{option} {file}`"
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{given}: there is no such file{_nearest_file(file, shipped)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{given} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{given} is not YAML: {one_line(error)}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"{given} has to hold `option: value` lines.")
+    return values
+
+
+def _nearest_file(file: str, shipped: Iterable[str]) -> str:
+    folder = Path(file).parent
+    names = {path.name for path in folder.glob("*.y*ml")} if folder.is_dir() else set()
+    return nearest(Path(file).name, names) or nearest(file, shipped) or "."
+
+
+def read_script_config(file: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    Settings and environment variables of a script's YAML file.
+
+    Args:
+        file (`str`):
+            Path, or the name of a file of `examples/configs` without its suffix. Paths below `examples/` in a file
+            that ships with the package are found from any working directory.
+
+    Returns:
+        `tuple[dict, dict]`: Settings, and the variables that it lists under `env`.
+    """
+    shipped = _resources.shipped_yaml("configs")
+    path = Path(file)
+    if not path.exists() and file in shipped:
+        path = shipped[file]
+    values = read_yaml(str(path), shipped=shipped)
+    if path.resolve() in {known.resolve() for known in shipped.values()}:
+        values = {name: _find_example(value) for name, value in values.items()}
+    variables = values.pop("env", None) or {}
+    if not isinstance(variables, dict):
+        raise ConfigError(f"`--config {file}`: `env` has to hold `VARIABLE: value` lines, not {variables!r}.")
+    return values, {name: str(value) for name, value in variables.items()}
+
+
+def _find_example(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_find_example(one) for one in value]
+    if isinstance(value, str) and value.startswith("examples/") and not Path(value).exists():
+        found = _resources.examples_dir().parent / value
+        return str(found) if found.exists() else value
+    return value
+
+
+def unknown_key(name: str, known: Iterable[str], file: str) -> ConfigError:
+    """The error for a key of a YAML file that nobody knows."""
+    return ConfigError(f"`--config {file}`: unknown key `{name}`{nearest(name, known) or '.'}")
+
+
+def apply_config(parser: Any, values: dict[str, Any], file: str) -> dict[str, Any]:
+    """
+    Make checked settings the defaults of a parser.
+
+    Args:
+        parser ([`~trl.TrlParser`]):
+            Parser of a script.
+        values (`dict`):
+            Settings of a YAML file.
+        file (`str`):
+            Its name, for messages.
+
+    Returns:
+        `dict`: Settings that are no option of the parser.
+    """
+    actions = {action.dest: action for action in parser._actions if action.type is not None or action.nargs != 0}
+    own = {name: _checked(actions[name], value, file) for name, value in values.items() if name in actions}
+    parser.set_defaults_with_config(**own)
+    return {name: value for name, value in values.items() if name not in actions}
+
+
+def _checked(action: argparse.Action, value: Any, file: str) -> Any:
+    if value is None:
+        return None
+    if action.nargs != "+":
+        return _converted(action, value, file)
+    return [_converted(action, one, file) for one in (value if isinstance(value, list) else [value])]
+
+
+def _converted(action: argparse.Action, value: Any, file: str) -> Any:
+    """The value as the command line would give it; mappings and lists stay what they are."""
+    nested = isinstance(value, (dict, list))
+    text = _text(action, value)
+    if nested and action.nargs == "+" or action.type in (None, dict, list):
+        return value
+    try:
+        converted = action.type(text)
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        kind = getattr(action.type, "__name__", "value").replace("string_to_bool", "true/false")
+        raise ConfigError(
+            f"`--config {file}`: `{action.dest}: {text}` is no {kind}{'' if not nested else ', but a nested value'}."
+        ) from None
+    if action.choices is not None and converted not in action.choices:
+        raise ConfigError(
+            f"`--config {file}`: `{action.dest}: {text}` is none of {', '.join(map(str, action.choices))}."
+        )
+    return value if nested else converted
+
+
+def _text(action: argparse.Action, value: Any) -> str:
+    """A value of a YAML file as it is written on the command line."""
+    if value is False and "no" in (action.choices or ()):
+        return "no"  # which YAML 1.1 reads as false
+    return json.dumps(value, default=str) if isinstance(value, (bool, dict, list)) else str(value)
+
+
+def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: str) -> list[str]:
+    """
+    Settings as arguments of a parser that cannot take them as defaults.
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            Has an option for each of them.
+        values (`dict`):
+            Settings of a YAML file. A switch is set by `true`, and unset by `false` where there is a `--no_` one.
+        file (`str`):
+            Its name, for messages.
+    """
+    known, options = parser._option_string_actions, []
+    for name, value in values.items():
+        action = known[f"--{name}"]
+        if value is None:
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ConfigError(f"`--config {file}`: `{name}: {_text(action, value)}` is no true/false.")
+            switch = f"--{name}" if value else f"--no_{name}"
+            options.extend([switch] if switch in known else [])
+        elif action.nargs == "+" and isinstance(value, list):
+            options.extend([f"--{name}", *(_text(action, one) for one in value)])
+        else:
+            options.append(f"--{name}={_text(action, value)}")
+    return options
+
+
+def launch_parser() -> argparse.ArgumentParser:
+    """The parser of `accelerate launch`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()
+
+
+def launch_options() -> set[str]:
+    """Names of the options of `accelerate launch`, and of our `--accelerate_config`."""
+    return option_names(launch_parser()) - {"help"} | {ACCELERATE_CONFIG}
+
+
+def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
+    """
+    The dataclasses of a training script, from its own arguments.
+
+    Keys of the YAML file that `accelerate launch` understands are left to it.
+
+    Args:
+        parser ([`~trl.TrlParser`]):
+            Parser of the script.
+        arguments (`Sequence[str]`):
+            Arguments of the script.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: With what to change.
+    """
+    fail_in_one_line(parser)
+    parser.allow_abbrev = False
+    file, rest = take_option(arguments, "config")
+    if file is not None:
+        values, variables = read_script_config(file)
+        os.environ.update(variables)
+        others = apply_config(parser, values, file)
+        known = launch_options() if others else set()
+        for name in others:
+            if name not in known:
+                raise unknown_key(name, option_names(parser) | known, file)
+        _check_processes(others.get("num_processes"), file)
+    *outputs, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    if unknown:
+        raise unknown_options(unknown, option_names(parser), parser.prog)
+    return tuple(outputs)
+
+
+def _check_processes(wanted: Any, file: str) -> None:
+    """A script started otherwise than by `trl-blend` cannot follow the number in its settings."""
+    running = os.environ.get("WORLD_SIZE", "1")
+    if wanted is not None and COMMAND_VARIABLE not in os.environ and str(wanted) != running:
+        raise ConfigError(
+            f"`--config {file}`: `num_processes: {wanted}`, but {running} are running. Give `accelerate launch` "
+            f"`--num_processes {wanted}`, or use `trl-blend`, which reads this key."
+        )

@@ -1,0 +1,133 @@
+"""What the plot of a [`LogitMixGRPOTrainer`] run shows."""
+
+from trl_blend.reports.cards import PaperValue
+from trl_blend.reports.curves import NATS, Curve, Panel
+from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
+
+
+PANELS = (
+    Panel(
+        "Teacher weight",
+        (
+            Curve("mixing/teacher_weight", "teacher", progress="teacher_weight"),
+            Curve("mixing/teacher_weight_*", "teacher *", progress="teacher_weight_*"),
+        ),
+        "weight in the mixture",
+        evaluation=False,  # the same schedule, or 0 for the student alone
+    ),
+    Panel("KL(behaviour ‖ student)", (Curve("mixing/kl_behavior_student"),), NATS),
+    Panel(
+        "Reward",
+        (
+            Curve("reward"),
+            Curve("eval_mixed/reward", "evaluation, mixed policy"),
+            Curve("eval_student/reward", "evaluation, student alone"),
+        ),
+        "mean reward",
+    ),
+    Panel(
+        "Net gain of mixing",
+        (
+            Curve("adaptive/mixed_accuracy", "mixed policy is right"),
+            Curve("adaptive/student_accuracy", "student is right"),
+            Curve("adaptive/net_gain", "net gain"),
+        ),
+        "share of validation prompts",
+    ),
+    Panel(
+        "Importance sampling",
+        (
+            Curve("importance/effective_sample_size", "effective sample size"),
+            Curve("importance/clipped_share", "clipped"),
+        ),
+        "share",
+    ),
+    Panel("Importance ratio", (Curve("importance/ratio_mean"),), "mean of student / behaviour"),
+    Panel(
+        "Teacher log-prob of the rollouts",
+        (Curve("mixing/teacher_logp", "teacher"), Curve("mixing/teacher_logp_*", "teacher *")),
+        NATS,
+    ),
+    Panel("KL to TRL's reference model", (Curve("kl"),), NATS),
+    Panel("Entropy", (Curve("entropy"),), NATS),
+    Panel("Completion length", (Curve("completions/mean_length"),), "mean tokens"),
+)
+
+
+_UNKNOWN = "not known to us"
+
+# Gan and Zhu, arXiv 2605.20555, sections 2 and 4. Our copy of the paper lacks its formulas, and with them its numbers.
+AVERAGING = {
+    "mixing_space": PaperValue("mixing space", ("logits",), "Section 2"),
+    "teacher_weight_schedule": PaperValue(
+        "schedule of the teacher weight", ("constant", "adaptive"), "Algorithms 1 and 2"
+    ),
+    "teacher_weight": PaperValue("teacher weight", text=_UNKNOWN),
+    "beta": PaperValue("KL coefficient", (0.0,), "Section 2"),
+    "num_iterations": PaperValue("updates per rollout batch", (1,), "Algorithm 1"),
+    "num_generations": PaperValue("rollouts per prompt", text=_UNKNOWN),
+    "prompts_per_step": PaperValue("prompts per step", text=_UNKNOWN),
+    "learning_rate": PaperValue("learning rate", text=_UNKNOWN),
+    "temperature": PaperValue("temperature", text=_UNKNOWN),
+}
+AVERAGING_ADAPTIVE = {
+    "adaptive_interval": PaperValue("steps between updates of the weight", (1,), "Algorithm 2"),
+    "adaptive_num_prompts": PaperValue("validation prompts of the weight", text=_UNKNOWN),
+    "adaptive_scale": PaperValue("scale of the adaptive weight", text=_UNKNOWN),
+    "adaptive_offset": PaperValue("offset of the adaptive weight", text=_UNKNOWN),
+}
+
+# Zhang et al., blog post of 25 February 2026, and the authors' code, github.com/juzhengz/logit-fusion
+FUSION = {
+    "mixing_space": PaperValue("mixing space", ("logits",), "blog post"),
+    "teacher_weight": PaperValue("teacher weight at step 0", (0.5,), "code"),
+    "teacher_weight_schedule": PaperValue("schedule of the teacher weight", ("linear", "cosine"), "code"),
+    "teacher_weight_decay_steps": PaperValue("steps until the weight is 0", (1000,), "code"),
+    "beta": PaperValue("KL coefficient", (0.0,), "code"),
+    "adapter": PaperValue("trained weights", ("LoRA on all linear layers",), "code"),
+    "learning_rate": PaperValue("learning rate", (1e-5,), "code"),
+    "num_generations": PaperValue("rollouts per prompt", (8,), "code"),
+    "temperature": PaperValue("temperature", (1.0,), "code"),
+    "prompts_per_step": PaperValue("prompts per step", text=_UNKNOWN),
+}
+FUSION_CLIPPING = {
+    "token": PaperValue("clipping of token-level ratios", ("max",), "code"),
+    "sequence": PaperValue("clipping of sequence-level ratios", ("none",), "code"),
+}
+FUSION_CAP = PaperValue("cap of the importance ratio", (3.0,), "code")
+
+
+def paper_values(config: LogitMixGRPOConfig) -> dict[str, PaperValue]:
+    """What the public sources of the configured objective do."""
+    if config.objective == "mixed":
+        return AVERAGING | (AVERAGING_ADAPTIVE if config.teacher_weight_schedule == "adaptive" else {})
+    values = dict(FUSION)
+    if config.mixes:
+        level = config.importance_sampling_level
+        values["is_clip_mode"] = FUSION_CLIPPING.get(level, PaperValue(f"clipping of {level} ratios"))
+        if config.is_clip_mode == "max":
+            values["is_clip_max"] = FUSION_CAP
+    return values
+
+
+def choices(config: LogitMixGRPOConfig) -> list[str]:
+    """What is chosen here or by the user because no public source says it."""
+    if not config.mixes:
+        return []
+    found = []
+    if config.objective == "mixed":
+        found.append(
+            "The teacher weight: the paper's fixed weight was not known to us, so that of this run is a choice of "
+            "`trl_blend` or of its user."
+        )
+        if config.teacher_weight_schedule == "adaptive":
+            found.append(
+                "Scale, offset and number of validation prompts of the adaptive weight, for the same reason, and the "
+                f"reward from which a response counts as right ({config.adaptive_success_threshold:g})."
+            )
+    elif config.teacher_weight_schedule in ("constant", "adaptive"):
+        found.append(
+            f"The {config.teacher_weight_schedule} teacher weight with an objective on the student: logit fusion "
+            "decays it to 0."
+        )
+    return found

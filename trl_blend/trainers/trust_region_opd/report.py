@@ -1,0 +1,133 @@
+"""What the plot of a [`TrustRegionOPDTrainer`] run shows, whichever of its methods it uses."""
+
+from trl_blend.reports.cards import PaperValue
+from trl_blend.reports.curves import NATS, Curve, Panel
+from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
+
+
+PANELS = (
+    Panel(
+        "KL(behaviour ‖ student)",
+        (
+            Curve("blend/kl_behavior_student", "realised"),
+            Curve("blend/kl_budget", "budget ε", progress="kl_budget", is_bound=True),
+        ),
+        NATS,
+    ),
+    Panel(
+        "Teacher weight β*",
+        (
+            Curve("blend/teacher_weight/mean", "mean", progress="teacher_weight"),
+            Curve("blend/teacher_weight/max", "maximum"),
+        ),
+        "weight in the blend",
+    ),
+    Panel(
+        "Speculative KD",
+        (Curve("blend/replaced_share", progress="replaced_share"),),
+        "share of tokens replaced",
+    ),
+    Panel("Sampling temperature", (Curve("blend/temperature", progress="temperature"),), "student's own rollouts"),
+    Panel("Veto weight", (Curve("blend/veto_weight", progress="veto_weight"),), "exponent of the student"),
+    Panel("Reward", (Curve("rewards/*/mean", "*"),), "mean reward (diagnostic)"),
+    Panel("Reverse KL(student ‖ teacher)", (Curve("blend/reverse_kl"),), NATS),
+    Panel("Loss", (Curve("loss"),), "loss"),
+    Panel(
+        "Log-prob of the rollouts",
+        (Curve("blend/teacher_logp", "teacher"), Curve("blend/student_logp", "student")),
+        NATS,
+    ),
+    Panel("Entropy", (Curve("blend/teacher_entropy", "teacher"), Curve("entropy", "student")), NATS),
+    Panel("KL(behaviour ‖ teacher)", (Curve("blend/kl_behavior_teacher"),), NATS),
+    Panel("Teacher within the budget", (Curve("blend/teacher_feasible"),), "share of prefixes"),
+    Panel("AUROC of the teacher's support", (Curve("blend/auroc"),), "AUROC"),
+    Panel("Completion length", (Curve("completions/mean_length"),), "mean tokens"),
+)
+
+
+_SWEEP = (0.001, 0.005, 0.01, 0.02, 0.05)
+# Table 2, and Appendix A where it says so
+COMMON = {
+    "divergence": PaperValue("divergence", ("reverse KL",), "Table 2"),
+    "kl_support": PaperValue("tokens of the divergence", ("student_top_k",), "Table 2"),
+    "num_rollouts_per_prompt": PaperValue("rollouts per prompt", (4,), "Table 2"),
+    "prompts_per_step": PaperValue("prompts per step", (64,), "Table 2"),
+    "temperature": PaperValue("temperature", (1.0,), "Table 2"),
+    "max_completion_length": PaperValue("completion length", (7168,), "Table 2"),
+    "optimizer": PaperValue("optimizer", ("AdamW",), "Table 2"),
+    "learning_rate": PaperValue("learning rate", (1e-5,), "Table 2"),
+    "learning_rate_schedule": PaperValue(
+        "learning-rate schedule", source="Table 2", text="constant after a cosine warmup of 15 steps"
+    ),
+    "weight_decay": PaperValue("weight decay", (0.01,), "Table 2"),
+    "adam_betas": PaperValue("betas of Adam", ((0.9, 0.999),), "Table 2", text="0.9, 0.999"),
+    "max_grad_norm": PaperValue("gradient clipping", (1.0,), "Table 2"),
+    "length": PaperValue("length of the training", ("1 epoch",), "Table 2"),
+    "canonicalize_eos": PaperValue("end-of-sequence tokens made one", (True,), "Appendix D"),
+}
+TOP_K = {"kl_top_k": PaperValue("tokens of the divergence per prefix", (16,), "Table 2")}
+POLICIES = {
+    "trust_region": {
+        "kl_budget": PaperValue("KL budget at step 0", _SWEEP, "swept, Appendix A"),
+        "kl_budget_schedule": PaperValue("schedule of the budget", ("linear", "constant"), "Appendix A"),
+    },
+    "fixed_weight": {"teacher_weight": PaperValue("teacher weight")},
+    "speculative_kd": {
+        "skd_top_k": PaperValue("teacher top-k", (15, 25, 50), "swept, Appendix A.2"),
+        "skd_teacher_temperature": PaperValue("teacher temperature", (0.2, 0.6, 1.0), "swept, Appendix A.2"),
+    },
+    "student": {},
+}
+WARMUP = {"blend_warmup_steps": PaperValue("steps until the budget is 0", (15, 25, 50), "swept, Appendix A")}
+WHOLE_RUN = {
+    "blend_warmup_steps": PaperValue("steps of blended rollouts", (None,), "Appendix A.2", text="the whole run")
+}
+TEMPERATURE_WARMUP = {
+    "temperature_warmup_start": PaperValue("sampling temperature at step 0", (0.8, 0.9, 0.95), "swept, Appendix A.2"),
+    "temperature_warmup_steps": PaperValue("steps of the temperature warmup", (15, 25), "Appendix A.2"),
+}
+VETO = {
+    "veto_weight_start": PaperValue("Veto exponent at step 0", (0.2, 0.4, 0.6, 0.8), "swept, Appendix A.2"),
+    "veto_warmup_steps": PaperValue("steps of the Veto exponent"),
+}
+
+
+def is_baseline(config: TrustRegionOPDConfig) -> bool:
+    """Whether the run is one of the methods that the paper compares its own with."""
+    return config.rollout_policy != "trust_region" or config.kl_budget_schedule == "constant"
+
+
+def paper_values(config: TrustRegionOPDConfig, merges_eos: bool) -> dict[str, PaperValue]:
+    """What the paper does for the configured rollouts and loss."""
+    values = dict(POLICIES[config.rollout_policy])
+    if config.rollout_policy == "trust_region" and config.kl_budget_schedule != "constant":
+        values |= WARMUP
+    elif config.rollout_policy not in ("student", "fixed_weight"):
+        values |= WHOLE_RUN
+    if config.temperature_warmup_steps:
+        values |= TEMPERATURE_WARMUP
+    if config.distillation_target == "veto":
+        values |= VETO
+    values |= COMMON | (TOP_K if config.kl_support == "student_top_k" else {})
+    if config.canonicalize_eos and not merges_eos:  # the models have the same
+        del values["canonicalize_eos"]
+    return values
+
+
+def choices(config: TrustRegionOPDConfig, merges_eos: bool) -> list[str]:
+    """What is chosen here or by the user because no public source says it."""
+    found = []
+    if config.rollout_policy == "fixed_weight":
+        found.append("The teacher weight is a choice of `trl_blend` or of its user: the paper gives none.")
+    if config.rollout_policy == "trust_region" and config.kl_budget_schedule == "cosine":
+        found.append("The cosine schedule of the budget: the paper's is linear.")
+    if config.distillation_target == "veto":
+        found.append(
+            "The number of steps of the Veto exponent is a choice of `trl_blend` or of its user: the paper gives none."
+        )
+    if merges_eos:
+        found.append(
+            "Merging the end-of-sequence tokens of both models in both models is a choice of `trl_blend`: the paper "
+            "maps each model's own."
+        )
+    return found
