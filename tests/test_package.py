@@ -48,7 +48,7 @@ def test_public_name_resolves(name):
 def test_lazy_and_static_names_agree():
     tree = ast.parse((ROOT / "trl_blend" / "__init__.py").read_text())
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    static = {alias.name: f"trl_blend.{node.module}" for node in block.body for alias in node.names}
+    static = {alias.name: node.module for node in block.body for alias in node.names}
     assert static == trl_blend._MODULE_OF
     assert sorted(trl_blend.__all__) == sorted([*trl_blend._MODULE_OF, "__version__"])
 

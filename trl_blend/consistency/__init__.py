@@ -1,0 +1,1 @@
+"""Whose teacher it is: provenance, checks of stored scores against the models they claim to come from."""

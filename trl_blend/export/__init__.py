@@ -1,0 +1,1 @@
+"""A mixed policy as a folder that transformers alone decodes."""

@@ -1,0 +1,1 @@
+"""One model, whatever its role: loading it by name, knowing which one it is, what wraps it."""

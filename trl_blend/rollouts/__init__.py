@@ -1,0 +1,1 @@
+"""Tokens on disk: collecting rollouts, scoring them, reading them."""

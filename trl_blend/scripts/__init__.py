@@ -1,0 +1,1 @@
+"""What the training commands run, shared by the scripts of `examples/`."""

@@ -1,0 +1,1 @@
+"""Operations on hidden states, through an output layer that is read tile by tile."""
