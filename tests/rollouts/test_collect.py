@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from tests.rollouts.collecting import assert_logps, collect, ends_well, rows_of, save_model, save_prompts
 from tests.tiny import EOS_ID, tiny_lora, tiny_model, tiny_tokenizer
+from trl_blend import collect_rollouts
 from trl_blend.errors import ConfigError, StoreError, UnsupportedError
 from trl_blend.rollouts import identities
 from trl_blend.rollouts.engines import local
@@ -239,13 +240,10 @@ def test_another_student_or_other_prompts_do_not_continue(student, prompts, fini
         ({"dtype": "float8"}, "`dtype='float8'` is unknown"),
         ({"load_in_4bit": True}, "needs bitsandbytes"),
         ({"prompt_column": "question"}, r"no column `question`, only \['prompt'\]"),
-        (
-            {"max_completion_length": 250},
-            "Row 1 .* has 15 tokens.*the 256 tokens.*`max_completion_length=241` or less",
-        ),
+        ({"max_completion_length": 250}, "Row 1 .* has 15 tokens.*256 tokens.*`max_completion_length=241` or less"),
         ({"use_vllm": True, "vllm_server_base_url": "http://x"}, "Set one"),
         ({"vllm_kwargs": {"max_model_len": 9}}, "Set `use_vllm=True`"),
-        ({"use_vllm": True, "vllm_kwargs": {"dtype": "float32"}}, "`vllm_kwargs` holds dtype"),
+        ({"use_vllm": True, "vllm_kwargs": {"dtype": "float32"}}, r"`vllm_kwargs` holds \['dtype'\]"),
         ({"vllm_server_base_url": "http://x", "load_in_4bit": True}, "bitsandbytes"),
     ],
 )
@@ -253,6 +251,17 @@ def test_settings(student, prompts, tmp_path, no_model, settings, message):
     with pytest.raises(ConfigError, match=message):
         collect(student, prompts, tmp_path / "store", **{**SETTINGS, **settings})
     assert not (tmp_path / "store").exists()
+
+
+def test_model_and_prompts_are_passed_or_named(student, prompts, finished, tmp_path):
+    named = {**SETTINGS, "model_name_or_path": student, "dataset_name": prompts}
+    assert collect(None, None, finished.folder, **named).digest == finished.digest
+    with pytest.raises(ConfigError, match="`prompts` was passed, and `dataset_name='.*' names another. Drop one"):
+        collect(None, ["a"], tmp_path / "store", **named)
+    with pytest.raises(ConfigError, match="`model_name_or_path` is missing. Set it, or pass `model`"):
+        collect(None, prompts, tmp_path / "store", **SETTINGS)
+    with pytest.raises(ConfigError, match="`args` is missing"):
+        collect_rollouts(student, prompts)
 
 
 def test_vllm_has_to_be_installed(student, prompts, tmp_path, no_model, monkeypatch):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,22 +43,20 @@ def prompts():
     return task.build_prompt_dataset("train", 8)
 
 
-def start_server(port, *options):
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", STUDENT, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-
-
-@pytest.fixture(scope="module")
-def server():
+@contextmanager
+def serving(*options):
+    """A server of the student; gives its root URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = start_server(port, "--logprobs-mode", "processed_logprobs", "--no-enable-prefix-caching")
-    url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", STUDENT]
+    command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "128", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
-        for _ in range(240):
-            assert process.poll() is None, "the server ended"
+        deadline = time.monotonic() + 240
+        while True:
+            assert time.monotonic() < deadline and process.poll() is None, "the server ended, or does not begin"
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=5)
                 break
@@ -67,6 +66,12 @@ def server():
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving("--logprobs-mode", "processed_logprobs", "--no-enable-prefix-caching") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -119,26 +124,8 @@ def test_a_server_continues_what_was_interrupted(server, prompts, collected, tmp
 
 
 def test_a_server_of_other_log_probabilities_is_refused(prompts, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = start_server(port)
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(1)
-        with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
-            collect(
-                STUDENT, prompts, tmp_path / "x", vllm_server_base_url=f"http://127.0.0.1:{port}", **SAMPLING, **EXACT
-            )
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
+    with serving() as url, pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
+        collect(STUDENT, prompts, tmp_path / "x", vllm_server_base_url=url, **SAMPLING, **EXACT)
 
 
 def test_rollouts_of_an_engine_in_this_process(model, prompts, tmp_path):

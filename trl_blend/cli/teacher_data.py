@@ -9,7 +9,7 @@ from typing import Any
 from trl_blend.errors import ConfigError, TrlBlendError
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 from trl_blend.scripts import settings
-from trl_blend.scripts.messages import EXIT_FAILED, name_options, say, tell
+from trl_blend.scripts.messages import EXIT_FAILED, name_options, option_names, say, tell, unknown_options
 
 
 # Commands whose options are the fields of a configuration
@@ -22,12 +22,16 @@ COMMANDS = {
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run one of [`COMMANDS`]."""
     config, summary = COMMANDS[name]
-    prog = f"trl-blend {name}"
+    parser = _option_parser(config, f"trl-blend {name}", summary)
     if {"-h", "--help"} & set(arguments):
-        _help_parser(config, prog, summary).print_help()
+        parser.print_help()
         return 0
+    known = option_names(parser)
+    misspelt = [item for item in arguments if item.startswith("--") and _option(item) not in known]
+    if misspelt:  # before TRL's parser misses what it may stand for
+        raise unknown_options(misspelt, known, parser.prog)
     try:
-        args = settings.parse_config(config, arguments, prog)
+        args = settings.parse_config(config, arguments, parser.prog)
         if args.disable_tqdm:
             _silence_bars()
         store = _collect(args) if name == "rollouts" else _score(args)
@@ -54,8 +58,8 @@ def _score(args: ScoringConfig) -> Any:
     return score_rollouts(args=args)
 
 
-def _help_parser(config: Any, prog: str, summary: str) -> argparse.ArgumentParser:
-    """Says what TRL's parser of the configuration takes, without TRL."""
+def _option_parser(config: Any, prog: str, summary: str) -> argparse.ArgumentParser:
+    """Knows the options that TRL's parser of the configuration takes, without TRL."""
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=summary, formatter_class=show_defaults)
     text = "YAML file of options; those on the command line win."
@@ -65,7 +69,13 @@ def _help_parser(config: Any, prog: str, summary: str) -> argparse.ArgumentParse
         default = field.default if known else argparse.SUPPRESS
         value = "?" if field.type is bool else None
         parser.add_argument(f"--{field.name}", nargs=value, default=default, **field.metadata)
+        if field.default is True:
+            parser.add_argument(f"--no_{field.name}", action="store_true", default=argparse.SUPPRESS)
     return parser
+
+
+def _option(argument: str) -> str:
+    return argument[2:].partition("=")[0].replace("-", "_")
 
 
 def _silence_bars() -> None:

@@ -45,14 +45,10 @@ class StoreConfig:
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), bfloat16, float16 or float32."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights with bitsandbytes."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
-    vllm_server_base_url: str | None = field(
-        default=None, metadata={"help": "Running vLLM server of the model, such as http://host:8000."}
-    )
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Running server: http://host:8000."})
     vllm_concurrency: int = field(default=64, metadata={"help": "Requests at once."})
-    logps_dtype: str | None = field(
-        default=None, metadata={"help": "float16 (as it is for rollouts where not given) or float32, as stored."}
-    )
-    identify: bool = field(default=True, metadata={"help": "Record which model it is; --no_identify does not."})
+    logps_dtype: str | None = field(default=None, metadata={"help": "float16 (default) or float32, as stored."})
+    identify: bool = field(default=True, metadata={"help": "Record which model it is."})
     repair: bool = field(default=False, metadata={"help": "Verify what is there and redo what is bad."})
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
@@ -90,9 +86,8 @@ class RolloutConfig(StoreConfig):
     """
     Configuration of [`~trl_blend.collect_rollouts`]: which prompts, and what is sampled, with the paper's defaults.
 
-    Using [`~transformers.HfArgumentParser`] we can turn this class into
-    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
-    command line. It has the arguments of [`~trl_blend.rollouts.config.StoreConfig`], and these.
+    Its fields are the options of `trl-blend rollouts`. It has those of [`~trl_blend.rollouts.config.StoreConfig`], and
+    these.
 
     Args:
         model_name_or_path (`str`, *optional*):
@@ -134,12 +129,8 @@ class RolloutConfig(StoreConfig):
             Further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
     """
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Student: folder or Hub id.", "required": True}
-    )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the student on the Hub."}
-    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id.", "required": True})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the student on the Hub."})
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Prompts: .json, .jsonl, .parquet or .csv file, folder, or Hub id.", "required": True},
@@ -153,16 +144,11 @@ class RolloutConfig(StoreConfig):
     temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
     top_p: float = field(default=0.9, metadata={"help": "Mass of the nucleus."})
     top_k: int = field(default=0, metadata={"help": "Number of tokens to sample from, 0 for all."})
-    min_p: float | None = field(
-        default=None, metadata={"help": "Smallest probability relative to the most probable token."}
-    )
+    min_p: float | None = field(default=None, metadata={"help": "Smallest probability, relative to the largest."})
     max_completion_length: int = field(default=4096, metadata={"help": "Length limit of a completion in tokens."})
     num_rollouts_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
     seed: int = field(default=0, metadata={"help": "Seed of the draws."})
-    batch_size: int = field(
-        default=32,
-        metadata={"help": "Completions drawn at once by transformers; a store is continued with the same one."},
-    )
+    batch_size: int = field(default=32, metadata={"help": "Completions at once, the same when continued."})
     rows_per_shard: int = field(default=256, metadata={"help": "Rows of a file, what a kill can cost."})
     use_vllm: bool = field(default=False, metadata={"help": "Sample with a vLLM engine in this process."})
     vllm_kwargs: dict[str, Any] | str | None = field(
@@ -210,9 +196,8 @@ class ScoringConfig(StoreConfig):
     """
     Configuration of [`~trl_blend.score_rollouts`]: which rollouts, which teacher, and how much of it is kept.
 
-    Using [`~transformers.HfArgumentParser`] we can turn this class into
-    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
-    command line. It has the arguments of [`~trl_blend.rollouts.config.StoreConfig`], and these.
+    Its fields are the options of `trl-blend score`. It has those of [`~trl_blend.rollouts.config.StoreConfig`], and
+    these.
 
     Args:
         rollouts (`str`, *optional*):
@@ -238,12 +223,8 @@ class ScoringConfig(StoreConfig):
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Teacher: folder or Hub id.", "required": True}
     )
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
-    )
-    top_k: int | None = field(
-        default=None, metadata={"help": "Teacher tokens to keep per position; the sampled one only where not given."}
-    )
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher on the Hub."})
+    top_k: int | None = field(default=None, metadata={"help": "Teacher tokens to keep; by default the sampled one."})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a forward pass."})
 
     def __post_init__(self) -> None:

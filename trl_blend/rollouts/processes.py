@@ -77,10 +77,8 @@ def write_store(
             Where, whether to repair what is bad, and whether to show a progress bar.
         manifest ([`~trl_blend.rollouts.format.Manifest`]):
             What is going to be written.
-        digests (`Sequence[str]`):
-            Digest of what each shard is made from.
-        rows (`Sequence[int]`):
-            Number of rows of each shard.
+        digests, rows (`Sequence`):
+            Digest of what each shard is made from, and its number of rows.
         load (`Callable`):
             Called before the first shard, if there is any left to make.
         make (`Callable`):

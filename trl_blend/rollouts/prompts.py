@@ -83,15 +83,8 @@ def _read(name: str, argument: str, config: str | None, split: str) -> Dataset:
 
 class PromptScan(NamedTuple):
     """
-    What one pass over all prompts found.
-
-    Args:
-        digests (`list[str]`):
-            SHA-256 of the token ids of each shard's prompts.
-        digest (`str`):
-            SHA-256 of those.
-        longest, longest_row (`int`):
-            Number of tokens of the longest prompt, and its row.
+    What one pass over all prompts found: SHA-256 of the token ids of each shard's prompts, and of those; the number of
+    tokens of the longest prompt, and its row.
     """
 
     digests: list[str]
@@ -106,40 +99,21 @@ class PromptTokens:
 
     Text is tokenised as it is. Messages go through the chat template, with the generation prompt behind them, or,
     where the last message is the assistant's, as the beginning of its completion.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The prompts.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the student.
-        column (`str`, *optional*, defaults to `"prompt"`):
-            Column of the prompts.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of the chat template.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: Any,
-        column: str = "prompt",
-        chat_template_kwargs: dict[str, Any] | None = None,
+        self, dataset: Dataset, tokenizer: Any, column: str = "prompt", template_kwargs: dict[str, Any] | None = None
     ) -> None:
         self._dataset = dataset.select_columns([column])
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self._column = column
-        self._template_kwargs = chat_template_kwargs or {}
+        self._template_kwargs = template_kwargs or {}
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def ids(self, start: int, stop: int) -> list[list[int]]:
-        """
-        Token ids of the prompts `start` to `stop`.
-
-        Raises:
-            [`~trl_blend.errors.ConfigError`]: If a prompt is neither text nor messages, or has no tokens.
-        """
+        """Token ids of the prompts `start` to `stop`; one that is neither text nor messages, or empty, is refused."""
         rows = self._dataset[start:stop][self._column]
         return [self._encode(prompt, row) for row, prompt in enumerate(rows, start)]
 

@@ -236,9 +236,7 @@ def test_fewer_log_probabilities_than_asked_for():
 
 
 EOS_IDS = [EOS_ID, *range(20, 30)]
-SAMPLING = SamplingSettings(
-    0.7, 0.9, 20, 0.02, max_new_tokens=6, num_rollouts_per_prompt=1, seed=0, eos_token_ids=EOS_IDS
-)
+SAMPLING = SamplingSettings(0.7, 0.9, 20, 0.02, 6, 1, 0, EOS_IDS)
 
 
 def drawing(url):

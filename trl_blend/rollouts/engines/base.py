@@ -70,15 +70,11 @@ class TokenScores:
 @dataclass(frozen=True)
 class SamplingSettings:
     """
-    What is sampled, under the names of a manifest. The ranges are those of [`~trl_blend.rollouts.config.RolloutConfig`].
+    What is sampled, under the names of a manifest; [`~trl_blend.rollouts.config.RolloutConfig`] describes them.
 
     Args:
-        temperature, top_p, top_k, min_p:
-            The distribution: temperature first, then top-k, top-p and min-p.
-        max_new_tokens (`int`):
-            Length limit of a completion.
-        num_rollouts_per_prompt, seed (`int`):
-            How often, and from which random numbers.
+        temperature, top_p, top_k, min_p, max_new_tokens, num_rollouts_per_prompt, seed:
+            As in the configuration, where `max_new_tokens` is `max_completion_length`.
         eos_token_ids (`list[int]`):
             Tokens that end a completion.
         pad_token_id (`int`, *optional*):

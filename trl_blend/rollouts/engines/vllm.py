@@ -16,15 +16,8 @@ from trl_blend.rollouts.engines.local import context_length
 from trl_blend.rollouts.engines.vllm_server import check_by_name, request_settings, scores_of_prompt_logprobs
 
 
-_OURS = (
-    "model",
-    "revision",
-    "dtype",
-    "trust_remote_code",
-    "logprobs_mode",
-    "enable_prefix_caching",
-    "generation_config",
-)
+_OURS = {"model", "revision", "dtype", "trust_remote_code"}
+_OURS |= {"logprobs_mode", "enable_prefix_caching", "generation_config"}
 
 
 class VllmEngine:
@@ -46,12 +39,8 @@ class VllmEngine:
         self._options = load_options(args)
         check_by_name(model, argument, self._options)
         self._model, self._kwargs = model, args.vllm_kwargs or {}
-        for name in _OURS:
-            if name in self._kwargs:
-                raise ConfigError(
-                    f"`vllm_kwargs` holds {name}={self._kwargs[name]!r}, which follows from the other settings. Drop "
-                    "it."
-                )
+        if ours := sorted(_OURS & self._kwargs.keys()):
+            raise ConfigError(f"`vllm_kwargs` holds {ours}, which follow from the other settings. Drop them.")
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("`use_vllm=True` needs vLLM, which is not installed. Run `pip install trl_blend[vllm]`.")
         processes = int(os.environ.get("WORLD_SIZE", "1"))

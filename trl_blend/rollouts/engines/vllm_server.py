@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -17,14 +18,18 @@ from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, TokenScores, cut_at_eos, load_options
 
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _COMPLETIONS = "/v1/completions"
 # What the server writes for -inf
 _EXCLUDED = -1000.0
 _SMALLEST_TAIL = 2.0**-24
+
+# Seconds that a request may take, how often it is sent, and seconds before the second time; each wait is twice the last
+_TIMEOUT, _ATTEMPTS, _BACKOFF = 900.0, 7, 0.5
 _RETRIED = {408, 409, 425, 429}  # and every 5xx
+_KEY = "Set the server's key in the environment variable VLLM_API_KEY."
+_REMEDIES = {401: _KEY, 403: _KEY, 404: "Check the URL, and that the server is one of vLLM."}
 
 
 class VllmServerEngine:
@@ -157,12 +162,9 @@ class VllmServerEngine:
 
     def _check_processed_logprobs(self, prompt_ids: Sequence[int]) -> None:
         # With a nucleus of one token, the distribution sampled from gives it 1, and 0 to the one after it
-        settings = {"max_tokens": 1, "temperature": 1.0, "top_p": 1e-6}
-
-        async def probe() -> dict[str, Any]:
-            return await self._complete(prompt_ids, logprobs=2, return_tokens_as_token_ids=True, **settings)
-
-        (choice,) = self.client.map(probe, [()])
+        settings = {"max_tokens": 1, "temperature": 1.0, "top_p": 1e-6, "logprobs": 2}
+        probe = partial(self._complete, return_tokens_as_token_ids=True, **settings)
+        (choice,) = self.client.map(probe, [(prompt_ids,)])
         logprobs = choice.get("logprobs") or {}
         sampled, top = (logprobs.get("token_logprobs") or [None])[0], (logprobs.get("top_logprobs") or [None])[0]
         if sampled is None or not top or abs(sampled) > 1e-3 or min(top.values()) > _EXCLUDED:
@@ -225,14 +227,6 @@ def scores_of_prompt_logprobs(
     The mass outside the kept ids is `1 - Σ p`, because vLLM returns nothing else: below about 1e-6 it is rounding, and
     it is never given as less than 2^-24.
 
-    Args:
-        rows (`Sequence[Mapping[int, float]]`):
-            Log-probs by id, one entry per completion token.
-        completion_ids (`Sequence[int]`):
-            The completion.
-        top_k (`int`, *optional*):
-            Number of ids to keep.
-
     Raises:
         [`~trl_blend.errors.EngineError`]: If a token is not among its ids, or there are fewer than `top_k`.
     """
@@ -270,28 +264,20 @@ class VllmClient:
     """
     Talks to one server. A connection that fails, a 429 and a 5xx are tried again; any other answer is final.
 
-    The key in the environment variable `VLLM_API_KEY`, if there is one, is sent along. huggingface_hub's `http_backoff`
-    is for the Hub: it refuses to talk to a server with `HF_HUB_OFFLINE=1`, and its waiting cannot be interrupted.
+    The key in the environment variable `VLLM_API_KEY`, if there is one, is sent along. `http_backoff` of
+    huggingface_hub is for the Hub: with `HF_HUB_OFFLINE=1` it talks to no server, and its waiting cannot be interrupted.
 
     Args:
         url (`str`):
             Root URL, `http://host:8000`; a trailing `/v1` is taken off.
         concurrency (`int`, *optional*, defaults to `64`):
             Requests at once.
-        timeout (`float`, *optional*, defaults to `900.0`):
-            Seconds that a request may take.
-        max_attempts (`int`, *optional*, defaults to `7`):
-            How often a request is sent before giving up.
-        backoff (`float`, *optional*, defaults to `0.5`):
-            Seconds before the second attempt; every further one waits twice as long.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If `url` is no URL.
     """
 
-    def __init__(
-        self, url: str, *, concurrency: int = 64, timeout: float = 900.0, max_attempts: int = 7, backoff: float = 0.5
-    ) -> None:
+    def __init__(self, url: str, concurrency: int = 64) -> None:
         try:
             parts = httpx2.URL(url)
         except httpx2.InvalidURL:
@@ -301,20 +287,15 @@ class VllmClient:
                 f"`vllm_server_base_url={url!r}` is no URL. Give the root of the server, `http://host:8000`."
             )
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.concurrency, self.timeout = concurrency, timeout
-        self.max_attempts, self.backoff = max_attempts, backoff
+        self.concurrency = concurrency
 
     def get(self, path: str) -> Any:
         """JSON of a GET request. It asks what the server is, so a server that is not there is found out soon."""
-
-        async def ask() -> Any:
-            return await self._request("GET", path, None, min(self.max_attempts, 3))
-
-        return self.map(ask, [()])[0]
+        return self.map(self._request, [("GET", path, None, 3)])[0]
 
     async def post(self, path: str, body: dict[str, Any]) -> Any:
         """JSON of a POST request, inside of [`VllmClient.map`]."""
-        return await self._request("POST", path, body, self.max_attempts)
+        return await self._request("POST", path, body, _ATTEMPTS)
 
     def map(
         self,
@@ -341,7 +322,7 @@ class VllmClient:
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             limits = httpx2.Limits(max_connections=self.concurrency)
             # A proxy is for the world outside, not for a node beside this one
-            client = httpx2.AsyncClient(headers=headers, timeout=self.timeout, limits=limits, trust_env=False)
+            client = httpx2.AsyncClient(headers=headers, timeout=_TIMEOUT, limits=limits, trust_env=False)
             async with client as self._http, anyio.create_task_group() as group:
                 for index in range(len(items)):
                     group.start_soon(one, index)
@@ -354,39 +335,31 @@ class VllmClient:
             raise group.exceptions[0] from None
         return [results[index] for index in range(len(items))]
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None, max_attempts: int) -> Any:
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, attempts: int) -> Any:
         problem = ""
-        for attempt in range(max_attempts):
+        for attempt in range(attempts):
             if attempt:
-                await anyio.sleep(self.backoff * 2 ** (attempt - 1))
+                await anyio.sleep(_BACKOFF * 2 ** (attempt - 1))
             try:
                 response = await self._http.request(method, self.url + path, json=body)
             except httpx2.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            if response.status_code == 200:
+            status = response.status_code
+            if status == 200:
                 try:
                     return response.json()
                 except ValueError as error:
-                    raise EngineError(
-                        f"{self.url}{path} answered with something that is not JSON ({error})."
-                    ) from error
-            problem = f"HTTP {response.status_code}: {_message(response)}"
-            if response.status_code not in _RETRIED and response.status_code < 500:
-                raise self._refusal(response.status_code, path, problem)
+                    where = f"{self.url}{path}"
+                    raise EngineError(f"{where} answered with something that is not JSON ({error}).") from error
+            problem = f"HTTP {status}: {_message(response)}"
+            if status not in _RETRIED and status < 500:
+                remedy = _REMEDIES.get(status, "The request is wrong, so it is not repeated.")
+                raise EngineError(f"The vLLM server at {self.url} refused {path} ({problem}). {remedy}")
         raise EngineError(
-            f"The vLLM server at {self.url} does not answer ({max_attempts} attempts; the last: {problem}). "
-            "Check that it runs and can be reached from here, then run the same command again: what is written is "
-            "kept."
+            f"The vLLM server at {self.url} does not answer ({attempts} attempts; the last: {problem}). Check that it "
+            "runs and can be reached from here, then run the same command again: what is written is kept."
         )
-
-    def _refusal(self, status: int, path: str, problem: str) -> EngineError:
-        remedy = "The request is wrong, so it is not repeated."
-        if status in (401, 403):
-            remedy = "Set the server's key in the environment variable VLLM_API_KEY."
-        elif status == 404:
-            remedy = "Check the URL, and that the server is one of vLLM."
-        return EngineError(f"The vLLM server at {self.url} refused {path} ({problem}). {remedy}")
 
 
 def _message(response: httpx2.Response) -> str:
