@@ -8,7 +8,7 @@ from typing import Any
 from reproduce.jobs import machine
 from reproduce.offline_opd_models import models
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
-from trl_blend import RolloutStore, collect_rollouts, score_rollouts
+from trl_blend import RolloutConfig, RolloutStore, ScoringConfig, collect_rollouts, score_rollouts
 
 
 BATCH = 64  # rollouts of an optimizer step, and of a batch of `generate`
@@ -45,32 +45,27 @@ class Data:
 
 def collect(data: Data, work: Path, seed: int, steps: int) -> RolloutStore:
     """Rollouts for `steps` optimizer steps. Returns at once where they are there already."""
-    return collect_rollouts(
-        str(getattr(models(work), data.student)),
-        build_prompt_dataset("train", steps * BATCH // data.rollouts_per_prompt, seed),
-        data.folder(work, seed) / "rollouts",
+    args = RolloutConfig(
+        output_dir=data.folder(work, seed) / "rollouts",
         num_rollouts_per_prompt=data.rollouts_per_prompt,
         temperature=data.temperature,
         top_p=data.top_p,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_completion_length=MAX_NEW_TOKENS,
         batch_size=BATCH,
         seed=seed,
         dtype="float32",
-        show_progress=False,
+        disable_tqdm=True,
     )
+    prompts = build_prompt_dataset("train", steps * BATCH // data.rollouts_per_prompt, seed)
+    return collect_rollouts(str(getattr(models(work), data.student)), prompts, args)
 
 
 def score(data: Data, rollouts: RolloutStore, work: Path, seed: int, top_k: int | None) -> RolloutStore:
     """The teacher's scores of the rollouts. Returns at once where they are there already."""
     name = f"{data.teacher}-top{top_k}" if top_k else data.teacher
-    return score_rollouts(
-        rollouts,
-        str(getattr(models(work), data.teacher)),
-        data.folder(work, seed) / name,
-        top_k=top_k,
-        dtype="float32",
-        show_progress=False,
-    )
+    output_dir = data.folder(work, seed) / name
+    args = ScoringConfig(output_dir=output_dir, top_k=top_k, dtype="float32", disable_tqdm=True)
+    return score_rollouts(rollouts, str(getattr(models(work), data.teacher)), args)
 
 
 def make_data(data: Data, work: Path, seed: int, steps: int, with_top_k: bool) -> dict[str, Any]:
