@@ -53,7 +53,7 @@ def test_float32_is_kept(tmp_path):
 
 
 def test_large_shards_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_blend.teacher.shard_files._GROUP_VALUES", 200)
+    monkeypatch.setattr("trl_blend.rollouts.shard._GROUP_VALUES", 200)
     write_store(tmp_path, 1, rows=50)
     metadata = pq.read_metadata(tmp_path / "data" / "part-00000.parquet")
     assert metadata.num_row_groups > 5

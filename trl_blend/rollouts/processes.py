@@ -17,10 +17,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from trl_blend.errors import ConfigError, StoreError
-from trl_blend.rollouts.folder_lock import LOCK_NAME
 from trl_blend.rollouts.format import LOGPS_DTYPES, MANIFEST_NAME, Manifest
 from trl_blend.rollouts.shard import DATA_FOLDER, shard_index, shards_on_disk
-from trl_blend.rollouts.writer import ShardWriter
+from trl_blend.rollouts.writer import LOCK_NAME, ShardWriter
 
 
 POLL_SECONDS = 0.5
@@ -111,7 +110,7 @@ def check_output_dir(folder: str | os.PathLike[str], others: Sequence[Path] = ()
         return
     # What a process killed before its first manifest leaves behind
     foreign = sorted({entry.name for entry in path.iterdir()} - {DATA_FOLDER, LOCK_NAME})
-    foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
+    foreign = [name for name in foreign if not (name.startswith((".", "_")) and name.endswith(".tmp"))]
     if not foreign and (path / DATA_FOLDER).is_dir():
         foreign = [f"{DATA_FOLDER}/{name}" for name in _foreign_data(os.listdir(path / DATA_FOLDER))]
     if foreign:

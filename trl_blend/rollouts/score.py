@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 from accelerate import PartialState
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from trl_blend.rollouts.engines.local import TokenScores, score_sequences
 from trl_blend.rollouts.engines.vllm_server import VllmServer
 from trl_blend.rollouts.format import Manifest
 from trl_blend.rollouts.progress import Progress
+from trl_blend.rollouts.ragged import to_rows
 from trl_blend.rollouts.shard import read_record
 from trl_blend.rollouts.store import RolloutStore, load_rollouts
 
@@ -208,7 +208,7 @@ def _manifest(
 
 
 def _score_shard(engine: ScoringEngine, table: pa.Table, top_k: int | None, progress: Progress) -> dict[str, Any]:
-    columns = {name: _lists(table[name]) for name in table.column_names}
+    columns = {name: to_rows(table[name]) for name in table.column_names}
     prompts, completions = (columns[name] for name in ("prompt_ids", "completion_ids"))
     scores = engine.score(
         [ids.tolist() for ids in prompts], [ids.tolist() for ids in completions], top_k, progress.update
@@ -219,15 +219,6 @@ def _score_shard(engine: ScoringEngine, table: pa.Table, top_k: int | None, prog
         columns["teacher_topk_logps"] = [score.topk_logps for score in scores]
         columns["teacher_tail_logmass"] = [score.tail_logmass for score in scores]
     return columns
-
-
-def _lists(column: pa.ChunkedArray) -> list[Any]:
-    """Rows of a column, the list columns as arrays."""
-    array = column.combine_chunks()
-    if not pa.types.is_list(array.type):
-        return array.to_pylist()
-    offsets = array.offsets.to_numpy()
-    return np.split(array.values.to_numpy(zero_copy_only=False)[: offsets[-1]], offsets[1:-1])
 
 
 def _check_top_k(top_k: int | None, config: Any) -> None:

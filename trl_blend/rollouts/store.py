@@ -101,7 +101,7 @@ class RolloutStore:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of all shards, prompts and keys included, per completion token."""
-        return self._num_bytes / max(self.manifest.num_completion_tokens, 1)
+        return self.num_bytes / max(self.manifest.num_completion_tokens, 1)
 
     @property
     def files(self) -> list[str]:
@@ -109,7 +109,8 @@ class RolloutStore:
         return [str(self.folder / record["file"]) for record in self.manifest.shards]
 
     @property
-    def _num_bytes(self) -> int:
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
         return sum(int(record["bytes"]) for record in self.manifest.shards)
 
     def __len__(self) -> int:
