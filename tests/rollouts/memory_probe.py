@@ -29,9 +29,9 @@ def write_and_read(folder, num_rows):
     writer.update_manifest(complete=True)
     store = load_scored_rollouts(folder, verify=True)
     summary = summarize(store)
-    assert summary.num_rows == num_rows
+    assert summary["num_rows"] == num_rows
     tokens = sum(len(row["completion_ids"]) for _, row in zip(range(num_rows), store.dataset(streaming=True)))
-    assert tokens == summary.num_completion_tokens
+    assert tokens == summary["num_completion_tokens"]
     return summary
 
 
@@ -42,10 +42,10 @@ def main(folder, *sizes):
         print(
             json.dumps(
                 {
-                    "rows": summary.num_rows,
-                    "tokens": summary.num_completion_tokens,
-                    "store_mb": summary.num_bytes / 2**20,
-                    "bytes_per_token": summary.bytes_per_token,
+                    "rows": summary["num_rows"],
+                    "tokens": summary["num_completion_tokens"],
+                    "store_mb": summary["num_bytes"] / 2**20,
+                    "bytes_per_token": summary["bytes_per_token"],
                     "peak_mb": peak,
                 }
             )

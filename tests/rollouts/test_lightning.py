@@ -89,7 +89,7 @@ def test_it_is_marked_as_having_no_identity(tmp_path, tokenizer):
     assert manifest.source["tokenizer"] == fingerprint_tokenizer(tokenizer).to_dict()
     assert [entry["file"] for entry in manifest.source["files"]] == ["data.parquet"]
     summary = summarize(load_scored_rollouts(tmp_path / "store"))
-    assert (summary.rollout_logp_mean, summary.student_logp_mean) == (None, None)
+    assert (summary["rollout_logp_mean"], summary["student_logp_mean"]) == (None, None)
     assert "Teacher | not recorded" in (tmp_path / "store" / "README.md").read_text()
 
 

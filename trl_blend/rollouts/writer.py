@@ -68,12 +68,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        manifest: Manifest,
-        *,
-        is_main_process: bool = True,
-        repair: bool = False,
+        self, folder: str | os.PathLike[str], manifest: Manifest, *, is_main_process: bool = True, repair: bool = False
     ) -> None:
         self.folder = Path(folder)
         self.is_main_process = is_main_process
@@ -91,13 +86,7 @@ class ShardWriter:
 
     def done(self, index: int, input_digest: str) -> bool:
         """
-        Whether a shard is on disk.
-
-        Args:
-            index (`int`):
-                Place of the shard in the store.
-            input_digest (`str`):
-                Digest of what its rows are made from.
+        Whether the shard at a place is on disk, made from the input with this digest.
 
         Raises:
             [`~trl_blend.errors.ConfigError`]: If it was made from another input or with other settings.
@@ -126,7 +115,7 @@ class ShardWriter:
             columns (`Mapping[str, Sequence[Any]]`):
                 Its rows, see [`~trl_blend.rollouts.format`]. Log-probs are stored as the manifest's `logps_dtype`.
             input_digest (`str`):
-                Digest of what the rows were made from.
+                Digest of what the rows are made from, by which [`ShardWriter.done`] knows them again.
 
         Raises:
             [`~trl_blend.errors.StoreError`]: If a row is wrong, or the disk is full; what was written before is kept.
@@ -152,12 +141,8 @@ class ShardWriter:
         """
         Bring the manifest up to date with the shards of all processes. Does nothing on any but the main process.
 
-        Cheap to call after every shard: unless `complete`, a manifest is written every 10 seconds at most. Each file
-        is hashed once.
-
-        Args:
-            complete (`bool`, *optional*, defaults to `False`):
-                Whether all shards of all processes are written. Wait for the other processes before.
+        Cheap to call after every shard: each file is hashed once, and a manifest is written every 10 seconds at most,
+        unless it is `complete`, with the shards of all processes. Wait for these before.
 
         Raises:
             [`~trl_blend.errors.StoreError`]: If `complete` and a shard is missing; if a shard is broken.
