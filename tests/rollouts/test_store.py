@@ -104,14 +104,6 @@ def test_a_half_written_store_is_refused(tmp_path, scored, command):
         RolloutStore.open(tmp_path)
 
 
-def test_a_manifest_of_a_newer_schema_is_refused(tmp_path):
-    write_store(tmp_path)
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2, "complete": "maybe"}))
-    with pytest.raises(StoreError, match="schema_version=2.*Upgrade trl_blend"):
-        RolloutStore.open(tmp_path)
-
-
 def test_what_is_no_store_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(StoreError, match="has no manifest.json"):
@@ -227,11 +219,18 @@ def test_summary_of_unlikely_tokens_and_of_absent_columns(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    command = [sys.executable, "-m", "tests.rollouts.memory_probe", str(tmp_path), "200", "3000"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.rollouts.memory_probe",
+        str(tmp_path),
+        "1000",
+        "4000",
+    ]  # both beyond the warm-up
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     small, large = map(json.loads, done.stdout.splitlines())
-    assert large["tokens"] > 600_000
+    assert large["num_completion_tokens"] > 600_000
     # Kept, they would take 7 MB as arrays and more than 60 MB as lists
     assert large["peak_mb"] - small["peak_mb"] < 4
     # Ids, prompts, keys and three columns of float16, compressed: the bar is 12

@@ -45,13 +45,6 @@ def test_a_shard_holds_the_rows_in_the_types_of_the_schema(tmp_path):
     assert store.manifest.num_truncated == sum(rows["truncated"]) > 0
 
 
-def test_float32_is_kept(tmp_path):
-    write_store(tmp_path, 1, fields={"logps_dtype": "float32"})
-    table = pq.read_table(tmp_path / "data" / "part-00000.parquet")
-    for found, row in zip(table["rollout_logps"].to_pylist(), random_rows()["rollout_logps"], strict=True):
-        assert np.array_equal(np.array(found), row.astype(np.float32))
-
-
 def test_large_shards_are_read_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_blend.rollouts.shard._GROUP_VALUES", 200)
     write_store(tmp_path, 1, rows=50)
