@@ -10,7 +10,7 @@ NESTED = [[[1, 2]], [], [[3, 4], [5, 6]]]
 
 
 def forms(rows):
-    """The same column in one array, in chunks, as a slice, with offsets of 64 bits, and in no chunk where it can be."""
+    """The same column in one array, in chunks, as a slice, with offsets of 64 bits, and in no chunk."""
     plain = pa.array(rows, pa.list_(pa.int32()) if rows is not NESTED else pa.list_(pa.list_(pa.int32())))
     kind = pa.large_list(plain.type.value_type)
     yield plain

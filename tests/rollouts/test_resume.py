@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.rollouts.killed_writer import job
-from tests.rollouts.stores import contents, make_manifest, random_rows
+from tests.rollouts.stores import contents, make_manifest
 from trl_blend.errors import StoreError
 from trl_blend.rollouts.format import Manifest
 from trl_blend.rollouts.store import RolloutStore
@@ -60,21 +60,6 @@ def test_killed_before_every_change_of_the_folder(tmp_path):
     between = [n for n, names in enumerate(left) if "data/part-00000.parquet" in names][0]
     assert Manifest.load(tmp_path / str(between)).num_rows > 0
     assert not any("part-00000" in name and name.endswith(".tmp") for name in left[between])
-
-
-def test_killed_between_shard_and_manifest_the_shard_is_taken_up(tmp_path, monkeypatch):
-    expected, _ = uninterrupted(tmp_path / "whole", 2)
-    folder = tmp_path / "killed"
-    writer = ShardWriter(folder, make_manifest(num_shards=2))
-    writer.write(0, random_rows(0), "input 0")
-    assert Manifest.load(folder).shards == []  # and here it is killed
-    restarted = ShardWriter(folder, make_manifest(num_shards=2))
-    assert [record["file"] for record in Manifest.load(folder).shards] == ["data/part-00000.parquet"]
-    assert restarted.done(0, "input 0")
-    assert not restarted.done(1, "input 1")
-    restarted.write(1, random_rows(1), "input 1")
-    restarted.update_manifest(complete=True)
-    assert contents(folder) == expected
 
 
 def test_killed_at_random_times(tmp_path):

@@ -219,14 +219,8 @@ def test_summary_of_unlikely_tokens_and_of_absent_columns(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.rollouts.memory_probe",
-        str(tmp_path),
-        "1000",
-        "4000",
-    ]  # both beyond the warm-up
+    sizes = ("1000", "4000")  # both beyond the warm-up
+    command = [sys.executable, "-m", "tests.rollouts.memory_probe", str(tmp_path), *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     small, large = map(json.loads, done.stdout.splitlines())
