@@ -97,15 +97,8 @@ def encode(table: pa.Table, *, settings_digest: str, index: int, input_digest: s
 
 def record_of(file: str, footer: Footer, *, size: int, sha256: str) -> dict[str, Any]:
     """Entry of a shard in the manifest."""
-    counts = {name: getattr(footer, name) for name in ("num_prompt_tokens", "num_completion_tokens", "num_truncated")}
-    return {
-        "file": file,
-        "rows": footer.rows,
-        "bytes": size,
-        "sha256": sha256,
-        "input_digest": footer.input_digest,
-        **counts,
-    }
+    kept = ("rows", "input_digest", "num_prompt_tokens", "num_completion_tokens", "num_truncated")
+    return {"file": file, "bytes": size, "sha256": sha256, **{name: getattr(footer, name) for name in kept}}
 
 
 def read_footer(folder: Path, file: str) -> Footer:
