@@ -1,45 +1,39 @@
 """Files that are there whole or not at all, and their checksums."""
 
-import errno
 import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trl_blend.errors import StoreError
-
 
 def write_atomically(path: Path, data: Any) -> None:
     """
-    Write a file so that it is there whole or not at all, also after a power failure.
+    Write a file so that it is there whole or not at all, also after a power failure. An existing one is replaced.
+
+    What is not finished has a name with a leading underscore, which a [`~transformers.Trainer`] does not push.
 
     Args:
         path (`pathlib.Path`):
-            The file. An existing one is replaced.
+            The file, in a folder that exists.
         data (`bytes`, or anything with the buffer protocol):
             Its content.
 
     Raises:
-        [`~trl_blend.errors.StoreError`]: If the disk or the quota is full. Nothing is left behind.
+        `OSError`: If it cannot be written. Nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f"_{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(unfinished, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
-            temporary.unlink()
-        if error.errno not in _DISK_FULL:
-            raise
-        raise StoreError(
-            f"No space left for {path} ({os.strerror(error.errno)}). What was written before is kept: free some space "
-            "and run the same command again, it continues there."
-        ) from error
+            unfinished.unlink()
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -50,9 +44,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def sha256_of(path: Path) -> str:

@@ -159,7 +159,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(self, file, **kwargs):
-        file.write_bytes(b"half of a picture")
+        file.write(b"half of a picture")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)

@@ -2,8 +2,8 @@
 Writers that die, run as a script in a process of their own.
 
     python -m tests.rollouts.killed_writer run FOLDER NUM_SHARDS RANK WORLD_SIZE   one job; its parent may kill it
-    python -m tests.rollouts.killed_writer everywhere FOLDER NUM_SHARDS            die before every change of the folder,
-                                                                                  then start again
+    python -m tests.rollouts.killed_writer everywhere FOLDER NUM_SHARDS   die before every change of the folder, then
+                                                                          start again
 
 The second one forks, so that each of the many jobs costs milliseconds, and writes one folder per point of death.
 """

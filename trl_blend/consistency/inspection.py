@@ -1,13 +1,14 @@
 """What `trl-blend inspect` says about a store: what is in it, who made it, and whether it is consistent."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.errors import ConfigError
 from trl_blend.models.identity import ModelIdentity
 from trl_blend.rollouts.store import RolloutStore
-from trl_blend.rollouts.summary import StoreSummary, summarize
+from trl_blend.rollouts.summary import summarize
 
 
 HOW_TO_CHECK_MORE = (
@@ -20,15 +21,15 @@ HOW_TO_CHECK_MORE = (
 class Inspection:
     """
     Args:
-        summary ([`~trl_blend.rollouts.summary.StoreSummary`]):
-            Numbers.
+        summary (`dict[str, Any]`):
+            Numbers, see [`~trl_blend.rollouts.summary.summarize`].
         report ([`~trl_blend.consistency.report.ConsistencyReport`], *optional*):
             Findings; `None` for rollouts without scores.
         hint (`str`):
             What else could be checked, and how.
     """
 
-    summary: StoreSummary
+    summary: dict[str, Any]
     report: ConsistencyReport | None
     hint: str
 
@@ -40,7 +41,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """A JSON value."""
         report = None if self.report is None else self.report.to_dict()
-        return {"summary": self.summary.to_dict(), "consistency": report}
+        return {"summary": self.summary, "consistency": report}
 
     def __str__(self) -> str:
         lines = [f"{name:<12} {text}" for name, text in _describe(self.summary) if text]
@@ -144,8 +145,9 @@ def _check_store(store: RolloutStore) -> ConsistencyReport:
     )
 
 
-def _describe(s: StoreSummary) -> list[tuple[str, str]]:
+def _describe(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of a name and a text; an empty text is left out."""
+    s = SimpleNamespace(**summary)
     means = [
         f"{role} {mean:.4f}"
         for role, mean in (

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback
 
+from trl_blend._files import write_atomically
 from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import find_checkpoint
 from trl_blend.models.fingerprint import ModelIdentity, identify_model
@@ -69,9 +70,8 @@ class TeacherProvenance:
         """Write `teacher_provenance.json` into a folder, all of it or nothing."""
         path = Path(folder) / PROVENANCE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{PROVENANCE_FILE}.{os.getpid()}")
-        partial.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(path)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        write_atomically(path, text.encode())
         return path
 
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from trl_blend.rollouts.checks import check_rows
+from trl_blend.rollouts.ragged import to_rows
 from trl_blend.rollouts.shard import read_record
 from trl_blend.rollouts.store import RolloutStore
 
@@ -79,10 +80,10 @@ def sample_rows(scored: Any, num_rows: int, seed: int = 0) -> SampledRows:
         table, where = _from_dataset(scored, num_rows, generator), "the dataset"
     check_rows(table, required=_REQUIRED, where=where)
     table = table.take(generator.permutation(table.num_rows))  # the first rows of the sample are a sample too
-    optional = {name: _column(table, name) for name in _OPTIONAL if name in table.column_names}
+    optional = {name: to_rows(table[name]) for name in _OPTIONAL if name in table.column_names}
     names = optional.pop("key", None) or [f"row {index}" for index in table["__index"].to_pylist()]
-    ids = {name: [row.tolist() for row in _column(table, name)] for name in ("prompt_ids", "completion_ids")}
-    return SampledRows(names, **ids, teacher_logps=_column(table, "teacher_logps"), **optional)
+    ids = {name: [row.tolist() for row in to_rows(table[name])] for name in ("prompt_ids", "completion_ids")}
+    return SampledRows(names, **ids, teacher_logps=to_rows(table["teacher_logps"]), **optional)
 
 
 def _from_store(store: RolloutStore, num_rows: int, generator: np.random.Generator) -> pa.Table:
@@ -112,10 +113,3 @@ def _from_dataset(dataset: Any, num_rows: int, generator: np.random.Generator) -
     wanted = {*_REQUIRED, *_OPTIONAL}
     table = pa.Table.from_pylist([{name: row[name] for name in row if name in wanted} for row in rows])
     return table.append_column("__index", pa.array(indices[: len(rows)]))
-
-
-def _column(table: pa.Table, name: str) -> list[Any]:
-    column = table[name].combine_chunks()
-    if not hasattr(column.type, "value_type"):
-        return column.to_pylist()
-    return [row.values.to_numpy(zero_copy_only=False) for row in column]

@@ -1,12 +1,11 @@
 """`mixing.json`: which mixture a directory holds. Written here, read by `custom_generate/generate.py` beside it."""
 
-import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from trl_blend._files import sha256_of, write_atomically
 from trl_blend._version import __version__
 from trl_blend.errors import ConfigError
 from trl_blend.ops.mixing import validate_weights
@@ -107,10 +106,9 @@ class MixingSpec:
     def write(self, folder: Path) -> Path:
         """Write `mixing.json` in one piece: a reader finds the old file or the new one."""
         content = {"schema_version": SCHEMA_VERSION} | asdict(self)
-        path, partial = folder / SPEC_FILE, folder / f"{SPEC_FILE}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-        return path
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(folder / SPEC_FILE, text.encode())
+        return folder / SPEC_FILE
 
     @classmethod
     def read(cls, folder: Path) -> "MixingSpec":
@@ -136,8 +134,4 @@ class MixingSpec:
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file directly in `folder`."""
-    hashes = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        with open(path, "rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}

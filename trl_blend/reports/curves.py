@@ -1,11 +1,14 @@
 """One picture per run: logged metrics against the optimizer step, in small panels, the method's own quantity first."""
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trl_blend._files import write_atomically
 
 
 if TYPE_CHECKING:
@@ -272,10 +275,7 @@ def draw_curves(
         return False
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"_{path.name}")  # `Trainer` uploads no file with a leading underscore
-    try:
-        figure.savefig(unfinished, format="png", dpi=150)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(path, picture.getbuffer())
     return True

@@ -5,38 +5,28 @@ They hold for what is written, for what is imported and for what a trainer is gi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trl_blend.errors import StoreError
-from trl_blend.rollouts.format import ID_COLUMNS, TOKEN_COLUMNS, TOP_K_COLUMNS, build_table
+from trl_blend.rollouts import ragged
+from trl_blend.rollouts.format import COLUMNS, ID_COLUMNS, TOKEN_COLUMNS, TOP_K_COLUMNS, build_table
 
 
 POSITIVE_TOLERANCE = 1e-4
 """Largest log-prob that still counts as rounding: a probability cannot be above 1."""
 
+_COLLECT_AGAIN = "Collect the rollouts again"
 _REMEDY = {
-    "rollout_logps": "Collect the rollouts again.",
-    "student_logps": "Collect the rollouts again.",
-    "completion_ids": "Collect the rollouts again, or drop the row.",
-    "prompt_ids": "Collect the rollouts again, or drop the row.",
+    "rollout_logps": f"{_COLLECT_AGAIN}.",
+    "student_logps": f"{_COLLECT_AGAIN}.",
+    "completion_ids": f"{_COLLECT_AGAIN}, or drop the row.",
+    "prompt_ids": f"{_COLLECT_AGAIN}, or drop the row.",
 }
 _SCORE_AGAIN = "Score the rollouts again (`trl-blend score`)."
-
-
-class _Lists(NamedTuple):
-    """A list column: how many values each row has, and all of them in one array (NumPy; Arrow if they are lists)."""
-
-    name: str
-    lengths: NDArray[np.int64]
-    values: Any
-
-    def row_of(self, position: int) -> int:
-        return int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
 
 
 def check_rows(
@@ -71,56 +61,28 @@ def check_rows(
     """
     if not isinstance(columns, pa.Table):
         try:
-            columns = build_table({name: values for name, values in columns.items() if name in _LOOKED_AT})
+            columns = build_table({name: values for name, values in columns.items() if name in COLUMNS})
         except StoreError as error:
             raise StoreError(f"{where}: {error}") from None
     _require(columns, required, top_k_required, where)
-    report = _Report(columns, where)
+    checks = _Checks(columns, vocab_size, where)
     for name in ("key", "truncated"):
         if name in columns.column_names and columns[name].null_count:
-            report.fail(name, 0, "has missing values", "Write the store again.")
-    completion = _ids(columns, report, vocab_size)
+            checks.fail(name, 0, "has missing values", "Write the store again.")
+    for name in ID_COLUMNS:
+        checks.check_ids(name, *checks.lists(name))
     for name in TOKEN_COLUMNS:
         if name in columns.column_names:
-            lists = _lists(columns, name, report)
-            report.same_lengths(lists, completion)
-            _check_logps(lists, report, name)
-    _check_top_k(columns, report, completion, vocab_size)
-
-
-_LOOKED_AT = {"key", "truncated", *ID_COLUMNS, *TOKEN_COLUMNS, *TOP_K_COLUMNS}
-
-
-class _Report:
-    """Raises with the row's key, or its index where the table has no keys."""
-
-    def __init__(self, table: pa.Table, where: str) -> None:
-        self.keys = table["key"] if "key" in table.column_names else None
-        self.where = where
-
-    def fail(self, column: str, row: int, problem: str, remedy: str | None = None) -> None:
-        key = "" if self.keys is None else f" (key {self.keys[row].as_py()})"
-        remedy = remedy or _REMEDY.get(column, _SCORE_AGAIN)
-        raise StoreError(f"{self.where}: column {column!r} {problem} in row {row}{key}. {remedy}")
-
-    def same_lengths(self, lists: _Lists, completion: _Lists) -> None:
-        differing = np.flatnonzero(lists.lengths != completion.lengths)
-        if differing.size:
-            row = int(differing[0])
-            self.fail(
-                lists.name,
-                row,
-                f"has {lists.lengths[row]} values for {completion.lengths[row]} tokens of 'completion_ids' "
-                f"({differing.size} such rows)",
-            )
+            checks.check_logps(name, *checks.per_token(name))
+    checks.check_top_k([name for name in TOP_K_COLUMNS[:2] if name in columns.column_names])
 
 
 def _require(table: pa.Table, required: Sequence[str], top_k_required: bool, where: str) -> None:
-    names = set(table.column_names)
+    names = table.column_names
     missing = [name for name in required if name not in names]
     if missing:
         raise StoreError(
-            f"{where} lacks the columns {missing}; it has {table.column_names}. Write it with `trl-blend rollouts` "
+            f"{where} lacks the columns {missing}; it has {names}. Write it with `trl-blend rollouts` "
             "and `trl-blend score`, or rename your columns."
         )
     missing = [name for name in TOP_K_COLUMNS if name not in names]
@@ -131,115 +93,104 @@ def _require(table: pa.Table, required: Sequence[str], top_k_required: bool, whe
         )
 
 
-def _ids(table: pa.Table, report: _Report, vocab_size: int | None) -> _Lists:
-    for name in ID_COLUMNS:
-        lists = _lists(table, name, report)
-        empty = np.flatnonzero(lists.lengths == 0)
+class _Checks:
+    """Raises at the first thing that is wrong, with the row's key, or its index where the table has no keys."""
+
+    def __init__(self, table: pa.Table, vocab_size: int | None, where: str) -> None:
+        self.table, self.vocab_size, self.where = table, vocab_size, where
+
+    def fail(self, column: str, row: int, problem: str, remedy: str | None = None) -> NoReturn:
+        key = f" (key {self.table['key'][row].as_py()})" if "key" in self.table.column_names else ""
+        remedy = remedy or _REMEDY.get(column, _SCORE_AGAIN)
+        raise StoreError(f"{self.where}: column {column!r} {problem} in row {row}{key}. {remedy}")
+
+    def lists(self, name: str) -> tuple[NDArray[np.int64], Any]:
+        """Lengths of the rows, none of them missing, and their values: NumPy, or Arrow if these are lists."""
+        column = self.table[name]
+        if not ragged.is_list(column):
+            self.fail(name, 0, f"is {column.type}, not a list per row,")
+        lengths, values = ragged.split(column)
+        if column.null_count or values.null_count:
+            row = int(np.argmax(column.is_null().to_numpy())) if column.null_count else 0
+            self.fail(name, row, "has missing values")
+        return lengths, values if ragged.is_list(values) else values.to_numpy(zero_copy_only=False)
+
+    def per_token(self, name: str) -> tuple[NDArray[np.int64], Any]:
+        """The same of a column that has to have one entry per completion token."""
+        lengths, values = self.lists(name)
+        expected, _ = ragged.split(self.table["completion_ids"])
+        differing = np.flatnonzero(lengths != expected)
+        if differing.size:
+            row = int(differing[0])
+            problem = f"has {lengths[row]} values for {expected[row]} tokens of 'completion_ids'"
+            self.fail(name, row, f"{problem} ({differing.size} such rows)")
+        return lengths, values
+
+    def check_ids(self, name: str, lengths: NDArray[np.int64], values: NDArray[Any]) -> None:
+        empty = np.flatnonzero(lengths == 0)
         if empty.size:
-            report.fail(name, int(empty[0]), f"is empty ({empty.size} such rows)")
-        _check_ids(lists, report, vocab_size)
-    return lists
+            self.fail(name, int(empty[0]), f"is empty ({empty.size} such rows)")
+        if values.dtype.kind not in "iu" and values.size:
+            self.fail(name, 0, f"is of {values.dtype}, not of integers,")
+        bad = values < 0
+        if self.vocab_size is not None:
+            bad |= values >= self.vocab_size
+        if bad.any():
+            value = values.flat[np.argmax(bad)]
+            limit = "negative" if value < 0 else f"outside the vocabulary of {self.vocab_size} tokens"
+            remedy = "The data was made with another tokenizer than the student's: use that student, or collect again."
+            self.fail(name, _row_of(bad, lengths), f"has id {value}, {limit},", remedy)
+
+    def check_logps(self, name: str, lengths: NDArray[np.int64], values: NDArray[Any]) -> None:
+        if values.dtype.kind != "f" and values.size:
+            self.fail(name, 0, f"is of {values.dtype}, not of floats,")
+        bad = ~(values <= POSITIVE_TOLERANCE)  # NaN is neither above nor below
+        if name != "teacher_tail_logmass":
+            bad |= values == -np.inf
+        if bad.any():
+            value = values.flat[np.argmax(bad)]
+            problem = f"has log-prob {value}, {'above 0' if value > 0 else 'not a finite number'}"
+            self.fail(name, _row_of(bad, lengths), f"{problem} ({int(bad.sum())} such values),")
+
+    def check_top_k(self, names: Sequence[str]) -> None:
+        columns = {name: self._top_k(name) for name in names}
+        if "teacher_topk_logps" in columns:
+            self.check_logps("teacher_topk_logps", *columns["teacher_topk_logps"])
+        if "teacher_topk_ids" not in columns:
+            return
+        lengths, ids = columns["teacher_topk_ids"]
+        self.check_ids("teacher_topk_ids", lengths, ids)
+        if "teacher_topk_logps" in columns and ids.shape != columns["teacher_topk_logps"][1].shape:
+            self.fail("teacher_topk_logps", 0, "has another number of entries per token than 'teacher_topk_ids'")
+        repeated = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(1)
+        if repeated.any():
+            problem = f"holds a token twice ({int(repeated.sum())} such tokens)"
+            self.fail("teacher_topk_ids", _row_of(repeated, lengths), problem)
+        _, sampled = ragged.flatten(self.table["completion_ids"])
+        lacking = ~(ids == sampled[:, None]).any(1)
+        if lacking.any():
+            token = sampled[np.argmax(lacking)]
+            problem = f"lacks the sampled token {token} ({int(lacking.sum())} such tokens)"
+            self.fail("teacher_topk_ids", _row_of(lacking, lengths), problem)
+
+    def _top_k(self, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Lengths and values `(N, K)` of a column that has to have K entries per completion token."""
+        lengths, tokens = self.per_token(name)
+        if not isinstance(tokens, pa.Array):
+            self.fail(name, 0, "is a number per token, not a list per token,")
+        widths, values = ragged.split(tokens)
+        wrong = widths != max(int(widths[:1].sum()), 1)
+        if wrong.any():
+            problem = f"has {widths[np.argmax(wrong)]} entries at a token, {widths[0]} elsewhere"
+            self.fail(name, _row_of(wrong, lengths), problem)
+        shape = (len(widths), int(widths[:1].sum()))
+        if values.null_count:
+            missing = values.is_null().to_numpy(zero_copy_only=False).reshape(shape)
+            self.fail(name, _row_of(missing, lengths), "has missing values")
+        return lengths, values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
-def _lists(table: pa.Table, name: str, report: _Report) -> _Lists:
-    column = table[name]
-    # One array, also of a column in no chunk at all
-    column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    if not _is_list(column.type):
-        report.fail(name, 0, f"is {column.type}, not a list per row,")
-    lengths, values = _split(column)
-    if column.null_count or values.null_count:
-        row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))) if column.null_count else 0
-        report.fail(name, row, "has missing values")
-    return _Lists(name, lengths, values if _is_list(values.type) else values.to_numpy(zero_copy_only=False))
-
-
-def _split(column: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    return lengths.astype(np.int64), pc.list_flatten(column)
-
-
-def _is_list(arrow_type: pa.DataType) -> bool:
-    return hasattr(arrow_type, "value_type")
-
-
-def _check_ids(lists: _Lists, report: _Report, vocab_size: int | None) -> None:
-    values = lists.values
-    if values.dtype.kind not in "iu" and values.size:
-        report.fail(lists.name, 0, f"is of {values.dtype}, not of integers,")
-    bad = values < 0
-    if vocab_size is not None:
-        bad |= values >= vocab_size
-    if bad.any():
-        position = int(np.argmax(bad))
-        limit = "negative" if values[position] < 0 else f"outside the vocabulary of {vocab_size} tokens"
-        report.fail(
-            lists.name,
-            lists.row_of(position),
-            f"has id {values[position]}, {limit},",
-            "The data was made with another tokenizer than the student's: use that student, or collect again.",
-        )
-
-
-def _check_logps(lists: _Lists, report: _Report, column: str) -> None:
-    values = lists.values
-    if values.dtype.kind != "f" and values.size:
-        report.fail(column, 0, f"is of {values.dtype}, not of floats,")
-    good = values <= POSITIVE_TOLERANCE  # NaN is not
-    if column != "teacher_tail_logmass":
-        good &= values > -np.inf
-    if not good.all():
-        position = int(np.argmin(good))
-        value = values[position]
-        problem = "above 0" if value > 0 else "not a finite number"
-        report.fail(
-            column,
-            lists.row_of(position),
-            f"has log-prob {value}, {problem} ({int((~good).sum())} such values),",
-        )
-
-
-def _check_top_k(table: pa.Table, report: _Report, completion: _Lists, vocab_size: int | None) -> None:
-    names = [name for name in TOP_K_COLUMNS[:2] if name in table.column_names]
-    flat = {name: _top_k_lists(table, name, report, completion) for name in names}
-    if "teacher_topk_logps" in flat:
-        _check_logps(flat["teacher_topk_logps"], report, "teacher_topk_logps")
-    if "teacher_topk_ids" not in flat:
-        return
-    ids = flat["teacher_topk_ids"]
-    _check_ids(ids, report, vocab_size)
-    if "teacher_topk_logps" in flat and ids.values.size != flat["teacher_topk_logps"].values.size:
-        report.fail("teacher_topk_logps", 0, "has another number of entries per token than 'teacher_topk_ids'")
-    top_k = ids.values.size // max(completion.values.size, 1)
-    ids_of_token = ids.values.reshape(-1, max(top_k, 1))
-    repeated = (np.diff(np.sort(ids_of_token, axis=1), axis=1) == 0).any(1)
-    if repeated.any():
-        row = completion.row_of(int(np.argmax(repeated)))
-        report.fail("teacher_topk_ids", row, f"holds a token twice ({int(repeated.sum())} such tokens)")
-    sampled = (ids_of_token == completion.values[:, None]).any(1)
-    if not sampled.all():
-        position = int(np.argmin(sampled))
-        report.fail(
-            "teacher_topk_ids",
-            completion.row_of(position),
-            f"lacks the sampled token {completion.values[position]} ({int((~sampled).sum())} such tokens)",
-        )
-
-
-def _top_k_lists(table: pa.Table, name: str, report: _Report, completion: _Lists) -> _Lists:
-    """A `(T, K)` column with all its values in one array, K the same everywhere."""
-    outer = _lists(table, name, report)
-    report.same_lengths(outer, completion)
-    if not isinstance(outer.values, pa.Array):
-        report.fail(name, 0, "is a number per token, not a list per token,")
-    lengths, values = _split(outer.values)
-    wrong = lengths != max(int(lengths[:1].sum()), 1)
-    if wrong.any():
-        position = int(np.argmax(wrong))
-        report.fail(
-            name, outer.row_of(position), f"has {lengths[position]} entries at a token, {lengths[0]} elsewhere"
-        )
-    if values.null_count:
-        position = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // int(lengths[0])
-        report.fail(name, outer.row_of(position), "has missing values")
-    return _Lists(name, outer.lengths * lengths[:1].sum(), values.to_numpy(zero_copy_only=False))
+def _row_of(found: NDArray[np.bool_], lengths: NDArray[np.int64]) -> int:
+    """Row of the first token that was found, of those in all rows; `found` is `(N,)`, or `(N, K)` for K at a token."""
+    token = int(np.argmax(found)) // max(found.size // len(found), 1)
+    return int(np.searchsorted(np.cumsum(lengths), token, side="right"))

@@ -1,5 +1,5 @@
 """
-Columns of a store of rollouts: their names, their Arrow types, and the row's key.
+Columns and manifest: read this to know what a store is.
 
 | column | type | content |
 |---|---|---|
@@ -15,6 +15,8 @@ Columns of a store of rollouts: their names, their Arrow types, and the row's ke
 | `teacher_tail_logmass` | list of float, `(T,)` | log of the teacher's probability outside the K ids |
 
 Floats are float16 or float32, the same for all columns of a store. All log-probs are in nats.
+
+The manifest says who sampled and who scored, with which settings, and names every shard with its checksum.
 """
 
 import hashlib
@@ -32,34 +34,26 @@ import pyarrow as pa
 from trl_blend._files import write_atomically
 from trl_blend._version import __version__
 from trl_blend.errors import ConfigError, StoreError
+from trl_blend.rollouts.ragged import from_rows
 
 
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+KINDS = ("rollouts", "scored_rollouts")
+LOGPS_DTYPES = ("float16", "float32")
 UNLIKELY_LOGP = -10.0
 """Below this a token is one that the teacher would hardly ever write: e^-10 is 5 in 100,000."""
 
 ID_COLUMNS = ("prompt_ids", "completion_ids")
 TOKEN_COLUMNS = ("rollout_logps", "student_logps", "teacher_logps", "teacher_tail_logmass")
 TOP_K_COLUMNS = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")
-# In the order of the table above, which is their order on disk.
-COLUMNS = (
-    "key",
-    "prompt_ids",
-    "completion_ids",
-    "rollout_logps",
-    "student_logps",
-    "truncated",
-    "teacher_logps",
-    "teacher_topk_ids",
-    "teacher_topk_logps",
-    "teacher_tail_logmass",
-)
-# What a row of each kind of store needs at least.
+# In the order of the table above, which is their order on disk
+COLUMNS = ("key", *ID_COLUMNS, *TOKEN_COLUMNS[:2], "truncated", "teacher_logps", *TOP_K_COLUMNS)
+# What a row of each kind of store needs at least
 REQUIRED = {
     "rollouts": ("key", "prompt_ids", "completion_ids", "rollout_logps", "truncated"),
     "scored_rollouts": ("key", "prompt_ids", "completion_ids", "teacher_logps", "truncated"),
 }
-
-_NESTED = ("teacher_topk_ids", "teacher_topk_logps")
 
 
 def row_key(prompt_ids: Iterable[int], sample_index: int) -> str:
@@ -111,44 +105,15 @@ def _to_arrow(name: str, rows: Sequence[Any], logps_dtype: str) -> pa.Array:
         return pa.array(rows, pa.string())
     if name == "truncated":
         return pa.array([bool(row) for row in rows], pa.bool_())
-    dtype = np.dtype(np.int32 if name.endswith("_ids") else logps_dtype)
-    if name not in _NESTED:
-        return _list_array(rows, _flat(rows, dtype))
-    positions = [position for row in rows for position in row]
-    return _list_array(rows, _list_array(positions, _flat(positions, dtype)))
-
-
-def _flat(rows: Sequence[Any], dtype: np.dtype[Any]) -> pa.Array:
-    parts = [part for part in map(np.asarray, rows) if part.size]
-    wrong = next((part.ndim for part in parts if part.ndim != 1), None)
-    if wrong is not None:
-        raise ValueError(f"every entry has to be one-dimensional, got one of {wrong} dimensions")
-    flat = np.concatenate(parts) if parts else np.empty(0, dtype)
-    if dtype.kind == "i" and flat.size:
-        if flat.dtype.kind not in "iu":
-            raise TypeError(f"token ids have to be integers, got {flat.dtype}")
-        if flat.max() > np.iinfo(dtype).max or flat.min() < np.iinfo(dtype).min:
-            raise OverflowError(f"a token id is beyond int32: {flat.min()} to {flat.max()}")
-    with np.errstate(over="ignore"):  # an infinity is found and reported by the checks of the rows
-        return pa.array(flat.astype(dtype))
-
-
-def _list_array(rows: Sequence[Any], values: pa.Array) -> pa.Array:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise OverflowError(f"{offsets[-1]} values in one shard; write fewer rows per shard")
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
-
-
-SCHEMA_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-KINDS = ("rollouts", "scored_rollouts")
-LOGPS_DTYPES = ("float16", "float32")
+    return from_rows(rows, np.int32 if name.endswith("_ids") else logps_dtype, nested=name.startswith("teacher_topk"))
 
 
 class BrokenManifestError(StoreError):
     """A `manifest.json` that cannot be made sense of. The shards beside it may well be whole."""
+
+
+def _sum_of(name: str) -> Any:
+    return property(lambda manifest: sum(record[name] for record in manifest.shards))
 
 
 @dataclass
@@ -165,14 +130,10 @@ class Manifest:
             Version of the layout on disk.
         complete (`bool`, *optional*, defaults to `False`):
             Whether every shard is written.
-        created_at (`str`, *optional*):
-            Time of the first start, ISO 8601 in UTC.
-        package_version (`str`, *optional*):
-            Version of `trl_blend` at the first start.
+        created_at, package_version (`str`, *optional*):
+            Time of the first start, ISO 8601 in UTC, and the version of `trl_blend` then.
         planned_shards (`int`, *optional*):
             Number of shards of the finished store, where it is known beforehand.
-        num_rows, num_prompt_tokens, num_completion_tokens, num_truncated (`int`, *optional*, defaults to `0`):
-            Sums over the shards named here.
         logps_dtype (`str`, *optional*, defaults to `"float16"`):
             `"float16"` or `"float32"`, for every column of log-probs.
         sampling (`dict[str, Any]`, *optional*):
@@ -190,6 +151,9 @@ class Manifest:
             In the order of their index: `file`, `rows`, `bytes`, `sha256`, `input_digest`, `num_prompt_tokens`,
             `num_completion_tokens`, `num_truncated`.
 
+    The sums over the shards are attributes, and in the file for those who read it: `num_rows`, `num_prompt_tokens`,
+    `num_completion_tokens`, `num_truncated`.
+
     Raises:
         [`~trl_blend.errors.ConfigError`]: If `kind` or `logps_dtype` is none of the above, or `settings` is not JSON.
     """
@@ -201,10 +165,6 @@ class Manifest:
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     package_version: str = __version__
     planned_shards: int | None = None
-    num_rows: int = 0
-    num_prompt_tokens: int = 0
-    num_completion_tokens: int = 0
-    num_truncated: int = 0
     logps_dtype: str = "float16"
     sampling: dict[str, Any] | None = None
     scoring: dict[str, Any] | None = None
@@ -213,6 +173,11 @@ class Manifest:
     teacher: dict[str, Any] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     shards: list[dict[str, Any]] = field(default_factory=list)
+
+    num_rows = _sum_of("rows")
+    num_prompt_tokens = _sum_of("num_prompt_tokens")
+    num_completion_tokens = _sum_of("num_completion_tokens")
+    num_truncated = _sum_of("num_truncated")
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -239,38 +204,11 @@ class Manifest:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Dictionary of JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = MANIFEST_NAME) -> "Manifest":
-        """
-        Inverse of [`Manifest.to_dict`]. Keys that this version does not know are left out.
-
-        Raises:
-            [`~trl_blend.errors.StoreError`]: If the schema is newer than this version's, or a value is missing or of
-                the wrong kind.
-        """
-        version = values.get("schema_version")
-        if not isinstance(version, int) or version < 1:
-            raise BrokenManifestError(
-                f"{where} has schema_version={version!r}, so it is no manifest of a store of rollouts."
-            )
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{where} has schema_version={version}, written by trl_blend {values.get('package_version')}; this is "
-                f"trl_blend {__version__}, which reads up to {SCHEMA_VERSION}. Upgrade trl_blend to read it."
-            )
-        known = {entry.name for entry in fields(cls)}
-        missing = sorted(known - {"planned_shards"} - values.keys())
-        if missing:
-            raise BrokenManifestError(
-                f"{where} lacks {missing}. Restore the file, or run the command again with `--repair`."
-            )
-        try:
-            return cls(**{name: value for name, value in values.items() if name in known})
-        except ConfigError as error:
-            raise BrokenManifestError(f"{where}: {error}") from None
+        """Dictionary of JSON values, the sums among them."""
+        sums = ("num_rows", "num_prompt_tokens", "num_completion_tokens", "num_truncated")
+        values = asdict(self)
+        shards = values.pop("shards")
+        return {**values, **{name: getattr(self, name) for name in sums}, "shards": shards}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `folder/manifest.json` atomically."""
@@ -280,10 +218,11 @@ class Manifest:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
         """
-        Read `folder/manifest.json`.
+        Read `folder/manifest.json`. What this version does not know of it is left out.
 
         Raises:
-            [`~trl_blend.errors.StoreError`]: If there is none, it is not JSON, or [`Manifest.from_dict`] refuses it.
+            [`~trl_blend.errors.StoreError`]: If there is none, it is not JSON, its schema is newer than this
+                version's, or a value is missing or of the wrong kind.
         """
         path = Path(folder) / MANIFEST_NAME
         try:
@@ -297,7 +236,26 @@ class Manifest:
             raise BrokenManifestError(
                 f"{path} is broken ({error}). Run the command that wrote it again with `--repair`; the shards stay."
             ) from None
-        return cls.from_dict(values if isinstance(values, dict) else {}, where=str(path))
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if not isinstance(version, int) or version < 1:
+            raise BrokenManifestError(
+                f"{path} has schema_version={version!r}, so it is no manifest of a store of rollouts."
+            )
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{path} has schema_version={version}, written by trl_blend {values.get('package_version')}; this is "
+                f"trl_blend {__version__}, which reads up to {SCHEMA_VERSION}. Upgrade trl_blend to read it."
+            )
+        known = {entry.name for entry in fields(cls)}
+        missing = sorted(known - {"planned_shards"} - values.keys())
+        if missing:
+            raise BrokenManifestError(
+                f"{path} lacks {missing}. Restore the file, or run the command again with `--repair`."
+            )
+        try:
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except ConfigError as error:
+            raise BrokenManifestError(f"{path}: {error}") from None
 
     def _identity(self) -> dict[str, Any]:
         return {**self.settings, "kind": self.kind, "logps_dtype": self.logps_dtype}

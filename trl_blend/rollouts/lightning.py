@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,8 +26,6 @@ from trl_blend.rollouts.writer import ShardWriter
 
 
 FORMAT = "lightning-opd"
-
-_FIELDS = ("response_tokens", "teacher_log_probs")
 
 
 def import_lightning_opd(
@@ -77,16 +74,15 @@ def import_lightning_opd(
     digests = [sha256_of(path) for path in paths]
     counts = [_num_rows(path) for path in paths]
     fingerprint = None if tokenizer is None else fingerprint_tokenizer(tokenizer)
-    settings = {
-        "format": FORMAT,
-        "files": digests,
-        "tokenizer": fingerprint and fingerprint.sha256,
-        "max_response_len": max_response_len,
-        "rows_per_shard": rows_per_shard,
-    }
     manifest = Manifest(
         kind="scored_rollouts",
-        settings=settings,
+        settings={
+            "format": FORMAT,
+            "files": digests,
+            "tokenizer": fingerprint and fingerprint.sha256,
+            "max_response_len": max_response_len,
+            "rows_per_shard": rows_per_shard,
+        },
         logps_dtype=logps_dtype,
         planned_shards=sum(-(-count // rows_per_shard) for count in counts),
         source={
@@ -109,11 +105,9 @@ def import_lightning_opd(
 
 
 def _paths(files: Any) -> list[Path]:
-    if isinstance(files, str | os.PathLike):
-        folder = Path(files)
-        paths = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
-    else:
-        paths = [Path(file) for file in files]
+    paths = [Path(file) for file in ([files] if isinstance(files, str | os.PathLike) else files)]
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = sorted(paths[0].glob("*.parquet"))
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
         raise ConfigError(
@@ -152,12 +146,13 @@ def _batches(paths: list[Path], digests: list[str], rows_per_shard: int) -> Iter
 
 def _columns(batch: pa.Table, path: Path, rows_before: int, tokenizer: Any, max_response_len: int) -> dict[str, Any]:
     prompts = _prompt_ids(batch["prompt"].to_pylist(), path, tokenizer)
-    metadata = batch["metadata"].to_pylist()
-    responses: dict[str, list[Any]] = {name: [] for name in _FIELDS}
-    for number, row in enumerate(metadata):
+    responses: list[Any] = []
+    teacher_logps: list[Any] = []
+    for number, row in enumerate(batch["metadata"].to_pylist()):
         entry = json.loads(row) if isinstance(row, str | bytes) else row
         where = f"{path}: row {rows_before + number}"
-        missing = [name for name in _FIELDS if not isinstance(entry, dict) or entry.get(name) is None]
+        fields = entry if isinstance(entry, dict) else {}
+        missing = [name for name in ("response_tokens", "teacher_log_probs") if fields.get(name) is None]
         if missing:
             raise StoreError(
                 f"{where} lacks {missing} in `metadata`. The file of phase 1 has no log-probs: run "
@@ -169,14 +164,14 @@ def _columns(batch: pa.Table, path: Path, rows_before: int, tokenizer: Any, max_
                 f"{where} masks {sum(not kept for kept in mask)} of its tokens (`loss_mask`): a response in several "
                 "turns, which a store of rollouts does not hold. Leave such rows out."
             )
-        for name in _FIELDS:
-            responses[name].append(np.asarray(entry[name]))
+        responses.append(entry["response_tokens"])
+        teacher_logps.append(entry["teacher_log_probs"])
     return {
         "key": [row_key(ids, rows_before + number) for number, ids in enumerate(prompts)],
         "prompt_ids": prompts,
-        "completion_ids": responses["response_tokens"],
-        "truncated": [len(ids) >= max_response_len for ids in responses["response_tokens"]],
-        "teacher_logps": responses["teacher_log_probs"],
+        "completion_ids": responses,
+        "truncated": [len(ids) >= max_response_len for ids in responses],
+        "teacher_logps": teacher_logps,
     }
 
 

@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from trl_blend.errors import ConfigError
 from trl_blend.rollouts.config import StoreConfig
-from trl_blend.rollouts.folder_lock import LOCK_NAME
 from trl_blend.rollouts.format import MANIFEST_NAME, Manifest
 from trl_blend.rollouts.shard import DATA_FOLDER, shard_index, shards_on_disk
 from trl_blend.rollouts.store import RolloutStore
-from trl_blend.rollouts.writer import ShardWriter
+from trl_blend.rollouts.writer import LOCK_NAME, ShardWriter
 
 
 POLL_SECONDS = 0.5

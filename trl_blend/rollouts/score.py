@@ -7,8 +7,6 @@ import os
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from transformers import PreTrainedModel
 
 from trl_blend.errors import ConfigError, TokenizerMismatchError
@@ -17,6 +15,7 @@ from trl_blend.rollouts import identities, processes
 from trl_blend.rollouts.config import ScoringConfig, passed_or_named
 from trl_blend.rollouts.engines.base import OnRows, load_options, make_engine
 from trl_blend.rollouts.format import Manifest
+from trl_blend.rollouts.ragged import to_rows
 from trl_blend.rollouts.shard import read_record
 from trl_blend.rollouts.store import RolloutStore, load_rollouts
 
@@ -92,7 +91,7 @@ def score_rollouts(
 
     def score(index: int, on_rows: OnRows) -> dict[str, Any]:
         table = read_record(source.folder, rolled.shards[index])
-        columns = {name: _rows(table[name]) for name in table.column_names}
+        columns = {name: to_rows(table[name]) for name in table.column_names}
         prompts, completions = ([ids.tolist() for ids in columns[name]] for name in ("prompt_ids", "completion_ids"))
         scores = engine.score(prompts, completions, args.top_k, on_rows)
         columns["teacher_logps"] = [score.logps for score in scores]
@@ -106,15 +105,6 @@ def score_rollouts(
     rows = [shard["rows"] for shard in rolled.shards]
     load = partial(engine.load, state.device)
     return processes.write_store(state, args, manifest, digests, rows, load, score)
-
-
-def _rows(column: pa.ChunkedArray) -> list[Any]:
-    """Rows of a column, the list columns as arrays."""
-    array = column.combine_chunks()
-    if not pa.types.is_list(array.type):
-        return array.to_pylist()
-    offsets = array.offsets.to_numpy()
-    return np.split(array.values.to_numpy(zero_copy_only=False)[: offsets[-1]], offsets[1:-1])
 
 
 def _check_top_k(top_k: int | None, vocab_size: int | None) -> None:

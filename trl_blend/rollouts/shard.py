@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,22 @@ import pyarrow.parquet as pq
 from trl_blend._files import sha256_of
 from trl_blend.errors import StoreError
 from trl_blend.rollouts.format import SCHEMA_VERSION
+from trl_blend.rollouts.ragged import num_values
 
 
 DATA_FOLDER = "data"
 
 _NAME = re.compile(r"part-(\d{5,})\.parquet")
 _FOOTER_KEY = b"trl_blend"
-# Values in one row group: what a reader that streams has to hold at once.
+# Values in one row group: what a reader that streams has to hold at once
 _GROUP_VALUES = 1 << 19
 
 
 @dataclass(frozen=True)
 class Footer:
     """
-    What a shard says about itself.
-
-    Args:
-        schema_version (`int`):
-            Version of the layout.
-        settings_digest (`str`):
-            [`~trl_blend.rollouts.format.Manifest.settings_digest`] of the store it belongs to.
-        index (`int`):
-            Place of the shard in the store.
-        input_digest (`str`):
-            Digest of what its rows were made from.
-        rows, num_prompt_tokens, num_completion_tokens, num_truncated (`int`):
-            Counts.
-        seal (`str`):
-            SHA-256 of the rows and of all the above. It is what a shard can be held against before a manifest has the
-            checksum of the file.
+    What a shard says about itself: the store it belongs to, by the digest of its settings, its place there, the digest
+    of what its rows were made from, and counts.
     """
 
     schema_version: int
@@ -59,7 +46,6 @@ class Footer:
     num_prompt_tokens: int
     num_completion_tokens: int
     num_truncated: int
-    seal: str = ""
 
 
 def shard_file(index: int) -> str:
@@ -84,32 +70,18 @@ def shards_on_disk(folder: Path) -> dict[int, str]:
 
 
 def encode(table: pa.Table, *, settings_digest: str, index: int, input_digest: str) -> tuple[pa.Buffer, Footer]:
-    """
-    Bytes of a shard.
-
-    Args:
-        table (`pyarrow.Table`):
-            Its rows, of [`~trl_blend.rollouts.format.build_table`].
-        settings_digest (`str`):
-            Digest of the store's settings.
-        index (`int`):
-            Place of the shard in the store.
-        input_digest (`str`):
-            Digest of what the rows were made from.
-    """
-    values = {name: _num_values(table[name]) for name in ("prompt_ids", "completion_ids")}
+    """Bytes of a shard whose rows are a table of [`~trl_blend.rollouts.format.build_table`], and what they say."""
     footer = Footer(
         SCHEMA_VERSION,
         settings_digest,
         index,
         input_digest,
-        table.num_rows,
-        values["prompt_ids"],
-        values["completion_ids"],
-        pc.sum(table["truncated"]).as_py() or 0,
+        rows=table.num_rows,
+        num_prompt_tokens=num_values(table["prompt_ids"]),
+        num_completion_tokens=num_values(table["completion_ids"]),
+        num_truncated=pc.sum(table["truncated"]).as_py() or 0,
     )
-    footer = replace(footer, seal=_seal(table, footer))
-    total = sum(_num_values(column) for column in table.columns)
+    total = sum(num_values(column) for column in table.columns)
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.replace_schema_metadata({_FOOTER_KEY: json.dumps(asdict(footer))}),
@@ -125,46 +97,31 @@ def encode(table: pa.Table, *, settings_digest: str, index: int, input_digest: s
 
 def record_of(file: str, footer: Footer, *, size: int, sha256: str) -> dict[str, Any]:
     """Entry of a shard in the manifest."""
-    counts = {name: getattr(footer, name) for name in ("num_prompt_tokens", "num_completion_tokens", "num_truncated")}
-    return {
-        "file": file,
-        "rows": footer.rows,
-        "bytes": size,
-        "sha256": sha256,
-        "input_digest": footer.input_digest,
-        **counts,
-    }
+    kept = ("rows", "input_digest", "num_prompt_tokens", "num_completion_tokens", "num_truncated")
+    return {"file": file, "bytes": size, "sha256": sha256, **{name: getattr(footer, name) for name in kept}}
 
 
 def read_footer(folder: Path, file: str) -> Footer:
     """
-    What a shard on disk says about itself.
+    What a shard on disk says about itself. Fields that this version does not know are left out.
 
     Raises:
         [`~trl_blend.errors.StoreError`]: If the file is cut short, broken, or was written by something else.
     """
     try:
         metadata = pq.read_metadata(folder / file)
-        content = (metadata.metadata or {})[_FOOTER_KEY]
-        footer = Footer(**json.loads(content))
+        content = json.loads((metadata.metadata or {})[_FOOTER_KEY])
+        footer = Footer(**{field.name: content[field.name] for field in fields(Footer)})
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise broken(folder, file, f"its footer cannot be read ({_first_line(error)})") from error
+        raise _broken(folder, file, f"its footer cannot be read ({_first_line(error)})") from error
     if footer.rows != metadata.num_rows or footer.index != shard_index(file):
-        raise broken(folder, file, f"its footer says shard {footer.index} with {footer.rows} rows, the file differs")
+        raise _broken(folder, file, f"its footer says shard {footer.index} with {footer.rows} rows, the file differs")
     return footer
 
 
 def check_record(folder: Path, record: dict[str, Any], *, checksum: bool) -> None:
     """
-    Check a shard on disk against its entry in the manifest.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder of the store.
-        record (`dict[str, Any]`):
-            The entry.
-        checksum (`bool`):
-            Whether to hash the whole file; otherwise its presence and its size are compared.
+    Check that a shard has the size that its entry in the manifest says and, if asked for, the checksum.
 
     Raises:
         [`~trl_blend.errors.StoreError`]: If the file is missing or differs.
@@ -173,22 +130,11 @@ def check_record(folder: Path, record: dict[str, Any], *, checksum: bool) -> Non
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise broken(folder, record["file"], "it is missing") from None
+        raise _broken(folder, record["file"], "it is missing") from None
     if size != record["bytes"]:
-        raise broken(folder, record["file"], f"it has {size} bytes instead of {record['bytes']}")
+        raise _broken(folder, record["file"], f"it has {size} bytes instead of {record['bytes']}")
     if checksum:
         _compare(folder, record, sha256_of(path))
-
-
-def check_seal(folder: Path, file: str, footer: Footer) -> None:
-    """
-    Check the rows and the footer of a shard that no manifest knows against its seal.
-
-    Raises:
-        [`~trl_blend.errors.StoreError`]: If the file is broken.
-    """
-    if _seal(_parse(folder, file, _content(folder, file)), footer) != footer.seal:
-        raise broken(folder, file, "it does not hold what was written")
 
 
 def read_record(folder: Path, record: dict[str, Any]) -> pa.Table:
@@ -198,62 +144,30 @@ def read_record(folder: Path, record: dict[str, Any]) -> pa.Table:
     Raises:
         [`~trl_blend.errors.StoreError`]: If the file is missing or differs.
     """
-    content = _content(folder, record["file"])
-    _compare(folder, record, hashlib.sha256(content).hexdigest())
-    return _parse(folder, record["file"], content)
+    file = record["file"]
+    try:
+        content = (folder / file).read_bytes()
+        _compare(folder, record, hashlib.sha256(content).hexdigest())
+        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
+            return parquet.read(use_threads=False)
+    except FileNotFoundError:
+        raise _broken(folder, file, "it is missing") from None
+    except (pa.ArrowException, OSError) as error:
+        raise _broken(folder, file, f"it cannot be read ({_first_line(error)})") from error
 
 
-def broken(folder: Path, file: str, problem: str) -> StoreError:
-    """Error that names a shard, what is wrong with it, and the remedy."""
+def _broken(folder: Path, file: str, problem: str) -> StoreError:
     return StoreError(
         f"Shard {folder / file} is broken: {problem}. Run the command that wrote the store again with `--repair`: it "
         "verifies every shard and redoes only those that are bad. A store from the Hub has to be downloaded again."
     )
 
 
-def _content(folder: Path, file: str) -> bytes:
-    try:
-        return (folder / file).read_bytes()
-    except FileNotFoundError:
-        raise broken(folder, file, "it is missing") from None
-    except OSError as error:
-        raise broken(folder, file, f"it cannot be read ({error})") from error
-
-
-def _parse(folder: Path, file: str, content: bytes) -> pa.Table:
-    try:
-        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as parquet:
-            return parquet.read(use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise broken(folder, file, f"it cannot be read ({_first_line(error)})") from error
-
-
 def _compare(folder: Path, record: dict[str, Any], sha256: str) -> None:
     if sha256 != record["sha256"]:
-        raise broken(
+        raise _broken(
             folder, record["file"], f"its checksum is {sha256[:16]}… and the manifest has {record['sha256'][:16]}…"
         )
-
-
-def _seal(table: pa.Table, footer: Footer) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(replace(footer, seal=""))).encode())
-    for name in table.column_names:
-        digest.update(f"{name} {len(table)} ".encode())
-        column = table[name]
-        while hasattr(column.type, "value_type"):
-            digest.update(pc.list_value_length(column).to_numpy().tobytes())
-            column = pc.list_flatten(column)
-        if pa.types.is_string(column.type):
-            digest.update("\n".join(column.to_pylist()).encode())
-        else:
-            digest.update(f"{column.type} ".encode() + column.to_numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _num_values(column: pa.ChunkedArray) -> int:
-    if hasattr(column.type, "value_type"):
-        return _num_values(pc.list_flatten(column))
-    return len(column)
 
 
 def _first_line(error: BaseException) -> str:

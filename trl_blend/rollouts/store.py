@@ -49,10 +49,7 @@ class RolloutStore:
 
     @classmethod
     def open(
-        cls,
-        folder_or_repo: str | os.PathLike[str],
-        revision: str | None = None,
-        verify: bool = False,
+        cls, folder_or_repo: str | os.PathLike[str], revision: str | None = None, verify: bool = False
     ) -> "RolloutStore":
         """
         Open a finished store.
@@ -80,7 +77,11 @@ class RolloutStore:
             )
         manifest = Manifest.load(folder)
         if not manifest.complete:
-            raise StoreError(_half_written(folder, manifest, str(folder_or_repo)))
+            of = "" if manifest.planned_shards is None else f" of {manifest.planned_shards}"
+            raise StoreError(
+                f"{folder_or_repo} is half-written: {len(shards_on_disk(folder))}{of} shards are there. Run the same "
+                f"`{_COMMANDS[manifest.kind]}` command again to write the others; it continues where it stopped."
+            )
         store = cls(folder, manifest, str(folder_or_repo))
         for record in manifest.shards:
             check_record(folder, record, checksum=False)
@@ -101,7 +102,7 @@ class RolloutStore:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of all shards, prompts and keys included, per completion token."""
-        return self._num_bytes / max(self.manifest.num_completion_tokens, 1)
+        return self.num_bytes / max(self.manifest.num_completion_tokens, 1)
 
     @property
     def files(self) -> list[str]:
@@ -109,7 +110,8 @@ class RolloutStore:
         return [str(self.folder / record["file"]) for record in self.manifest.shards]
 
     @property
-    def _num_bytes(self) -> int:
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
         return sum(int(record["bytes"]) for record in self.manifest.shards)
 
     def __len__(self) -> int:
@@ -271,15 +273,6 @@ def _of_kind(kind: str, path_or_repo: str | os.PathLike[str], revision: str | No
 
 def _types(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
-
-
-def _half_written(folder: Path, manifest: Manifest, name: str) -> str:
-    written, planned = len(shards_on_disk(folder)), manifest.planned_shards
-    of = f" of {planned}" if planned is not None else ""
-    return (
-        f"{name} is half-written: {written}{of} shards are there. Run the same `{_COMMANDS[manifest.kind]}` command "
-        "again to write the others; it continues where it stopped."
-    )
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -6,26 +6,26 @@ or not at all, so what a killed process leaves behind is a set of finished shard
 writes the others. The manifest follows the shards; one that it does not know yet is recognised by its footer.
 """
 
+import errno
 import hashlib
 import os
 import time
-import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from trl_blend._files import sha256_of, write_atomically
 from trl_blend.errors import ConfigError, StoreError
 from trl_blend.rollouts.card import CARD_NAME, write_card
 from trl_blend.rollouts.checks import check_rows
-from trl_blend.rollouts.folder_lock import hold_lock, release_lock
 from trl_blend.rollouts.format import MANIFEST_NAME, REQUIRED, BrokenManifestError, Manifest, build_table
 from trl_blend.rollouts.shard import (
     DATA_FOLDER,
     Footer,
     check_record,
-    check_seal,
     encode,
     read_footer,
     record_of,
@@ -35,15 +35,11 @@ from trl_blend.rollouts.shard import (
 )
 
 
+LOCK_NAME = ".lock"
 MANIFEST_INTERVAL = 10.0
 """Seconds between two manifests while shards are being written."""
 
-_SUMS = {
-    "num_rows": "rows",
-    "num_prompt_tokens": "num_prompt_tokens",
-    "num_completion_tokens": "num_completion_tokens",
-    "num_truncated": "num_truncated",
-}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class ShardWriter:
@@ -72,37 +68,25 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        manifest: Manifest,
-        *,
-        is_main_process: bool = True,
-        repair: bool = False,
+        self, folder: str | os.PathLike[str], manifest: Manifest, *, is_main_process: bool = True, repair: bool = False
     ) -> None:
         self.folder = Path(folder)
         self.is_main_process = is_main_process
         (self.folder / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
         if is_main_process:
-            # Also given back when a writer is dropped half-way, in a notebook for instance
-            self._unlock = weakref.finalize(self, release_lock, self.folder, hold_lock(self.folder))
+            self._lock = _locked(self.folder)
         self.manifest = self._continued(manifest, repair=repair)
         self._records = {_index(record): record for record in self.manifest.shards}
         self._saved_at = float("-inf")
         if is_main_process:
             self._remove_leftovers()
             self._check_known(repair)
-            self._adopt_unknown(repair, seals=True)
-            self.update_manifest(complete=self.manifest.complete and self._is_whole())
+            self._take_up_unknown(repair)
+            self.update_manifest(complete=self.manifest.complete and not any(self._gaps()))
 
     def done(self, index: int, input_digest: str) -> bool:
         """
-        Whether a shard is on disk.
-
-        Args:
-            index (`int`):
-                Place of the shard in the store.
-            input_digest (`str`):
-                Digest of what its rows are made from.
+        Whether the shard at a place is on disk, made from the input with this digest.
 
         Raises:
             [`~trl_blend.errors.ConfigError`]: If it was made from another input or with other settings.
@@ -131,38 +115,34 @@ class ShardWriter:
             columns (`Mapping[str, Sequence[Any]]`):
                 Its rows, see [`~trl_blend.rollouts.format`]. Log-probs are stored as the manifest's `logps_dtype`.
             input_digest (`str`):
-                Digest of what the rows were made from.
+                Digest of what the rows are made from, by which [`ShardWriter.done`] knows them again.
 
         Raises:
             [`~trl_blend.errors.StoreError`]: If a row is wrong, or the disk is full; what was written before is kept.
         """
-        file = shard_file(index)
+        file, manifest = shard_file(index), self.manifest
         try:
-            table = build_table(columns, self.manifest.logps_dtype)
+            table = build_table(columns, manifest.logps_dtype)
         except StoreError as error:
             raise StoreError(f"shard {file}: {error}") from None
         if not table.num_rows:
             raise StoreError(f"shard {file} has no rows. Plan the shards so that each has at least one.")
-        check_rows(table, required=REQUIRED[self.manifest.kind], where=f"shard {file}")
+        check_rows(table, required=REQUIRED[manifest.kind], where=f"shard {file}")
         content, footer = encode(
-            table, settings_digest=self.manifest.settings_digest, index=index, input_digest=input_digest
+            table, settings_digest=manifest.settings_digest, index=index, input_digest=input_digest
         )
-        write_atomically(self.folder / file, content)
+        with _full_disk_explained(self.folder / file):
+            write_atomically(self.folder / file, content)
         if self.is_main_process:
-            self._records[index] = record_of(
-                file, footer, size=content.size, sha256=hashlib.sha256(content).hexdigest()
-            )
+            sha256 = hashlib.sha256(content).hexdigest()
+            self._records[index] = record_of(file, footer, size=content.size, sha256=sha256)
 
     def update_manifest(self, complete: bool = False) -> None:
         """
         Bring the manifest up to date with the shards of all processes. Does nothing on any but the main process.
 
-        Cheap to call after every shard: unless `complete`, a manifest is written every 10 seconds at most. Each file
-        is hashed once.
-
-        Args:
-            complete (`bool`, *optional*, defaults to `False`):
-                Whether all shards of all processes are written. Wait for the other processes before.
+        Cheap to call after every shard: each file is hashed once, and a manifest is written every 10 seconds at most,
+        unless it is `complete`, with the shards of all processes. Wait for these before.
 
         Raises:
             [`~trl_blend.errors.StoreError`]: If `complete` and a shard is missing; if a shard is broken.
@@ -171,20 +151,22 @@ class ShardWriter:
             return
         if not complete and time.monotonic() - self._saved_at < MANIFEST_INTERVAL:
             return
-        self._adopt_unknown(repair=False, seals=False)
+        self._take_up_unknown(repair=False)
+        missing, extra = self._gaps()
+        if complete and (missing or extra):
+            raise StoreError(
+                f"{self.folder} is not complete: {len(missing)} shards are missing (the first: {missing[:3]}) and "
+                f"{len(extra)} are too many (the first: {extra[:3]}). Run the same command again."
+            )
+        self.manifest.shards = [record for _, record in sorted(self._records.items())]
+        self.manifest.complete = complete
+        with _full_disk_explained(self.folder):
+            self.manifest.save(self.folder)
+            self._saved_at = time.monotonic()
+            if complete or not (self.folder / CARD_NAME).exists():
+                write_card(self.folder, self.manifest)
         if complete:
-            self._require_whole()
-        manifest = self.manifest
-        manifest.shards = [record for _, record in sorted(self._records.items())]
-        manifest.complete = complete
-        for total, name in _SUMS.items():
-            setattr(manifest, total, sum(record[name] for record in manifest.shards))
-        manifest.save(self.folder)
-        self._saved_at = time.monotonic()
-        if complete or not (self.folder / CARD_NAME).exists():
-            write_card(self.folder, manifest)
-        if complete:
-            self._unlock()
+            self._lock.release(force=True)
 
     def _continued(self, manifest: Manifest, *, repair: bool) -> Manifest:
         """The manifest of the folder if there is one with the same settings, else the one given."""
@@ -206,44 +188,37 @@ class ShardWriter:
         return found
 
     def _remove_leftovers(self) -> None:
-        for pattern in (f"{DATA_FOLDER}/.part-*.tmp", f".{MANIFEST_NAME}.*.tmp", f".{CARD_NAME}.*.tmp"):
+        for pattern in (f"{DATA_FOLDER}/?part-*.tmp", f"?{MANIFEST_NAME}.*.tmp", f"?{CARD_NAME}.*.tmp"):
             for path in self.folder.glob(pattern):
-                with suppress(FileNotFoundError):
-                    path.unlink()
+                path.unlink(missing_ok=True)
 
     def _check_known(self, repair: bool) -> None:
         for index, record in list(self._records.items()):
-            try:
+            with self._dropping_broken(index, record["file"], repair):
                 check_record(self.folder, record, checksum=repair)
                 self._own_footer(record["file"])
-            except StoreError:
-                if not repair:
-                    raise
-                self._drop(index, record["file"])
 
-    def _adopt_unknown(self, repair: bool, *, seals: bool) -> None:
+    def _take_up_unknown(self, repair: bool) -> None:
         """Take up the shards that the manifest does not know: of a killed process, or of the other processes."""
         for index, file in shards_on_disk(self.folder).items():
-            if index in self._records:
-                continue
-            try:
-                footer = self._own_footer(file, sealed=seals)
-            except StoreError:
-                if not repair:
-                    raise
-                self._drop(index, file)
-                continue
-            path = self.folder / file
-            self._records[index] = record_of(file, footer, size=path.stat().st_size, sha256=sha256_of(path))
+            if index not in self._records:
+                with self._dropping_broken(index, file, repair):
+                    footer, path = self._own_footer(file), self.folder / file
+                    size, sha256 = path.stat().st_size, sha256_of(path)
+                    self._records[index] = record_of(file, footer, size=size, sha256=sha256)
 
-    def _drop(self, index: int, file: str) -> None:
-        self._records.pop(index, None)
-        (self.folder / file).unlink(missing_ok=True)
+    @contextmanager
+    def _dropping_broken(self, index: int, file: str, repair: bool) -> Iterator[None]:
+        try:
+            yield
+        except StoreError:
+            if not repair:
+                raise
+            self._records.pop(index, None)
+            (self.folder / file).unlink(missing_ok=True)
 
-    def _own_footer(self, file: str, *, sealed: bool = False) -> Footer:
+    def _own_footer(self, file: str) -> Footer:
         footer = read_footer(self.folder, file)
-        if sealed:
-            check_seal(self.folder, file, footer)
         if footer.settings_digest != self.manifest.settings_digest:
             raise ConfigError(
                 f"Shard {self.folder / file} belongs to a store with other settings, and no manifest says which. "
@@ -251,22 +226,43 @@ class ShardWriter:
             )
         return footer
 
-    def _is_whole(self) -> bool:
-        expected = self.manifest.planned_shards
-        count = len(self._records) if expected is None else expected
-        return sorted(self._records) == list(range(count))
-
-    def _require_whole(self) -> None:
-        if self._is_whole():
-            return
+    def _gaps(self) -> tuple[list[int], list[int]]:
+        """Indices that are missing from the planned ones, and those beyond. Without a plan, up to the last one."""
         planned = self.manifest.planned_shards
-        count = max(self._records, default=-1) + 1 if planned is None else planned
-        missing = sorted(set(range(count)) - self._records.keys())
-        extra = sorted(self._records.keys() - set(range(count)))
+        expected = set(range(max(self._records, default=-1) + 1 if planned is None else planned))
+        return sorted(expected - self._records.keys()), sorted(self._records.keys() - expected)
+
+
+def _locked(folder: Path) -> FileLock:
+    """
+    Lock a folder for this process, until it ends or the last writer of it is gone: two commands on one folder would
+    remove each other's work. A second writer of the same process takes the lock over.
+    """
+    lock = FileLock(folder.resolve() / LOCK_NAME, timeout=0, thread_local=False, is_singleton=True)
+    lock.release(force=True)  # of a writer before this one, and perhaps of a folder that was deleted meanwhile
+    try:
+        lock.acquire()
+    except Timeout:
         raise StoreError(
-            f"{self.folder} is not complete: of {count} shards, {len(missing)} are missing (the first: {missing[:3]}) "
-            f"and {len(extra)} are too many (the first: {extra[:3]}). Run the same command again."
-        )
+            f"Another process is writing {folder}. Wait for it, or stop it and run the command again; with several "
+            "processes, only the main one may be `is_main_process`."
+        ) from None
+    except OSError:  # a network file system without locks
+        pass
+    return lock
+
+
+@contextmanager
+def _full_disk_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise StoreError(
+            f"No space left for {path} ({os.strerror(error.errno)}). What was written before is kept: free some space "
+            "and run the same command again, it continues there."
+        ) from error
 
 
 def _index(record: Mapping[str, Any]) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 from accelerate.logging import get_logger
 
+from trl_blend._files import write_atomically
+
 
 logger = get_logger(__name__)
 
@@ -14,7 +16,8 @@ logger = get_logger(__name__)
 def write_settings(path: Path, args: Any, names: Sequence[str], **state: Any) -> None:
     """Write the named settings of `args`, and any further state, as JSON."""
     content = {name: getattr(args, name) for name in names} | state
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, text.encode())
 
 
 def read_settings(path: Path, args: Any, names: Sequence[str]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl_blend.errors import ConfigError, StoreError
 from trl_blend.ops.losses import sequence_weights
 from trl_blend.rollouts.checks import check_rows
+from trl_blend.rollouts.ragged import flatten, to_lists
 
 
 # Columns with one value per token, under the names they have in a store
@@ -22,7 +23,6 @@ LOG_PROBS = ("teacher_logps", "student_logps", "rollout_logps")
 TOP_K = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")
 REQUIRED = ("prompt_ids", "completion_ids", "teacher_logps")
 WEIGHTS = "loss_weights"
-_NESTED = TOP_K[:2]
 
 AnyDataset = Dataset | IterableDataset
 
@@ -154,15 +154,16 @@ def _training_rows(
     table: pa.Table, columns: Sequence[str], vocab_size: int, max_length: int | None, top_k: bool
 ) -> pa.Table:
     check_rows(table, vocab_size=vocab_size, top_k_required=top_k, where="the training data")
-    prompts, completions = _flat(table, "prompt_ids"), _flat(table, "completion_ids")
-    lengths = np.stack([_lengths(table, "prompt_ids"), _lengths(table, "completion_ids")], axis=1)
+    (prompt_lengths, prompts), (lengths, completions) = flatten(table["prompt_ids"]), flatten(table["completion_ids"])
+    lengths = np.stack([prompt_lengths, lengths], axis=1)
     is_completion = np.repeat(np.tile([False, True], len(table)), lengths.ravel())
     ids = np.empty(is_completion.size, dtype=np.int64)
     ids[~is_completion], ids[is_completion] = prompts, completions
     rows = {"input_ids": ids, "labels": np.where(is_completion, ids, -100)}
     for name in columns:
-        values = _flat(table, name)
-        aligned = np.zeros((is_completion.size, *values.shape[1:]), dtype=values.dtype)
+        _, values = flatten(table[name])
+        dtype = np.int64 if name.endswith("_ids") else np.float32
+        aligned = np.zeros((is_completion.size, *values.shape[1:]), dtype)
         aligned[is_completion] = values
         rows[name] = aligned
     totals = lengths.sum(axis=1)
@@ -172,29 +173,7 @@ def _training_rows(
         kept = np.arange(is_completion.size) - starts < np.repeat(whole, totals)
         rows = {name: values[kept] for name, values in rows.items()}
         totals = whole[whole > 0]
-    return pa.table({name: _as_lists(values, totals) for name, values in rows.items()})
-
-
-def _lengths(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-
-
-def _flat(table: pa.Table, name: str) -> np.ndarray:
-    flat = table[name].combine_chunks().flatten()
-    width = None
-    if name in _NESTED:
-        width = len(flat[0]) if len(flat) else 1
-        flat = flat.flatten()
-    values = flat.to_numpy(zero_copy_only=False)
-    values = values.astype(np.float32 if np.issubdtype(values.dtype, np.floating) else np.int64)
-    return values if width is None else values.reshape(-1, width)
-
-
-def _as_lists(values: np.ndarray, lengths: np.ndarray) -> pa.Array:
-    flat: pa.Array = pa.array(values.ravel())
-    if values.ndim == 2:
-        flat = pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1], flat)
-    return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), flat)
+    return pa.table({name: to_lists(values, totals) for name, values in rows.items()})
 
 
 @dataclass
