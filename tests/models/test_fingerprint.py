@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from tests.models.checkpoints import changed, hub_snapshot, save_model
 from tests.tiny import ARCHITECTURES, tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.models.fingerprint import ModelIdentity, compare_weights, identify_model
+from trl_blend.models.fingerprint import identify_model
+from trl_blend.models.identity import ModelIdentity, compare_weights
 from trl_blend.models.weights import CHUNK_ELEMENTS, Layout, fingerprint_tensors
 
 
@@ -221,7 +222,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match="neither model.safetensors nor pytorch_model.bin"):
         identify_model(folder)
     assert identify_model(folder, hash_weights=False).weights is None
-    with pytest.raises(ConfigError, match="'no/such-model' is neither a folder nor a Hub model"):
+    with pytest.raises(ConfigError, match="'no/such-model' is neither a folder with a model"):
         identify_model("no/such-model")
     with pytest.raises(ConfigError, match="is neither a folder"):
         identify_model("/no/such/folder/at/all")

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 
 from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import find_checkpoint
-from trl_blend.models.fingerprint import ModelIdentity, identify_model
-from trl_blend.models.identity import compare_identities
+from trl_blend.models.fingerprint import identify_model
+from trl_blend.models.identity import ModelIdentity, compare_identities
 
 
 PROVENANCE_FILE = "teacher_provenance.json"
@@ -31,7 +31,7 @@ class TeacherProvenance:
     The teacher whose samples a student was fine-tuned on.
 
     Args:
-        teacher ([`~trl_blend.models.fingerprint.ModelIdentity`]):
+        teacher ([`~trl_blend.models.identity.ModelIdentity`]):
             Its identity.
         how (`str`):
             `"recorded"` beside the checkpoint, or `"stated"` by the user of the checkpoint, which nothing verifies.
@@ -108,7 +108,7 @@ def record_teacher(
     Args:
         checkpoint_folder (`str` or `os.PathLike`):
             Folder of the student's checkpoint.
-        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.fingerprint.ModelIdentity`]):
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.identity.ModelIdentity`]):
             The model whose samples the student was trained on. The weights that count are those which generated.
         revision (`str`, *optional*):
             Revision of a Hub id.
@@ -205,7 +205,7 @@ class TeacherProvenanceCallback(TrainerCallback):
     `trainer.save_model(folder)` is not known to callbacks: use [`record_teacher`] there.
 
     Args:
-        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.fingerprint.ModelIdentity`]):
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.identity.ModelIdentity`]):
             The model whose samples the SFT data are.
         revision (`str`, *optional*):
             Revision of a Hub id.

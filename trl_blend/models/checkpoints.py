@@ -76,11 +76,20 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], local_files_
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        where = f" at revision {revision!r}" if revision else ""
-        raise ConfigError(
-            f"{name!r}{where} is neither a folder nor a Hub model that can be reached or is in the cache "
-            f"({type(error).__name__}). Check the name, or fetch it first with `hf download {name}`."
-        ) from error
+        raise missing_model(name, error, revision=revision) from error
+
+
+def missing_model(
+    name: str, error: Exception, argument: str | None = None, revision: str | None = None, what: str = "model"
+) -> ConfigError:
+    """The error of a name that leads nowhere, to be raised from `error`, which says why."""
+    given = f"`{argument}={name!r}`" if argument else repr(name)
+    where = f" at revision {revision!r}" if revision else ""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError(
+        f"{given}{where} is neither a folder with a {what} nor one that can be had from the Hub or its cache. Correct "
+        f"the path or the id. ({reason})"
+    )
 
 
 def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, LazyTensor]:

@@ -133,7 +133,7 @@ def collect_rollouts(
     processes.check_output_dir(output_dir)
 
     config = find_config(model, "model", **load.hub)
-    tokenizer = processing_class or find_tokenizer(model, "model", **load.hub)
+    tokenizer = processing_class or find_tokenizer(model, "model", required=True, **load.hub)
     dataset = load_prompts(prompts, column=prompt_column, config=dataset_config, split=dataset_split)
     source = PromptTokens(dataset, tokenizer, prompt_column, chat_template_kwargs)
     plan = RolloutPlan(model, load, sampling, source, tokenizer, rows_per_shard, batch_size)
