@@ -105,19 +105,21 @@ def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> 
         [`~trl_blend.errors.ConfigError`]: If there is no such model.
         [`~trl_blend.errors.UnsupportedError`]: If it is not a decoder-only language model.
     """
-    if not isinstance(model, str):
-        check_partner_model(model, argument)
-        return model.config
-    name, options = _places(model, argument, _given(options))[-1]
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise missing_model(name, error, argument, options.get("revision")) from error
-    if config.is_encoder_decoder:
+    if isinstance(model, str):
+        name, options = _places(model, argument, _given(options))[-1]
+        try:
+            config = AutoConfig.from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            raise missing_model(name, error, argument, options.get("revision")) from error
+    else:
+        config = model.config
+    if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"`{argument}` is an encoder-decoder model (model_type={config.model_type!r}), which does not continue a "
             "token sequence. Use a decoder-only causal language model."
         )
+    if not isinstance(model, str):
+        check_partner_model(model, argument)
     return config
 
 
@@ -196,13 +198,11 @@ def load_model(
     model: str | PreTrainedModel, argument: str, options: LoadOptions, device: torch.device | None = None
 ) -> PreTrainedModel:
     """
-    A causal language model, whole on one device. One that is loaded already is returned as it is.
+    A causal language model, whole on one device, see [`load_frozen`]. One that is loaded already is returned as it is.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or `peft.PeftModel`):
-            Folder, Hub id, or a model. A folder or id of a PEFT adapter is put on its base.
-        argument (`str`):
-            Name of the argument that holds it, for the error messages.
+        model, argument:
+            See [`find_config`].
         options ([`LoadOptions`]):
             How to load it.
         device (`torch.device`, *optional*):
