@@ -120,10 +120,6 @@ def check_store(store: RolloutStore) -> ConsistencyReport:
     """
     The checks that need no model, among what a store of scored rollouts records.
 
-    Args:
-        store ([`~trl_blend.rollouts.store.RolloutStore`]):
-            Scored rollouts.
-
     Raises:
         [`~trl_blend.errors.StoreError`]: If its rows are not valid.
     """

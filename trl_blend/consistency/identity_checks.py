@@ -76,7 +76,7 @@ def check_provenance(who: Identities) -> Finding:
         )
         return Finding("provenance", "missing", message, {"student": student.name}, HOW_TO_RECORD)
     teacher = who.provenance.teacher.describe()
-    evidence = {"teacher": teacher, "how": who.provenance.how}
+    evidence: dict[str, Any] = {"teacher": teacher, "how": who.provenance.how}
     if who.recorded is None:
         resolved = "compared by its fingerprint" if who.provenance.teacher.weights else "known by its name only"
         message = f"The teacher of the fine-tuning is stated, not verified: {teacher}, {resolved}."
@@ -85,13 +85,14 @@ def check_provenance(who: Identities) -> Finding:
         )
         return Finding("provenance", "info", message, evidence, remedy)
     evidence["created_at"] = who.recorded.created_at
-    compared = compare_identities(who.recorded.teacher, who.stated.teacher) if who.stated is not None else None
-    if compared is not None and compared.relation in ("different", "unknown"):
-        stated = who.stated.teacher.describe()
-        message = f"`sft_teacher` is {stated}, but the record beside the student names {teacher}."
-        evidence |= {"stated": stated, **compared.to_dict()}
-        remedy = "Leave `sft_teacher` out, or correct the record with `trl-blend record-teacher --overwrite`."
-        return Finding("provenance", "error", message, evidence, remedy)
+    if who.stated is not None:
+        compared = compare_identities(who.recorded.teacher, who.stated.teacher)
+        if compared.relation in ("different", "unknown"):
+            stated = who.stated.teacher.describe()
+            message = f"`sft_teacher` is {stated}, but the record beside the student names {teacher}."
+            evidence |= {"stated": stated, **compared.to_dict()}
+            remedy = "Leave `sft_teacher` out, or correct the record with `trl-blend record-teacher --overwrite`."
+            return Finding("provenance", "error", message, evidence, remedy)
     return Finding("provenance", "ok", f"The teacher of the fine-tuning is recorded: {teacher}.", evidence)
 
 
@@ -112,7 +113,7 @@ def check_teacher(who: Identities) -> Finding:
 
 def check_rollout_student(who: Identities) -> Finding:
     """The model that sampled the data is the one that is to be trained: same weights, adapter and configuration."""
-    if who.rollout_student is None:
+    if who.student is None or who.rollout_student is None:
         return Finding("rollout_student", "info", "Not compared: the student that sampled the data is unknown.")
     return _compared(
         "rollout_student",
@@ -174,7 +175,7 @@ def check_tokenizer(who: Identities) -> Finding:
             evidence |= {"part": part, "differs": odd}
             remedy = "Token ids mean the same only with one tokenizer: use the tokenizer that the data were made with."
             return Finding("tokenizer", "error", message, evidence, remedy)
-    minor = {
+    minor: dict[str, dict[str, Any]] = {
         "end-of-sequence token": {role: tokenizer.eos_token_id for role, tokenizer in known.items()},
         "flags of added tokens": {role: tokenizer.parts["added_tokens"] for role, tokenizer in known.items()},
     }

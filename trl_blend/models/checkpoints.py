@@ -45,16 +45,8 @@ class Checkpoint(NamedTuple):
 
 def find_checkpoint(name: str, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
     """
-    The folder of a checkpoint: itself, or the snapshot of a Hub repository (its small files are fetched; offline, the
-    cache is used).
-
-    Args:
-        name (`str`):
-            Folder or Hub id.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub id.
-        local_files_only (`bool`, *optional*, defaults to `False`):
-            Whether to look into the Hub's cache only.
+    The folder of a checkpoint: itself, or the snapshot of a Hub repository at `revision` (its small files are fetched;
+    offline or with `local_files_only`, the cache is used).
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If it is neither a folder nor a repository that can be had.
@@ -103,35 +95,24 @@ def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, Laz
         stem (`str`, *optional*, defaults to `"model"`):
             `"adapter_model"` for an adapter.
     """
-    files = weight_files(checkpoint, stem)
     tensors: dict[str, LazyTensor] = {}
-    for file in files:
+    for file in weight_files(checkpoint, stem):
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())
             handle = functools.cache(functools.partial(safe_open, file, framework="pt"))
-            tensors |= {name: functools.partial(_read_safetensors, handle, name) for name in names}
+            tensors |= {name: lambda name=name, handle=handle: handle().get_tensor(name) for name in names}
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             tensors |= {name: functools.partial(loaded.__getitem__, name) for name in loaded}
     return tensors
 
 
-def _read_safetensors(handle, name: str) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    return handle().get_tensor(name)
-
-
 def weight_files(checkpoint: Checkpoint, stem: str = "model") -> list[Path]:
     """
-    The files that hold a checkpoint's weights, fetched if they have to be; without the index of shards.
-
-    Args:
-        checkpoint ([`Checkpoint`]):
-            Where.
-        stem (`str`, *optional*, defaults to `"model"`):
-            `"adapter_model"` for an adapter.
+    The files that hold a checkpoint's weights, see [`weight_tensors`], fetched if they have to be; without the index.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there are none, or some are missing.

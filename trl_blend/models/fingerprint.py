@@ -11,7 +11,14 @@ from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, weight_tensors
 from trl_blend.models.identity import AdapterFingerprint, ModelIdentity, TokenizerFingerprint, digest
 from trl_blend.models.loading import find_config, find_generation_config, find_tokenizer
-from trl_blend.models.weights import ADAPTER_LAYOUT, fingerprint_tensors, hashable_state, layout_of, unhashable_reason
+from trl_blend.models.weights import (
+    ADAPTER_LAYOUT,
+    LazyTensor,
+    fingerprint_tensors,
+    hashable_state,
+    layout_of,
+    unhashable_reason,
+)
 from trl_blend.models.wrappers import AdapterConfig
 
 
@@ -125,7 +132,7 @@ def _identify_adapter(checkpoint: Checkpoint, tokenizer: Any, hash_weights: bool
         )
     except ConfigError as error:
         unhashed = f"the adapter's base model cannot be read: {error}"
-    tensors = weight_tensors(checkpoint, "adapter_model") if hash_weights else {}
+    tensors: dict[str, LazyTensor] = weight_tensors(checkpoint, "adapter_model") if hash_weights else {}
     own_eos = _eos_token_ids(_found(find_generation_config, checkpoint))
     return ModelIdentity(
         name=checkpoint.name,
@@ -174,7 +181,7 @@ def _found(find: Callable[..., Any], checkpoint: Checkpoint) -> Any:
         return None
 
 
-def _fingerprint_adapter(settings: AdapterConfig, tensors: dict[str, Callable]) -> AdapterFingerprint:
+def _fingerprint_adapter(settings: AdapterConfig, tensors: dict[str, LazyTensor]) -> AdapterFingerprint:
     weights = fingerprint_tensors(tensors, ADAPTER_LAYOUT)
     return AdapterFingerprint(weights, settings.sha256, settings.base_name, settings.is_neutral(tensors))
 

@@ -229,10 +229,8 @@ def load_frozen(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
     is put on its base.
 
     Args:
-        name (`str`):
-            Folder or Hub id.
-        argument (`str`):
-            Name of the argument that holds it, for the error messages.
+        name, argument:
+            See [`find_config`].
         arguments:
             Of `from_pretrained`, as they are: `dtype=None` is the checkpoint's.
 
@@ -288,11 +286,15 @@ def _named_tokenizer(model: str, argument: str, options: dict[str, Any]) -> PreT
 
 def _file(name: str, file: str, argument: str, options: dict[str, Any]) -> str | None:
     """Path of a file of a model; `None` where it has no such file."""
-    quietly = {
-        f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors", "gated_repo")
-    }
     try:
-        return cached_file(name, file, **_of_files(options), **quietly)
+        return cached_file(
+            name,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+            **_of_files(options),
+        )
     except (OSError, ValueError) as error:
         raise missing_model(name, error, argument, options.get("revision")) from error
 

@@ -4,6 +4,7 @@ files are called, however they are sharded and in whichever dtype the same value
 """
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -71,6 +72,10 @@ class _TensorDigest(NamedTuple):
     digest: bytes
     digest_bfloat16: bytes
 
+    @property
+    def values(self) -> tuple[tuple[int, ...], bytes]:
+        return self.shape, self.digest
+
 
 def _chunk_digests(chunk: torch.Tensor) -> tuple[bytes, bytes]:
     """Digests of a flat piece of a tensor: of its values, and of its values rounded to bfloat16."""
@@ -110,9 +115,7 @@ def _tensor_digest(read: LazyTensor) -> _TensorDigest:
     return _TensorDigest(tuple(tensor.shape), dtype, exact.digest(), rounded.digest())
 
 
-def fingerprint_tensors(
-    tensors: Mapping[str, LazyTensor], layout: Layout | None = None, num_threads: int | None = None
-) -> WeightsFingerprint:
+def fingerprint_tensors(tensors: Mapping[str, LazyTensor], layout: Layout | None = None) -> WeightsFingerprint:
     """
     Fingerprint of named tensors. Reads one tensor per thread at a time, one piece of it at a time: memory does not
     grow with the model.
@@ -122,13 +125,10 @@ def fingerprint_tensors(
             How to get each tensor.
         layout ([`Layout`], *optional*):
             Names of the architecture.
-        num_threads (`int`, *optional*, defaults to the number of cores, at most `8`):
-            Threads that hash.
     """
     layout = layout or Layout()
     names = sorted(name for name in tensors if not _is_legacy_buffer(name, tensors))
-    workers = num_threads or min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_tensor_digest, [tensors[name] for name in names]))
     found = {layout.canonical(name): digest for name, digest in zip(names, digests, strict=True)}
     if len(found) != len(names):
@@ -137,7 +137,7 @@ def fingerprint_tensors(
         )
     for name, source in layout.tied.items():
         # One tensor under two names; which of the two a file keeps is the writer's choice.
-        if name in found and (source not in found or _same(found[name], found[source])):
+        if name in found and (source not in found or found[name].values == found[source].values):
             found[source] = found.pop(name)
     return _combine(found)
 
@@ -147,10 +147,6 @@ def _is_legacy_buffer(name: str, names: Iterable[str]) -> bool:
     return match is not None and f"{name.rsplit('.', 1)[0]}.weight" not in names
 
 
-def _same(first: _TensorDigest, second: _TensorDigest) -> bool:
-    return (first.shape, first.digest) == (second.shape, second.digest)
-
-
 def _combine(found: Mapping[str, _TensorDigest]) -> WeightsFingerprint:
     exact, rounded = hashlib.sha256(), hashlib.sha256()
     dtypes: dict[str, int] = {}
@@ -158,10 +154,7 @@ def _combine(found: Mapping[str, _TensorDigest]) -> WeightsFingerprint:
         header = f"{name}\0{list(tensor.shape)}\0".encode()
         exact.update(header + tensor.digest)
         rounded.update(header + tensor.digest_bfloat16)
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + count
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return WeightsFingerprint(exact.hexdigest(), rounded.hexdigest(), dtypes, sum(dtypes.values()))
 
 

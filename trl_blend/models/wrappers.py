@@ -61,11 +61,7 @@ def innermost_model(model: nn.Module, argument: str) -> GenerationMixin:
 
 def check_adapters_can_be_disabled(model: nn.Module) -> None:
     """
-    Check that `model` with its adapters disabled is the model the adapters were put on.
-
-    Args:
-        model (`torch.nn.Module`):
-            PEFT model, or Hugging Face model with adapters.
+    Check that `model`, a PEFT model, is with its adapters disabled the model the adapters were put on.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]: If there are no adapters, or an adapter changed the base's own weights
@@ -87,11 +83,8 @@ def check_adapters_can_be_disabled(model: nn.Module) -> None:
 
 def what_changes_the_base(settings: Mapping[str, Any]) -> str | None:
     """
-    The setting with which an adapter changes its base's own weights; `None` if disabling it gives the base back.
-
-    Args:
-        settings (`Mapping[str, Any]`):
-            Fields of its PEFT configuration.
+    The setting, among the fields of a PEFT configuration, with which an adapter changes its base's own weights; `None`
+    if disabling it gives the base back.
     """
     bias, init = settings.get("bias", "none"), settings.get("init_lora_weights", True)
     if bias not in (None, "none"):

@@ -31,13 +31,7 @@ def as_list(teacher_model: Teacher) -> list[str | PreTrainedModel]:
 
 
 def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list[float], args: Any) -> None:
-    """
-    Refuse settings that contradict the teachers given.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]:
-            If the number of weights is not that of the teachers, or load settings come with a loaded teacher.
-    """
+    """Refuse another number of weights than teachers, and settings of loading for a teacher that is loaded."""
     num_teachers = max(len(teachers), 1)
     if len(weights) != num_teachers:
         raise ConfigError(
@@ -96,12 +90,6 @@ def check_names(
 
     Returns:
         `int`: Number of vocabulary rows that all models have.
-
-    Raises:
-        [`~trl_blend.errors.TokenizerMismatchError`]:
-            If one tokenizer maps an id to another token than the other.
-        [`~trl_blend.errors.UnsupportedError`]:
-            If a teacher is an encoder-decoder.
     """
     load = {"trust_remote_code": args.trust_remote_code}
     of_student = {"revision": (args.model_init_kwargs or {}).get("revision"), **load}
@@ -131,14 +119,8 @@ def load_partners(
     """
     Load the teachers that are names, freeze all of them, and switch them to evaluation mode.
 
-    Args:
-        teachers (`list[str | PreTrainedModel]`):
-            The teachers.
-        args ([`~transformers.TrainingArguments`]):
-            Configuration with `teacher_model_init_kwargs` and `teacher_model_revision`.
-        defaults (`dict[str, Any]`, *optional*):
-            What to load with unless `teacher_model_init_kwargs` says otherwise. By default the checkpoint decides the
-            dtype and, in a single process, TRL the device.
+    They are loaded with `defaults` unless `teacher_model_init_kwargs` says otherwise. Without, the checkpoint decides
+    the dtype and, in a single process, TRL the device.
     """
     arguments = dict(args.teacher_model_init_kwargs or {})
     if args.teacher_model_revision is not None:
@@ -155,15 +137,7 @@ def load_partners(
 
 
 def check_text_only(is_vision_language: bool, off: str) -> None:
-    """
-    Refuse vision-language students. One given by name is known as such only when its processor is loaded.
-
-    Args:
-        is_vision_language (`bool`):
-            Whether the student reads images.
-        off (`str`):
-            Setting that leaves the partner out, for the message.
-    """
+    """Refuse vision-language students; the setting `off` leaves the partner out."""
     if is_vision_language:
         raise UnsupportedError(
             "Vision-language students cannot be blended: the partner would need the image features at every decoding "
