@@ -76,15 +76,15 @@ def teacher_answers(prompts, teacher_name, tokenizer, script_args, training_args
     import torch
     from accelerate.utils import gather_object
     from datasets import Dataset
-    from transformers import AutoTokenizer, GenerationConfig, set_seed
+    from transformers import GenerationConfig, set_seed
 
-    from trl_blend._compat import load_replicated
+    from trl_blend.models.loading import find_tokenizer, load_frozen
     from trl_blend.scripts.decoding import decode, eos_token_ids, own_share, tokenize_prompts
 
     state = training_args.distributed_state
     # In full on every process, also under FSDP and ZeRO-3
-    teacher = load_replicated(teacher_name, dtype=dtype, device_map=None).to(training_args.device).eval()
-    own = {tokenizer.eos_token_id, AutoTokenizer.from_pretrained(teacher_name).eos_token_id}
+    teacher = load_frozen(teacher_name, "teacher", dtype=dtype, device_map=None).to(training_args.device)
+    own = {tokenizer.eos_token_id, find_tokenizer(teacher_name, "teacher", required=True).eos_token_id}
     settings = GenerationConfig(
         do_sample=True,
         temperature=script_args.temperature,

@@ -7,10 +7,10 @@ expect, so `except ValueError` keeps working.
 | error | raised by | when |
 |---|---|---|
 | [`ConfigError`] | a config's `__post_init__`, a trainer's constructor, a rule | a setting is outside its range or contradicts another |
-| [`TokenizerMismatchError`] | `teacher.compatibility` | student and partner do not map the same tokens to the same ids |
-| [`StoreError`] | `teacher.store`, `teacher.shards`, `teacher.validation` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
-| [`ConsistencyError`] | `teacher.consistency` | the teacher of the log-probs is not, or not provably, the teacher of the student's SFT |
-| [`EngineError`] | `teacher.vllm_client`, `teacher.vllm_server` | a vLLM server cannot be reached, refuses a request, or does not return what is needed |
+| [`TokenizerMismatchError`] | `models.compatibility` | student and partner do not map the same tokens to the same ids |
+| [`StoreError`] | `rollouts.store`, `rollouts.shard`, `rollouts.checks`, `_files` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
+| [`ConsistencyError`] | `consistency.report` | the teacher of the log-probs is not, or not provably, the teacher of the student's SFT |
+| [`EngineError`] | `rollouts.engines.vllm_server` | a vLLM server cannot be reached, refuses a request, or does not return what is needed |
 | [`HubError`] | a trainer's constructor and `push_to_hub`, `RolloutStore.push_to_hub` | the Hub cannot be reached, refuses the token or the repository, or an upload ends early |
 | [`UnsupportedError`] | a trainer's constructor, `blended_generation` | a combination that this package cannot run correctly |
 """

@@ -73,7 +73,7 @@ def test_lists_zeros_and_switches_of_a_configuration_file(models, tmp_path, monk
         (["first"], [], "the following arguments are required: --teacher_weight"),
         (["first"], ["--teacher_weight", "2"], "`--teacher_weight[0]` is 2.0."),
         (["first", "second"], ["--teacher_weight", "0.3"], "has 1 value(s) for 2 reference(s)"),
-        (["nowhere/x"], ["--teacher_weight", "0.3"], "'nowhere/x' is neither a folder nor a Hub model"),
+        (["nowhere/x"], ["--teacher_weight", "0.3"], "'nowhere/x' is neither a folder with a model"),
         (["first"], ["--teacher_weight", "0.3", "--mixing_space", "sums"], "argument --mixing_space: invalid choice"),
         (["first"], ["--teacher_weight", "0.3", "--teacher", "x"], "unknown option `--teacher`"),
     ],

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from tests.rollouts.stores import contents
 from tests.tiny import tiny_tokenizer
 from trl_blend.errors import ConfigError, StoreError
-from trl_blend.models.tokenizer_identity import fingerprint_tokenizer
+from trl_blend.models.fingerprint import fingerprint_tokenizer
 from trl_blend.rollouts.format import row_key
 from trl_blend.rollouts.lightning import import_lightning_opd
 from trl_blend.rollouts.store import load_scored_rollouts

@@ -5,11 +5,11 @@ the student's own, and do the numbers belong to the rows.
 
 import dataclasses
 import os
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import torch
 
 from trl_blend.consistency import identity_checks, score_checks
 from trl_blend.consistency.identity_checks import Identities
@@ -19,6 +19,8 @@ from trl_blend.consistency.rows import SampledRows, sample_rows
 from trl_blend.errors import ConfigError, TrlBlendError
 from trl_blend.models.fingerprint import identify_model
 from trl_blend.models.identity import ModelIdentity
+from trl_blend.models.loading import DTYPES, LoadOptions, load_model
+from trl_blend.rollouts.format import Manifest
 from trl_blend.rollouts.store import RolloutStore, load_scored_rollouts
 
 
@@ -105,34 +107,58 @@ def check_teacher_consistency(
     manifest = scored.manifest if isinstance(scored, RolloutStore) else None
     who = _identities(student, manifest, sft_teacher, processing_class, revision)
     rows = sample_rows(scored, max(num_rows, NUM_STATISTICS_ROWS))
-    sampling = manifest.sampling if manifest is not None else None
-
     rescored = _rescore(teacher, teacher_revision, rows, num_rows, manifest, tolerance, tokens_per_batch)
     if who.scoring_teacher is None and rescored.severity == "ok":
         live = identify_model(teacher, revision=teacher_revision)
         notes = {**who.notes, "scoring_teacher": "not recorded; the live teacher gives the stored log-probs"}
         who = dataclasses.replace(who, scoring_teacher=live, notes=notes)
 
-    eos = (sampling or {}).get("eos_token_ids") or who.student.eos_token_ids
-    teacher_eos = who.scoring_teacher.eos_token_ids if who.scoring_teacher is not None else []
-    return ConsistencyReport(
-        [
-            identity_checks.check_manifest(who),
+    return _report(who, rows, manifest, rescored)
+
+
+def check_store(store: RolloutStore) -> ConsistencyReport:
+    """
+    The checks that need no model, among what a store of scored rollouts records.
+
+    Raises:
+        [`~trl_blend.errors.StoreError`]: If its rows are not valid.
+    """
+    student, teacher = (
+        None if fields is None else ModelIdentity.from_dict(fields)
+        for fields in (store.manifest.student, store.manifest.teacher)
+    )
+    who = Identities(None, has_manifest=True, scoring_teacher=teacher, rollout_student=student)
+    return _report(who, sample_rows(store, NUM_STATISTICS_ROWS), store.manifest)
+
+
+def _report(
+    who: Identities, rows: SampledRows, manifest: Manifest | None, rescored: Finding | None = None
+) -> ConsistencyReport:
+    sampling = manifest.sampling if manifest is not None else None
+    student, teacher = who.student or who.rollout_student, who.scoring_teacher
+    eos = (sampling or {}).get("eos_token_ids") or (student.eos_token_ids if student is not None else [])
+    findings = [identity_checks.check_manifest(who)]
+    if who.student is not None:
+        findings += [
             identity_checks.check_provenance(who),
             identity_checks.check_teacher(who),
             identity_checks.check_rollout_student(who),
-            identity_checks.check_tokenizer(who),
-            identity_checks.check_chat_template(who),
-            rescored,
-            score_checks.check_policy_gap(rows, sampling),
-            score_checks.check_unlikely_tokens(rows),
-            score_checks.check_eos(rows, eos, teacher_eos),
-            score_checks.check_truncation(rows, eos),
         ]
-    )
+    findings += [identity_checks.check_tokenizer(who), identity_checks.check_chat_template(who)]
+    if rescored is not None:
+        findings.append(rescored)
+    findings += [
+        score_checks.check_policy_gap(rows, sampling),
+        score_checks.check_unlikely_tokens(rows),
+        score_checks.check_eos(rows, eos, teacher.eos_token_ids if teacher is not None else []),
+        score_checks.check_truncation(rows, eos),
+    ]
+    return ConsistencyReport(findings)
 
 
-def _identities(student: Any, manifest: Any, sft_teacher: Any, tokenizer: Any, revision: str | None) -> Identities:
+def _identities(
+    student: Any, manifest: Manifest | None, sft_teacher: Any, tokenizer: Any, revision: str | None
+) -> Identities:
     notes: dict[str, str] = {}
     seen: dict[tuple[str, str | None], ModelIdentity | None] = {}  # a checkpoint named twice is read once
 
@@ -142,7 +168,14 @@ def _identities(student: Any, manifest: Any, sft_teacher: Any, tokenizer: Any, r
         return seen[name, commit]
 
     def completed(role: str, identity: ModelIdentity) -> ModelIdentity:
-        return _with_weights(identity, role, notes, read)
+        """Weights that were not hashed, from the checkpoint of that name, where it is here."""
+        if identity.weights is not None or not identity.name:
+            return identity
+        found = read(identity.name, identity.commit)
+        if found is None or found.weights is None:
+            return identity
+        notes[role] = f"{identity.unhashed or 'weights not recorded'}: compared is the checkpoint {identity.name}"
+        return dataclasses.replace(identity, weights=found.weights, adapter=identity.adapter or found.adapter)
 
     def of_manifest(role: str, entry: str) -> ModelIdentity | None:
         fields = getattr(manifest, entry, None)
@@ -177,39 +210,24 @@ def _identify_locally(name: str, commit: str | None) -> ModelIdentity | None:
     return None
 
 
-def _with_weights(
-    identity: ModelIdentity,
-    role: str,
-    notes: dict[str, str],
-    read: Callable[[str, str | None], ModelIdentity | None],
-) -> ModelIdentity:
-    """Weights that were not hashed, from the checkpoint of that name, where it is here."""
-    if identity.weights is not None or not identity.name:
-        return identity
-    found = read(identity.name, identity.commit)
-    if found is None or found.weights is None:
-        return identity
-    notes[role] = f"{identity.unhashed or 'weights not recorded'}: compared is the checkpoint {identity.name}"
-    return dataclasses.replace(identity, weights=found.weights, adapter=identity.adapter or found.adapter)
-
-
 def _rescore(
     teacher: Any,
     revision: str | None,
     rows: SampledRows,
     num_rows: int,
-    manifest: Any,
+    manifest: Manifest | None,
     tolerance: float | None,
     tokens_per_batch: int,
 ) -> Finding:
     if teacher is None or num_rows == 0:
-        return Finding(
-            "rescored", "info", "Not re-scored: no live teacher was given." if num_rows else "Not asked for."
-        )
+        message = "Not re-scored: no live teacher was given." if num_rows else "Not asked for."
+        return Finding("rescored", "info", message)
     from trl_blend.rollouts.engines.local import score_sequences
 
     scoring = manifest.scoring if manifest is not None else None
-    model = _load_teacher(teacher, revision, scoring)
+    scored_in = str((scoring or {}).get("dtype"))
+    load = LoadOptions(revision, scored_in if scored_in in DTYPES else "auto", load_in_4bit=scored_in == "4bit")
+    model = load_model(teacher, "teacher", load, torch.device("cuda") if torch.cuda.is_available() else None)
     chosen = rows.first(num_rows)
     try:
         scores = score_sequences(model, chosen.prompt_ids, chosen.completion_ids, tokens_per_batch=tokens_per_batch)
@@ -226,19 +244,3 @@ def _dtype_of(model: Any) -> str:
         if getattr(model, f"is_loaded_in_{bits}", False):
             return bits
     return "8bit" if getattr(model, "is_quantized", False) else str(model.dtype).removeprefix("torch.")
-
-
-def _load_teacher(teacher: Any, revision: str | None, scoring: dict[str, Any] | None) -> Any:
-    if not isinstance(teacher, str):
-        return teacher
-    import torch
-
-    from trl_blend.models.loading import DTYPES, LoadOptions, load_model
-
-    dtype = str((scoring or {}).get("dtype"))
-    options = LoadOptions(
-        revision=revision,
-        dtype=dtype if dtype in DTYPES else "auto",
-        load_in_4bit=dtype == "4bit",
-    )
-    return load_model(teacher, "teacher", options, torch.device("cuda") if torch.cuda.is_available() else None)

@@ -16,6 +16,10 @@ HOW_TO_IDENTIFY = (
     "Collect and score with `trl-blend rollouts` and `trl-blend score`, which record who did it, or go on without "
     'with `teacher_consistency="warn"`.'
 )
+ONE_CHAT_TEMPLATE = (
+    "Use one chat template in fine-tuning, collecting and scoring. A teacher that is asked in a format which it does "
+    "not know gives other log-probs."
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Identities:
     Who took part, as far as it is known.
 
     Args:
-        student ([`~trl_blend.models.identity.ModelIdentity`]):
-            The model that is to be trained.
+        student ([`~trl_blend.models.identity.ModelIdentity`], *optional*):
+            The model that is to be trained; `None` where only the data are checked.
         has_manifest (`bool`):
             Whether the data have a manifest at all.
         scoring_teacher ([`~trl_blend.models.identity.ModelIdentity`], *optional*):
@@ -38,7 +42,7 @@ class Identities:
             Per role, how its identity was come by where that is not the plain way.
     """
 
-    student: ModelIdentity
+    student: ModelIdentity | None
     has_manifest: bool
     scoring_teacher: ModelIdentity | None = None
     rollout_student: ModelIdentity | None = None
@@ -54,11 +58,8 @@ class Identities:
 
 def check_manifest(who: Identities) -> Finding:
     """The data say who sampled and who scored them."""
-    unknown = [
-        role
-        for role, identity in (("the student", who.rollout_student), ("the teacher", who.scoring_teacher))
-        if identity is None
-    ]
+    roles = {"the student": who.rollout_student, "the teacher": who.scoring_teacher}
+    unknown = [role for role, identity in roles.items() if identity is None]
     if not unknown:
         return Finding("manifest", "ok", "The data record who sampled and who scored them.")
     what = "have no manifest" if not who.has_manifest else f"do not record {' and '.join(unknown)}"
@@ -69,37 +70,30 @@ def check_manifest(who: Identities) -> Finding:
 def check_provenance(who: Identities) -> Finding:
     """The teacher of the student's fine-tuning is recorded or stated, and not one recorded and another stated."""
     if who.provenance is None:
-        return Finding(
-            "provenance",
-            "missing",
-            f"Nothing says which teacher {who.student.describe()} was fine-tuned on: no teacher_provenance.json "
-            "beside it.",
-            {"student": who.student.name},
-            HOW_TO_RECORD,
+        student = who.student or ModelIdentity()
+        message = (
+            f"Nothing says which teacher {student.describe()} was fine-tuned on: no teacher_provenance.json beside it."
         )
-    evidence = {"teacher": who.provenance.teacher.describe(), "how": who.provenance.how}
+        return Finding("provenance", "missing", message, {"student": student.name}, HOW_TO_RECORD)
+    teacher = who.provenance.teacher.describe()
+    evidence: dict[str, Any] = {"teacher": teacher, "how": who.provenance.how}
     if who.recorded is None:
         resolved = "compared by its fingerprint" if who.provenance.teacher.weights else "known by its name only"
-        return Finding(
-            "provenance",
-            "info",
-            f"The teacher of the fine-tuning is stated, not verified: {evidence['teacher']}, {resolved}.",
-            evidence,
-            "Record it beside the checkpoint with `trl-blend record-teacher`, so that it need not be stated again.",
+        message = f"The teacher of the fine-tuning is stated, not verified: {teacher}, {resolved}."
+        remedy = (
+            "Record it beside the checkpoint with `trl-blend record-teacher`, so that it need not be stated again."
         )
+        return Finding("provenance", "info", message, evidence, remedy)
     evidence["created_at"] = who.recorded.created_at
     if who.stated is not None:
         compared = compare_identities(who.recorded.teacher, who.stated.teacher)
         if compared.relation in ("different", "unknown"):
-            return Finding(
-                "provenance",
-                "error",
-                f"`sft_teacher` is {who.stated.teacher.describe()}, but the record beside the student names "
-                f"{who.recorded.teacher.describe()}.",
-                {**evidence, "stated": who.stated.teacher.describe(), **compared.to_dict()},
-                "Leave `sft_teacher` out, or correct the record with `trl-blend record-teacher --overwrite`.",
-            )
-    return Finding("provenance", "ok", f"The teacher of the fine-tuning is recorded: {evidence['teacher']}.", evidence)
+            stated = who.stated.teacher.describe()
+            message = f"`sft_teacher` is {stated}, but the record beside the student names {teacher}."
+            evidence |= {"stated": stated, **compared.to_dict()}
+            remedy = "Leave `sft_teacher` out, or correct the record with `trl-blend record-teacher --overwrite`."
+            return Finding("provenance", "error", message, evidence, remedy)
+    return Finding("provenance", "ok", f"The teacher of the fine-tuning is recorded: {teacher}.", evidence)
 
 
 def check_teacher(who: Identities) -> Finding:
@@ -119,7 +113,7 @@ def check_teacher(who: Identities) -> Finding:
 
 def check_rollout_student(who: Identities) -> Finding:
     """The model that sampled the data is the one that is to be trained: same weights, adapter and configuration."""
-    if who.rollout_student is None:
+    if who.student is None or who.rollout_student is None:
         return Finding("rollout_student", "info", "Not compared: the student that sampled the data is unknown.")
     return _compared(
         "rollout_student",
@@ -151,8 +145,7 @@ def _compared(name: str, first: Role, second: Role, notes: dict[str, str], remed
 
 
 def _verdict(compared: Comparison, first: Role, second: Role) -> tuple[Severity, str]:
-    pair = f"{first[1]}, {first[2].describe()}, and {second[1]}, {second[2].describe()}"
-    pair = _capital(pair)
+    pair = _capital(f"{first[1]}, {first[2].describe()}, and {second[1]}, {second[2].describe()}")
     if compared.relation == "different":
         return "error", f"{pair}, differ in {', '.join(compared.differences)}."
     if compared.relation == "unknown":
@@ -178,26 +171,21 @@ def check_tokenizer(who: Identities) -> Finding:
         odd = [role for role in others if known[role].parts[part] != known[first].parts[part]]
         if odd:
             sizes = ", ".join(f"{role}: {tokenizer.vocab_size}" for role, tokenizer in known.items())
-            return Finding(
-                "tokenizer",
-                "error",
-                f"The {part} of {_listed(odd)} differs from that of {first} (number of tokens: {sizes}).",
-                {**evidence, "part": part, "differs": odd},
-                "Token ids mean the same only with one tokenizer: use the tokenizer that the data were made with.",
-            )
-    for what, value in (
-        ("end-of-sequence token", lambda role: known[role].eos_token_id),
-        ("flags of added tokens", lambda role: known[role].parts["added_tokens"]),
-    ):
-        odd = [role for role in others if value(role) != value(first)]
+            message = f"The {part} of {_listed(odd)} differs from that of {first} (number of tokens: {sizes})."
+            evidence |= {"part": part, "differs": odd}
+            remedy = "Token ids mean the same only with one tokenizer: use the tokenizer that the data were made with."
+            return Finding("tokenizer", "error", message, evidence, remedy)
+    minor: dict[str, dict[str, Any]] = {
+        "end-of-sequence token": {role: tokenizer.eos_token_id for role, tokenizer in known.items()},
+        "flags of added tokens": {role: tokenizer.parts["added_tokens"] for role, tokenizer in known.items()},
+    }
+    for what, values in minor.items():
+        odd = [role for role in others if values[role] != values[first]]
         if odd:
-            return Finding(
-                "tokenizer",
-                "warning",
-                f"Same vocabulary, but the {what} of {_listed(odd)} differs from that of {first}.",
-                {**evidence, "part": what, "differs": odd},
-                "See the finding `eos` for whether it matters for these data.",
-            )
+            message = f"Same vocabulary, but the {what} of {_listed(odd)} differs from that of {first}."
+            evidence |= {"part": what, "differs": odd}
+            remedy = "See the finding `eos` for whether it matters for these data."
+            return Finding("tokenizer", "warning", message, evidence, remedy)
     return Finding("tokenizer", "ok", f"The tokenizers of {_listed(known)} are the same.", evidence)
 
 
@@ -216,22 +204,13 @@ def check_chat_template(who: Identities) -> Finding:
     without = [role for role, digest in evidence.items() if digest is None]
     rendered = {identity.chat_rendering_sha256 for _, identity in roles if identity.chat_rendering_sha256}
     if len(rendered) > 1:
-        return Finding(
-            "chat_template",
-            "error",
-            f"The chat templates of {_listed(evidence)} differ and render the same conversation differently.",
-            {**evidence, "rendering": {role: identity.chat_rendering_sha256 for role, identity in roles}},
-            "Use one chat template in fine-tuning, collecting and scoring. A teacher that is asked in a format which "
-            "it does not know gives other log-probs.",
-        )
+        message = f"The chat templates of {_listed(evidence)} differ and render the same conversation differently."
+        evidence["rendering"] = {role: identity.chat_rendering_sha256 for role, identity in roles}
+        return Finding("chat_template", "error", message, evidence, ONE_CHAT_TEMPLATE)
     if without:
-        return Finding(
-            "chat_template",
-            "warning",
-            _capital(f"{_listed(without)} has no chat template, the others do."),
-            evidence,
-            "Check that the prompts of the data are in the format that the teacher knows.",
-        )
+        message = _capital(f"{_listed(without)} has no chat template, the others do.")
+        remedy = "Check that the prompts of the data are in the format that the teacher knows."
+        return Finding("chat_template", "warning", message, evidence, remedy)
     message = f"The chat templates of {_listed(evidence)} have different texts and render plain conversations alike."
     return Finding("chat_template", "info", message, evidence)
 

@@ -93,6 +93,8 @@ def inspect_store(
     summary = summarize(opened)
     if opened.kind != "scored_rollouts":
         return Inspection(summary, None, f"Score it with `trl-blend score --rollouts {opened.name}`.")
+    from trl_blend.consistency.check import check_store, check_teacher_consistency  # models: slow to import
+
     student = model_name_or_path
     if student is None and teacher_model_name_or_path is not None:
         student = (opened.manifest.student or {}).get("name")
@@ -102,9 +104,7 @@ def inspect_store(
                 f"`teacher_model_name_or_path={teacher_model_name_or_path!r}`."
             )
     if student is None:
-        return Inspection(summary, _check_store(opened), HOW_TO_CHECK_MORE)
-    from trl_blend.consistency.check import check_teacher_consistency
-
+        return Inspection(summary, check_store(opened), HOW_TO_CHECK_MORE)
     report = check_teacher_consistency(
         student,
         opened,
@@ -115,34 +115,6 @@ def inspect_store(
         num_rows=rescore_num_rows,
     )
     return Inspection(summary, report, "")
-
-
-def _check_store(store: RolloutStore) -> ConsistencyReport:
-    """The checks that need no model, among what the store records."""
-    from trl_blend.consistency import identity_checks, score_checks
-    from trl_blend.consistency.check import NUM_STATISTICS_ROWS
-    from trl_blend.consistency.rows import sample_rows
-
-    manifest = store.manifest
-    student, teacher = (
-        None if fields is None else ModelIdentity.from_dict(fields) for fields in (manifest.student, manifest.teacher)
-    )
-    who = identity_checks.Identities(
-        student=ModelIdentity(), has_manifest=True, scoring_teacher=teacher, rollout_student=student
-    )
-    rows, sampling = sample_rows(store, NUM_STATISTICS_ROWS), manifest.sampling
-    eos = (sampling or {}).get("eos_token_ids") or (student.eos_token_ids if student is not None else [])
-    return ConsistencyReport(
-        [
-            identity_checks.check_manifest(who),
-            identity_checks.check_tokenizer(who),
-            identity_checks.check_chat_template(who),
-            score_checks.check_policy_gap(rows, sampling),
-            score_checks.check_unlikely_tokens(rows),
-            score_checks.check_eos(rows, eos, teacher.eos_token_ids if teacher is not None else []),
-            score_checks.check_truncation(rows, eos),
-        ]
-    )
 
 
 def _describe(summary: dict[str, Any]) -> list[tuple[str, str]]:

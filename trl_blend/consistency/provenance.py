@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from trl_blend._files import write_atomically
 from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import find_checkpoint
-from trl_blend.models.fingerprint import ModelIdentity, identify_model
-from trl_blend.models.identity import compare_identities
+from trl_blend.models.fingerprint import identify_model
+from trl_blend.models.identity import ModelIdentity, compare_identities
+from trl_blend.models.wrappers import AdapterConfig
 
 
 PROVENANCE_FILE = "teacher_provenance.json"
@@ -32,7 +33,7 @@ class TeacherProvenance:
     The teacher whose samples a student was fine-tuned on.
 
     Args:
-        teacher ([`~trl_blend.models.fingerprint.ModelIdentity`]):
+        teacher ([`~trl_blend.models.identity.ModelIdentity`]):
             Its identity.
         how (`str`):
             `"recorded"` beside the checkpoint, or `"stated"` by the user of the checkpoint, which nothing verifies.
@@ -70,8 +71,7 @@ class TeacherProvenance:
         """Write `teacher_provenance.json` into a folder, all of it or nothing."""
         path = Path(folder) / PROVENANCE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        write_atomically(path, text.encode())
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
         return path
 
     @classmethod
@@ -89,11 +89,6 @@ class TeacherProvenance:
             ) from error
 
 
-def identify_teacher(teacher: Any, revision: str | None = None) -> ModelIdentity:
-    """The identity of a teacher that is given as one, as a name or as a model."""
-    return teacher if isinstance(teacher, ModelIdentity) else identify_model(teacher, revision=revision)
-
-
 def record_teacher(
     checkpoint_folder: str | os.PathLike[str],
     teacher: Any,
@@ -108,7 +103,7 @@ def record_teacher(
     Args:
         checkpoint_folder (`str` or `os.PathLike`):
             Folder of the student's checkpoint.
-        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.fingerprint.ModelIdentity`]):
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.identity.ModelIdentity`]):
             The model whose samples the student was trained on. The weights that count are those which generated.
         revision (`str`, *optional*):
             Revision of a Hub id.
@@ -129,10 +124,14 @@ def record_teacher(
             f"checkpoint_folder={str(folder)!r} holds no model (no config.json or adapter_config.json): give the "
             "student's checkpoint."
         )
-    identity = identify_teacher(teacher, revision)
+    identity = _identify(teacher, revision)
     if not overwrite:
         _refuse_another(folder, identity, "`overwrite=True` (`--overwrite`) replaces it")
     return _write(folder, identity, note)
+
+
+def _identify(teacher: Any, revision: str | None) -> ModelIdentity:
+    return teacher if isinstance(teacher, ModelIdentity) else identify_model(teacher, revision=revision)
 
 
 def _write(folder: Path, identity: ModelIdentity, note: str) -> TeacherProvenance:
@@ -169,27 +168,20 @@ def read_provenance(student: Any, *, revision: str | None = None) -> TeacherProv
         [`~trl_blend.errors.ConfigError`]: If there is a file that is no record, or the name is no model.
     """
     if not isinstance(student, (str, os.PathLike)):
-        return _provenance_of_model(student)
+        config = student.config
+        return _read_if_here(getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None))
     checkpoint = find_checkpoint(os.fspath(student), revision)
     if (checkpoint.folder / PROVENANCE_FILE).is_file():
         return TeacherProvenance.load(checkpoint.folder / PROVENANCE_FILE)
     if checkpoint.is_adapter:
-        settings = json.loads((checkpoint.folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return _provenance_if_found(settings.get("base_model_name_or_path"), settings.get("revision"))
+        adapter = AdapterConfig.of_folder(checkpoint.folder)
+        return _read_if_here(adapter.base_name, adapter.base_revision)
     return None
 
 
-def _provenance_of_model(model: Any) -> TeacherProvenance | None:
-    config = model.config
-    name, commit = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
-    return _provenance_if_found(name, commit)
-
-
-def _provenance_if_found(name: str | None, revision: str | None) -> TeacherProvenance | None:
-    if not name:
-        return None
+def _read_if_here(name: str | None, revision: str | None) -> TeacherProvenance | None:
     try:
-        find_checkpoint(name, revision)
+        find_checkpoint(name or "", revision)
     except ConfigError:
         return None  # a name of another machine is no statement about this one
     return read_provenance(name, revision=revision)
@@ -205,12 +197,10 @@ class TeacherProvenanceCallback(TrainerCallback):
     `trainer.save_model(folder)` is not known to callbacks: use [`record_teacher`] there.
 
     Args:
-        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.fingerprint.ModelIdentity`]):
+        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.identity.ModelIdentity`]):
             The model whose samples the SFT data are.
-        revision (`str`, *optional*):
-            Revision of a Hub id.
-        note (`str`, *optional*):
-            Free text.
+        revision, note (`str`, *optional*):
+            See [`record_teacher`].
 
     Example:
 
@@ -228,18 +218,18 @@ class TeacherProvenanceCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self._identity = identify_teacher(self.teacher, self.revision)
-        folder = Path(args.output_dir)
+        self._identity = _identify(self.teacher, self.revision)
         if state.global_step > 0:
-            _refuse_another(folder, self._identity, "Continue with the same one, or use another output_dir")
-        _write(folder, self._identity, self.note)
+            remedy = "Continue with the same one, or use another output_dir"
+            _refuse_another(Path(args.output_dir), self._identity, remedy)
+        _write(Path(args.output_dir), self._identity, self.note)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self._identity is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if folder.is_dir():
-                _write(folder, self._identity, self.note)
+        self._write(state, Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self._identity is not None:
-            _write(Path(args.output_dir), self._identity, self.note)
+        self._write(state, Path(args.output_dir))
+
+    def _write(self, state: Any, folder: Path) -> None:
+        if state.is_world_process_zero and self._identity is not None and folder.is_dir():
+            _write(folder, self._identity, self.note)

@@ -83,9 +83,7 @@ class ConsistencyReport:
         raise KeyError(f"no check {name!r} in this report: {[finding.name for finding in self.findings]}")
 
     def raise_if_failed(self) -> None:
-        """
-        Raise [`ConsistencyError`] with every failed check and its remedy; its `report` is this one.
-        """
+        """Raise [`ConsistencyError`] with every failed check and its remedy; its `report` is this one."""
         if self.ok:
             return
         failed = "\n".join(f"  {finding}".replace("\n", "\n  ") for finding in self.errors)

@@ -89,13 +89,12 @@ def sample_rows(scored: Any, num_rows: int, seed: int = 0) -> SampledRows:
 def _from_store(store: RolloutStore, num_rows: int, generator: np.random.Generator) -> pa.Table:
     shards = store.manifest.shards
     chosen = generator.permutation(len(shards))[:MAX_SHARDS]
-    available = np.array([shards[index]["rows"] for index in chosen])
-    drawn = generator.permutation(int(available.sum()))[:num_rows]
-    of_shard = np.searchsorted(available.cumsum(), drawn, side="right")
-    starts = available.cumsum() - available
+    ends = np.cumsum([shards[index]["rows"] for index in chosen])
+    drawn = np.sort(generator.permutation(int(ends[-1]))[:num_rows])
     parts = []
-    for position, index in enumerate(chosen):
-        rows = np.sort(drawn[of_shard == position] - starts[position])
+    for index, end in zip(chosen, ends, strict=True):
+        start = end - shards[index]["rows"]
+        rows = drawn[(start <= drawn) & (drawn < end)] - start
         if len(rows):
             table = read_record(store.folder, shards[index])
             wanted = [name for name in (*_REQUIRED, *_OPTIONAL) if name in table.column_names]

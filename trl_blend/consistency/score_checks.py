@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_blend.consistency.report import Finding
+from trl_blend.consistency.report import Finding, Severity
 from trl_blend.consistency.rows import SampledRows
 from trl_blend.errors import UnsupportedError
 from trl_blend.rollouts.engines.base import nucleus_settings
@@ -30,6 +30,17 @@ MAX_UNLIKELY_SHARE = 0.01
 MIN_EOS_LOGP = -5.0
 MAX_TRUNCATED_SHARE = 0.5
 _NUM_WORST_ROWS = 5
+
+REMEDIES = {
+    "rescored": "Score the rollouts again with this teacher at temperature 1 (`trl-blend score`), or give the teacher "
+    "that scored them. If a few rows differ and most do not, scores have been moved between rows.",
+    "policy_gap": "A student that was fine-tuned on samples of this teacher starts closer. Check the teacher, the "
+    "chat template of the prompts, and that the fine-tuning has converged.",
+    "unlikely_tokens": "Look at those tokens: another chat template, another tokenizer or another teacher than that "
+    "of the fine-tuning make them.",
+    "eos": "Keep the EOS token in the completions and mark cut ones in `truncated`; `trl-blend rollouts` does both. "
+    "Otherwise the student never learns to stop.",
+}
 
 
 def rescoring_tolerance(logps_dtype: str, scoring: dict[str, Any] | None, live_dtype: str) -> float:
@@ -69,9 +80,8 @@ def check_rescored(rows: SampledRows, live_logps: Sequence[np.ndarray], toleranc
         tolerance (`float`):
             In nats.
     """
-    differences = [
-        stored.astype(np.float64) - live for stored, live in zip(rows.teacher_logps, live_logps, strict=True)
-    ]
+    pairs = zip(rows.teacher_logps, live_logps, strict=True)
+    differences = [stored.astype(np.float64) - live for stored, live in pairs]
     together = np.concatenate(differences)
     per_row = np.array([np.abs(difference).mean() for difference in differences])
     mean, bias = float(np.abs(together).mean()), float(together.mean())
@@ -98,26 +108,19 @@ def check_rescored(rows: SampledRows, live_logps: Sequence[np.ndarray], toleranc
     if mean <= tolerance and abs(bias) <= BIAS_FACTOR * tolerance and num_bad == 0:
         return Finding("rescored", "ok", f"The live teacher gives the stored log-probs ({measured}).", evidence)
     listed = ", ".join(f"{rows.names[index]} ({per_row[index]:.2g})" for index in worst)
-    return Finding(
-        "rescored",
-        "error",
+    message = (
         f"The live teacher does not give the stored log-probs: they differ by {measured}, mean difference "
-        f"{bias:+.2g}; {num_bad} rows are beyond {ROW_FACTOR * tolerance:g}. Worst rows: {listed}.",
-        evidence,
-        "Score the rollouts again with this teacher at temperature 1 (`trl-blend score`), or give the teacher that "
-        "scored them. If a few rows differ and most do not, scores have been moved between rows.",
+        f"{bias:+.2g}; {num_bad} rows are beyond {ROW_FACTOR * tolerance:g}. Worst rows: {listed}."
     )
+    return Finding("rescored", "error", message, evidence, REMEDIES["rescored"])
 
 
 def rescoring_failed(error: Exception) -> Finding:
     """The finding where the live teacher could not score the rows: an error where they do not fit it (ids, length)."""
-    return Finding(
-        "rescored",
-        "warning" if isinstance(error, UnsupportedError) else "error",
-        f"The live teacher cannot score the stored rows: {error}",
-        {"error": type(error).__name__},
-        "Give the teacher that scored the rollouts, or leave re-scoring out.",
-    )
+    severity: Severity = "warning" if isinstance(error, UnsupportedError) else "error"
+    message = f"The live teacher cannot score the stored rows: {error}"
+    remedy = "Give the teacher that scored the rollouts, or leave re-scoring out."
+    return Finding("rescored", severity, message, {"error": type(error).__name__}, remedy)
 
 
 def check_policy_gap(rows: SampledRows, sampling: dict[str, Any] | None) -> Finding:
@@ -140,12 +143,8 @@ def check_policy_gap(rows: SampledRows, sampling: dict[str, Any] | None) -> Find
     if student is None and plain:
         student, source = rows.rollout_logps, "rollout_logps"
     if student is None:
-        return Finding(
-            "policy_gap",
-            "info",
-            "Not measured: the rows have no `student_logps`, and `rollout_logps` are not those of temperature 1.",
-            remedy="Collect with `trl-blend rollouts`, which stores them.",
-        )
+        message = "Not measured: the rows have no `student_logps`, and `rollout_logps` are not those of temperature 1."
+        return Finding("policy_gap", "info", message, remedy="Collect with `trl-blend rollouts`, which stores them.")
     gaps = [own.astype(np.float64) - other for own, other in zip(student, rows.teacher_logps, strict=True)]
     together, per_row = np.concatenate(gaps), np.array([gap.mean() for gap in gaps])
     mean = float(together.mean())
@@ -164,14 +163,8 @@ def check_policy_gap(rows: SampledRows, sampling: dict[str, Any] | None) -> Find
     message = f"{what} of student to teacher {where}, step 0: {mean:.3g} nats per token"
     if mean <= MAX_GAP:
         return Finding("policy_gap", "ok", f"{message}.", evidence)
-    return Finding(
-        "policy_gap",
-        "warning",
-        f"{message}, above {MAX_GAP:g}: the student is far from this teacher.",
-        evidence,
-        "A student that was fine-tuned on samples of this teacher starts closer. Check the teacher, the chat template "
-        "of the prompts, and that the fine-tuning has converged.",
-    )
+    message += f", above {MAX_GAP:g}: the student is far from this teacher."
+    return Finding("policy_gap", "warning", message, evidence, REMEDIES["policy_gap"])
 
 
 def _is_plain_sampling(sampling: dict[str, Any] | None) -> bool:
@@ -192,14 +185,8 @@ def check_unlikely_tokens(rows: SampledRows) -> Finding:
     message = f"{share:.2%} of the tokens have a teacher log-prob below {UNLIKELY_LOGP:g}"
     if share <= MAX_UNLIKELY_SHARE:
         return Finding("unlikely_tokens", "ok", f"{message}.", evidence)
-    return Finding(
-        "unlikely_tokens",
-        "warning",
-        f"{message} (more than {MAX_UNLIKELY_SHARE:.0%}). They dominate the gradient.",
-        evidence,
-        "Look at those tokens: another chat template, another tokenizer or another teacher than that of the "
-        "fine-tuning make them.",
-    )
+    message += f" (more than {MAX_UNLIKELY_SHARE:.0%}). They dominate the gradient."
+    return Finding("unlikely_tokens", "warning", message, evidence, REMEDIES["unlikely_tokens"])
 
 
 def check_eos(rows: SampledRows, eos_token_ids: Collection[int], teacher_eos_token_ids: Collection[int]) -> Finding:
@@ -232,34 +219,25 @@ def check_eos(rows: SampledRows, eos_token_ids: Collection[int], teacher_eos_tok
         "bound": MIN_EOS_LOGP,
     }
     if unended.any():
-        listed = ", ".join(rows.names[index] for index in np.flatnonzero(unended)[:_NUM_WORST_ROWS])
-        return Finding(
-            "eos",
-            "error",
+        evidence["rows"] = [rows.names[index] for index in np.flatnonzero(unended)[:_NUM_WORST_ROWS]]
+        message = (
             f"{unended.sum()} of {len(rows)} completions are not marked as truncated and do not end in an "
-            f"end-of-sequence id {sorted(eos_token_ids)} of the student: {listed}.",
-            {**evidence, "rows": [rows.names[index] for index in np.flatnonzero(unended)[:_NUM_WORST_ROWS]]},
-            "Keep the EOS token in the completions and mark cut ones in `truncated`; `trl-blend rollouts` does both. "
-            "Otherwise the student never learns to stop.",
+            f"end-of-sequence id {sorted(eos_token_ids)} of the student: {', '.join(evidence['rows'])}."
         )
+        return Finding("eos", "error", message, evidence, REMEDIES["eos"])
     if len(logps) and logps.mean() < MIN_EOS_LOGP:
-        return Finding(
-            "eos",
-            "warning",
+        message = (
             f"The teacher gives the end-of-sequence tokens {sorted(eos_token_ids)} a mean log-prob of "
             f"{logps.mean():.1f}: it ends with another token ({sorted(teacher_eos_token_ids) or 'unknown'}), and "
-            "training would teach the student not to stop.",
-            evidence,
-            "Let student and teacher end with the same token: set the student's `eos_token` before its fine-tuning.",
+            "training would teach the student not to stop."
         )
+        remedy = (
+            "Let student and teacher end with the same token: set the student's `eos_token` before its fine-tuning."
+        )
+        return Finding("eos", "warning", message, evidence, remedy)
     if ended.any():
-        return Finding(
-            "eos",
-            "warning",
-            f"{ended.sum()} of {len(rows)} completions are marked as truncated but end in an end-of-sequence id.",
-            evidence,
-            "Mark as truncated only what was cut.",
-        )
+        message = f"{ended.sum()} of {len(rows)} completions are marked as truncated but end in an end-of-sequence id."
+        return Finding("eos", "warning", message, evidence, "Mark as truncated only what was cut.")
     return Finding("eos", "ok", "Every completion ends in an end-of-sequence token or is marked as cut.", evidence)
 
 
@@ -275,10 +253,5 @@ def check_truncation(rows: SampledRows, eos_token_ids: Collection[int]) -> Findi
     message = f"{share:.1%} of the completions were cut by the length limit"
     if share <= MAX_TRUNCATED_SHARE:
         return Finding("truncation", "ok", f"{message}.", evidence)
-    return Finding(
-        "truncation",
-        "warning",
-        f"{message}: most endings are not in the data.",
-        evidence,
-        "Collect with a larger `max_new_tokens`.",
-    )
+    message += ": most endings are not in the data."
+    return Finding("truncation", "warning", message, evidence, "Collect with a larger `max_new_tokens`.")

@@ -14,8 +14,8 @@ from trl_blend.export.card import Part, write_policy_card
 from trl_blend.export.spec import SPACES, SPEC_FILE, MixingSpec, ModelSource
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
 from trl_blend.models.compatibility import check_tokenizers, check_vocab_sizes
+from trl_blend.models.fingerprint import fingerprint_tokenizer
 from trl_blend.models.loading import find_config, find_tokenizer
-from trl_blend.models.tokenizer_identity import fingerprint_tokenizer
 from trl_blend.ops.mixing import validate_weights
 
 
@@ -156,7 +156,9 @@ def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, l
         if revision is not None:
             raise ConfigError(f"`{argument}_revision={revision!r}` is for a Hub id, but `{argument}` is a model.")
         config = find_config(item, argument)
-        found = _Model(argument, config, tokenizer or find_tokenizer(item, argument, **load), model=item)
+        found = _Model(
+            argument, config, tokenizer or find_tokenizer(item, argument, required=True, **load), model=item
+        )
         if found.adapter is not None and argument != "student":
             raise UnsupportedError(_ADAPTER.format(argument))
         found.base = model_files.base_source(item) if found.adapter is not None else None
@@ -172,7 +174,7 @@ def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, l
             raise UnsupportedError(_ADAPTER.format(argument))
         name = str(checkpoint.folder)
         config = find_config(name, argument, **load)
-        tokenizer = tokenizer or find_tokenizer(_with_tokenizer(checkpoint), argument, **load)
+        tokenizer = tokenizer or find_tokenizer(name, argument, required=True, **load)
         found = _Model(argument, config, tokenizer, checkpoint=checkpoint)
         if checkpoint.is_adapter:
             settings = model_files.AdapterConfig.of_folder(checkpoint.folder)
@@ -183,13 +185,6 @@ def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, l
             "its generate.py. Use a model that transformers knows."
         )
     return found
-
-
-def _with_tokenizer(checkpoint: Checkpoint) -> str:
-    """Folder of the checkpoint; of an adapter saved without a tokenizer, its base."""
-    if checkpoint.is_adapter and not (checkpoint.folder / "tokenizer_config.json").is_file():
-        return model_files.AdapterConfig.of_folder(checkpoint.folder).base_name or str(checkpoint.folder)
-    return str(checkpoint.folder)
 
 
 def _described_reference(

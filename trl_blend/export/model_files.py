@@ -12,9 +12,13 @@ from transformers import GenerationConfig
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.export.spec import ModelSource, file_hashes
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, weight_files, weight_tensors
-from trl_blend.models.model_state import AdapterConfig, hashable_state, unhashable_reason
-from trl_blend.models.weights import fingerprint_tensors, layout_of
-from trl_blend.models.wrappers import adapter_layers, check_adapters_can_be_disabled, what_changes_the_base
+from trl_blend.models.weights import fingerprint_tensors, hashable_state, layout_of, unhashable_reason
+from trl_blend.models.wrappers import (
+    AdapterConfig,
+    adapter_layers,
+    check_adapters_can_be_disabled,
+    what_changes_the_base,
+)
 
 
 logger = logging.getLogger(__name__)

@@ -66,7 +66,7 @@ class MixingSpec:
             `"logits"` or `"probs"`: what is averaged.
         tokenizer_sha256 (`str`):
             SHA-256 of the token-to-id map that all models share, see
-            [`~trl_blend.models.fingerprint.TokenizerFingerprint`] (`parts["vocabulary"]`).
+            [`~trl_blend.models.identity.TokenizerFingerprint`] (`parts["vocabulary"]`).
         adapter (`str`, *optional*):
             Folder of the student's adapter. `None`: the student's full weights are beside `mixing.json`.
         base (`ModelSource`, *optional*):

@@ -9,10 +9,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from trl_blend.errors import UnsupportedError
-from trl_blend.models.wrappers import (
-    _attributes_set,
-    _evaluation_overrides,
-)
+from trl_blend.models.wrappers import attributes_set, evaluation_overrides
 
 
 class PartnerDecoder:
@@ -43,7 +40,7 @@ class PartnerDecoder:
         self.seconds = 0.0
         self._attention_mask = attention_mask
         self._model_kwargs: dict[str, Any] = {}
-        self._overrides = _evaluation_overrides(self.model, disable_adapters)
+        self._overrides = evaluation_overrides(self.model, disable_adapters)
 
     @torch.no_grad()
     def step(self, input_ids: Tensor) -> Tensor:
@@ -81,7 +78,7 @@ class PartnerDecoder:
             is_first_iteration=prefill,
             **self._model_kwargs,
         )
-        with _attributes_set(self._overrides):
+        with attributes_set(self._overrides):
             outputs = self.model(**inputs, return_dict=True)
         self._model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self._model_kwargs)
         logits = outputs.logits[:, -1]

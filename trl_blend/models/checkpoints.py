@@ -45,16 +45,8 @@ class Checkpoint(NamedTuple):
 
 def find_checkpoint(name: str, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
     """
-    The folder of a checkpoint: itself, or the snapshot of a Hub repository (its small files are fetched; offline, the
-    cache is used).
-
-    Args:
-        name (`str`):
-            Folder or Hub id.
-        revision (`str`, *optional*):
-            Branch, tag or commit of a Hub id.
-        local_files_only (`bool`, *optional*, defaults to `False`):
-            Whether to look into the Hub's cache only.
+    The folder of a checkpoint: itself, or the snapshot of a Hub repository at `revision` (its small files are fetched;
+    offline or with `local_files_only`, the cache is used).
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If it is neither a folder nor a repository that can be had.
@@ -76,11 +68,20 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], local_files_
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        where = f" at revision {revision!r}" if revision else ""
-        raise ConfigError(
-            f"{name!r}{where} is neither a folder nor a Hub model that can be reached or is in the cache "
-            f"({type(error).__name__}). Check the name, or fetch it first with `hf download {name}`."
-        ) from error
+        raise missing_model(name, error, revision=revision) from error
+
+
+def missing_model(
+    name: str, error: Exception, argument: str | None = None, revision: str | None = None, what: str = "model"
+) -> ConfigError:
+    """The error of a name that leads nowhere, to be raised from `error`, which says why."""
+    given = f"`{argument}={name!r}`" if argument else repr(name)
+    where = f" at revision {revision!r}" if revision else ""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ConfigError(
+        f"{given}{where} is neither a folder with a {what} nor one that can be had from the Hub or its cache. Correct "
+        f"the path or the id. ({reason})"
+    )
 
 
 def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, LazyTensor]:
@@ -94,35 +95,24 @@ def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, Laz
         stem (`str`, *optional*, defaults to `"model"`):
             `"adapter_model"` for an adapter.
     """
-    files = weight_files(checkpoint, stem)
     tensors: dict[str, LazyTensor] = {}
-    for file in files:
+    for file in weight_files(checkpoint, stem):
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())
             handle = functools.cache(functools.partial(safe_open, file, framework="pt"))
-            tensors |= {name: functools.partial(_read_safetensors, handle, name) for name in names}
+            tensors |= {name: lambda name=name, handle=handle: handle().get_tensor(name) for name in names}
         else:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             tensors |= {name: functools.partial(loaded.__getitem__, name) for name in loaded}
     return tensors
 
 
-def _read_safetensors(handle, name: str) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    return handle().get_tensor(name)
-
-
 def weight_files(checkpoint: Checkpoint, stem: str = "model") -> list[Path]:
     """
-    The files that hold a checkpoint's weights, fetched if they have to be; without the index of shards.
-
-    Args:
-        checkpoint ([`Checkpoint`]):
-            Where.
-        stem (`str`, *optional*, defaults to `"model"`):
-            `"adapter_model"` for an adapter.
+    The files that hold a checkpoint's weights, see [`weight_tensors`], fetched if they have to be; without the index.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there are none, or some are missing.

@@ -20,10 +20,8 @@ def check_tokenizers(
     map. Not compared: how text is split into tokens, and the chat template.
 
     Args:
-        student_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer of the student, or a processor that holds it.
-        partner_tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer of the partner, or a processor that holds it.
+        student_tokenizer, partner_tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
+            The tokenizers, or processors that hold them.
         partner_name (`str`, *optional*, defaults to `"teacher_model"`):
             Name of the argument that holds the partner, for the error message.
         remedy (`str`, *optional*, defaults to `""`):
@@ -51,11 +49,7 @@ def check_tokenizers(
 
 
 def check_vocab_sizes(
-    student_config_vocab: int,
-    partner_config_vocab: int,
-    tokenizer_len: int,
-    *,
-    partner_name: str = "teacher_model",
+    student_config_vocab: int, partner_config_vocab: int, tokenizer_len: int, *, partner_name: str = "teacher_model"
 ) -> None:
     """
     Check that both output layers have a row for every token.
@@ -64,10 +58,8 @@ def check_vocab_sizes(
     tokens, so their number may differ.
 
     Args:
-        student_config_vocab (`int`):
-            `config.vocab_size` of the student.
-        partner_config_vocab (`int`):
-            `config.vocab_size` of the partner.
+        student_config_vocab, partner_config_vocab (`int`):
+            `config.vocab_size` of the models.
         tokenizer_len (`int`):
             `len(tokenizer)` of the tokenizer they share, added tokens included.
         partner_name (`str`, *optional*, defaults to `"teacher_model"`):
@@ -87,13 +79,7 @@ def check_vocab_sizes(
 
 def check_partner_model(model: Any, name: str = "teacher_model") -> None:
     """
-    Check that a partner is a decoder-only language model that can generate.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
-            The partner.
-        name (`str`, *optional*, defaults to `"teacher_model"`):
-            Name of the argument that holds it, for the error message.
+    Check that a partner, held by the argument `name`, is a decoder-only language model that can generate.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]: If it is an encoder-decoder model, or not a causal language model with

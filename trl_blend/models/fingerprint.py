@@ -1,29 +1,26 @@
 """Finding out the identity of a checkpoint or of a model in memory."""
 
+import json
 import os
+from collections.abc import Callable
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, weight_tensors
-from trl_blend.models.identity import AdapterFingerprint, ModelIdentity
-from trl_blend.models.model_state import ADAPTER_LAYOUT, AdapterConfig, hashable_state, unhashable_reason
-from trl_blend.models.tokenizer_identity import (
-    TokenizerFingerprint,
-    chat_rendering_sha256,
-    chat_template_sha256,
-    fingerprint_tokenizer,
+from trl_blend.models.identity import AdapterFingerprint, ModelIdentity, TokenizerFingerprint, digest
+from trl_blend.models.loading import find_config, find_generation_config, find_tokenizer
+from trl_blend.models.weights import (
+    ADAPTER_LAYOUT,
+    LazyTensor,
+    fingerprint_tensors,
+    hashable_state,
+    layout_of,
+    unhashable_reason,
 )
-from trl_blend.models.weights import WeightsFingerprint, compare_weights, fingerprint_tensors, layout_of
+from trl_blend.models.wrappers import AdapterConfig
 
-
-__all__ = [
-    "AdapterFingerprint",
-    "ModelIdentity",
-    "TokenizerFingerprint",
-    "WeightsFingerprint",
-    "compare_weights",
-    "identify_model",
-]
 
 # Fields that change what the same weights compute. Compared where both sides have them.
 _FORWARD_FIELDS = (
@@ -104,17 +101,20 @@ def identify_model(
 
 
 def _identify_checkpoint(checkpoint: Checkpoint, tokenizer: Any, hash_weights: bool) -> ModelIdentity:
-    tokenizer = tokenizer or _load_tokenizer(checkpoint)
+    tokenizer = tokenizer or _found(find_tokenizer, checkpoint)
     if checkpoint.is_adapter:
         return _identify_adapter(checkpoint, tokenizer, hash_weights)
-    config = _load_config(checkpoint)
+    if not (checkpoint.folder / "config.json").is_file():
+        raise ConfigError(f"{checkpoint.name!r} is no model: it has neither config.json nor adapter_config.json.")
+    # Of a checkpoint with code of its own the fields are there all the same
+    config = _found(find_config, checkpoint) or PretrainedConfig.from_pretrained(checkpoint.folder)
     weights = fingerprint_tensors(weight_tensors(checkpoint), layout_of(config)) if hash_weights else None
     return ModelIdentity(
         name=checkpoint.name,
         commit=checkpoint.commit,
         weights=weights,
         **_tokenizer_fields(tokenizer),
-        eos_token_ids=_eos_token_ids(_generation_config(checkpoint), config, tokenizer),
+        eos_token_ids=_eos_token_ids(_found(find_generation_config, checkpoint), config, tokenizer),
         config=_forward_config(config),
         unhashed=None if hash_weights else "not asked for",
     )
@@ -132,52 +132,37 @@ def _identify_adapter(checkpoint: Checkpoint, tokenizer: Any, hash_weights: bool
         )
     except ConfigError as error:
         unhashed = f"the adapter's base model cannot be read: {error}"
-    adapter = None
-    if hash_weights:
-        tensors = weight_tensors(checkpoint, "adapter_model")
-        adapter = AdapterFingerprint(
-            fingerprint_tensors(tensors, ADAPTER_LAYOUT),
-            settings.sha256,
-            settings.base_name,
-            settings.is_neutral(tensors),
-        )
-    own = _tokenizer_fields(tokenizer) if tokenizer is not None else _inherited(base)
-    generation_config = _generation_config(checkpoint)
-    eos = _eos_token_ids(generation_config, None, tokenizer) if generation_config else base.eos_token_ids
+    tensors: dict[str, LazyTensor] = weight_tensors(checkpoint, "adapter_model") if hash_weights else {}
+    own_eos = _eos_token_ids(_found(find_generation_config, checkpoint))
     return ModelIdentity(
         name=checkpoint.name,
         commit=checkpoint.commit,
         weights=base.weights,
-        adapter=adapter,
-        **own,
-        eos_token_ids=eos or _eos_token_ids(None, None, tokenizer),
+        adapter=_fingerprint_adapter(settings, tensors) if hash_weights else None,
+        **_tokenizer_fields(tokenizer),
+        eos_token_ids=own_eos or base.eos_token_ids or _eos_token_ids(tokenizer),
         config=base.config,
         unhashed=unhashed or base.unhashed,
     )
 
 
 def _identify_in_memory(model: Any, tokenizer: Any, hash_weights: bool) -> ModelIdentity:
-    name = getattr(model.config, "_name_or_path", None) or None
-    adapter_config = AdapterConfig.of_model(model)
+    name, commit = getattr(model.config, "_name_or_path", None) or None, getattr(model.config, "_commit_hash", None)
+    settings = AdapterConfig.of_model(model)
     if tokenizer is None and name:
         try:
-            commit = getattr(model.config, "_commit_hash", None)
-            tokenizer = _load_tokenizer(find_checkpoint(name, commit, local_files_only=True))
+            tokenizer = _found(find_tokenizer, find_checkpoint(name, commit, local_files_only=True))
         except ConfigError:
             tokenizer = None  # the name is of another machine; weights and configuration are here
     unhashed = unhashable_reason(model) if hash_weights else "not asked for"
     weights = adapter = None
     if hash_weights:
-        base, own = hashable_state(model, adapter_config, with_base=unhashed is None)
+        base, own = hashable_state(model, settings, with_base=unhashed is None)
         weights = fingerprint_tensors(base, layout_of(model.config)) if unhashed is None else None
-        if adapter_config is not None:
-            neutral = adapter_config.is_neutral(own)
-            adapter = AdapterFingerprint(
-                fingerprint_tensors(own, ADAPTER_LAYOUT), adapter_config.sha256, adapter_config.base_name, neutral
-            )
+        adapter = _fingerprint_adapter(settings, own) if settings is not None else None
     return ModelIdentity(
         name=name,
-        commit=getattr(model.config, "_commit_hash", None),
+        commit=commit,
         weights=weights,
         adapter=adapter,
         **_tokenizer_fields(tokenizer),
@@ -187,50 +172,23 @@ def _identify_in_memory(model: Any, tokenizer: Any, hash_weights: bool) -> Model
     )
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any((checkpoint.folder / file).is_file() for file in ("tokenizer_config.json", "tokenizer.json")):
-        return None
+def _found(find: Callable[..., Any], checkpoint: Checkpoint) -> Any:
+    """What there is without running code of the checkpoint's own; `None` where that code is needed."""
+    local = checkpoint.local_files_only
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except ValueError:
-        return None  # code of the checkpoint's own: its identity is unknown unless it is given
-
-
-def _load_config(checkpoint: Checkpoint) -> Any:
-    from transformers import AutoConfig, PretrainedConfig
-
-    if not (checkpoint.folder / "config.json").is_file():
-        raise ConfigError(f"{checkpoint.name!r} is no model: it has neither config.json nor adapter_config.json.")
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except ValueError:  # code of the checkpoint's own: the fields are there all the same
-        return PretrainedConfig.from_pretrained(checkpoint.folder)
-
-
-def _generation_config(checkpoint: Checkpoint) -> Any:
-    from transformers import GenerationConfig
-
-    if not (checkpoint.folder / "generation_config.json").is_file():
+        return find(str(checkpoint.folder), "model", trust_remote_code=False, local_files_only=local)
+    except ConfigError:
         return None
-    return GenerationConfig.from_pretrained(checkpoint.folder)
 
 
-def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
-    return {
-        "tokenizer": None if tokenizer is None else fingerprint_tokenizer(tokenizer),
-        "chat_template_sha256": chat_template_sha256(tokenizer),
-        "chat_rendering_sha256": chat_rendering_sha256(tokenizer),
-    }
+def _fingerprint_adapter(settings: AdapterConfig, tensors: dict[str, LazyTensor]) -> AdapterFingerprint:
+    weights = fingerprint_tensors(tensors, ADAPTER_LAYOUT)
+    return AdapterFingerprint(weights, settings.sha256, settings.base_name, settings.is_neutral(tensors))
 
 
-def _inherited(base: ModelIdentity) -> dict[str, Any]:
-    return {name: getattr(base, name) for name in ("tokenizer", "chat_template_sha256", "chat_rendering_sha256")}
-
-
-def _eos_token_ids(generation_config: Any, config: Any, tokenizer: Any) -> list[int]:
-    for holder in (generation_config, config, tokenizer):
+def _eos_token_ids(*holders: Any) -> list[int]:
+    """Those of the first holder that names one."""
+    for holder in holders:
         ids = getattr(holder, "eos_token_id", None)
         if ids is not None:
             return sorted({ids} if isinstance(ids, int) else set(ids))
@@ -240,3 +198,80 @@ def _eos_token_ids(generation_config: Any, config: Any, tokenizer: Any) -> list[
 def _forward_config(config: Any) -> dict[str, Any]:
     fields = config.get_text_config().to_dict()
     return {name: fields[name] for name in _FORWARD_FIELDS if fields.get(name) is not None}
+
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ADDED_TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+# What two templates must render alike to be exchangeable for a plain conversation
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_TURNS = [
+    {"role": "user", "content": "2 + 3?"},
+    {"role": "assistant", "content": "5"},
+    {"role": "user", "content": " And 3 - 2?\n"},
+]
+_PROBES = ([_TURNS[0]], [_SYSTEM, _TURNS[0]], _TURNS, [_SYSTEM, *_TURNS])
+_DATE = "26 Jul 2024"  # templates that print the date take it from here
+
+
+def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "tokenizer": None if tokenizer is None else fingerprint_tokenizer(tokenizer),
+        "chat_template_sha256": _chat_template_sha256(tokenizer),
+        "chat_rendering_sha256": _chat_rendering_sha256(tokenizer),
+    }
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> TokenizerFingerprint:
+    """
+    Fingerprint of a tokenizer (of a processor: of its tokenizer).
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Fast or slow.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    added = [
+        [index, *(getattr(token, flag) for flag in _ADDED_TOKEN_FLAGS)]
+        for index, token in sorted(tokenizer.added_tokens_decoder.items())
+    ]
+    roles = {role: getattr(tokenizer, role, None) for role in _ROLES}
+    parts = {
+        "vocabulary": digest(vocabulary),
+        "merges": digest(_merges(tokenizer)),
+        "added_tokens": digest(added),
+        "special_tokens": digest({role: str(token) for role, token in roles.items() if token is not None}),
+    }
+    return TokenizerFingerprint(
+        digest(parts), parts, len(vocabulary), tokenizer.eos_token_id, getattr(tokenizer, "pad_token_id", None)
+    )
+
+
+def _merges(tokenizer: Any) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        return []
+    merges = json.loads(backend.to_str())["model"].get("merges") or []
+    # Older versions of tokenizers write a merge as one string
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _chat_template_sha256(tokenizer: Any) -> str | None:
+    """SHA-256 of the text of the chat template(s); `None` without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return digest(template) if template else None
+
+
+def _chat_rendering_sha256(tokenizer: Any) -> str | None:
+    """Two templates whose texts differ, by TRL's generation markers for instance, may render the same."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    return digest([_render(tokenizer, messages) for messages in _PROBES])
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=_DATE)
+    except Exception as error:  # a template raises whatever it likes, for want of a system role for instance
+        return f"raised {type(error).__name__}"

@@ -1,14 +1,78 @@
 """
 Identity of a model: weights, adapter, tokenizer, chat template, end-of-sequence ids and the configuration that decides
-what the weights compute.
+what the weights compute; and whether two models are the same.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from trl_blend.models.tokenizer_identity import TokenizerFingerprint
-from trl_blend.models.weights import WeightsFingerprint, compare_weights
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class WeightsFingerprint:
+    """
+    Identity of a set of weights.
+
+    Args:
+        sha256 (`str`):
+            SHA-256 over (name, shape, values) of every tensor in the order of the names. Values are taken as float32,
+            so the same values stored in another dtype have the same fingerprint. A float64 tensor is rounded to
+            float32 and integers are taken as they are.
+        sha256_bfloat16 (`str`):
+            The same over the values rounded to bfloat16. It equals `sha256` exactly when every value is a bfloat16
+            number already: that is how a bfloat16 copy of float32 weights is recognised.
+        dtypes (`dict[str, int]`):
+            Number of elements stored in each dtype. Not part of the fingerprint.
+        num_parameters (`int`):
+            Number of elements, tied ones once.
+    """
+
+    sha256: str
+    sha256_bfloat16: str
+    dtypes: dict[str, int]
+    num_parameters: int
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether every value is a bfloat16 number, in whatever dtype it is stored."""
+        return self.sha256 == self.sha256_bfloat16
+
+
+@dataclass(frozen=True)
+class TokenizerFingerprint:
+    """
+    Identity of a tokenizer: what decides which id a token has.
+
+    Left out on purpose: normaliser, pre-tokeniser and decoder. Scored rollouts hold token ids, and ids are compared.
+
+    Args:
+        sha256 (`str`):
+            SHA-256 over `parts`.
+        parts (`dict[str, str]`):
+            SHA-256 of the vocabulary (token to id, added tokens included), the merges, the added tokens (with their
+            flags) and the special tokens (role to token).
+        vocab_size (`int`):
+            Number of tokens, added ones included.
+        eos_token_id, pad_token_id (`int`, *optional*):
+            Ids of these two roles.
+    """
+
+    sha256: str
+    parts: dict[str, str]
+    vocab_size: int
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -32,13 +96,6 @@ class AdapterFingerprint:
     config_sha256: str
     base_name: str | None
     is_neutral: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "AdapterFingerprint":
-        return cls(**{**fields, "weights": WeightsFingerprint.from_dict(fields["weights"])})
 
 
 @dataclass(frozen=True)
@@ -88,10 +145,13 @@ class ModelIdentity:
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelIdentity":
         """The identity that [`to_dict`] wrote. Keys it does not know, of a newer release, are ignored."""
         known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
-        parts = {"weights": WeightsFingerprint, "adapter": AdapterFingerprint, "tokenizer": TokenizerFingerprint}
-        for name, part in parts.items():
-            if known.get(name) is not None:
-                known[name] = part.from_dict(known[name])  # type: ignore[attr-defined]
+        if known.get("weights"):
+            known["weights"] = WeightsFingerprint(**known["weights"])
+        if known.get("adapter"):
+            weights = WeightsFingerprint(**known["adapter"]["weights"])
+            known["adapter"] = AdapterFingerprint(**{**known["adapter"], "weights": weights})
+        if known.get("tokenizer"):
+            known["tokenizer"] = TokenizerFingerprint(**known["tokenizer"])
         return cls(**known)
 
     def describe(self) -> str:
@@ -103,6 +163,21 @@ class ModelIdentity:
         if self.adapter is not None:
             digests.append(f"adapter {self.adapter.weights.sha256[:12]}")
         return f"{text} ({', '.join(digests)})"
+
+
+def compare_weights(first: WeightsFingerprint, second: WeightsFingerprint) -> str:
+    """
+    How two sets of weights are related.
+
+    Returns:
+        `"same"`; `"bfloat16_copy"` where one is the other rounded to bfloat16; `"equal_in_bfloat16"` where neither is,
+        but both round to the same (two float32 models that differ a little); else `"different"`.
+    """
+    if first.sha256 == second.sha256:
+        return "same"
+    if first.sha256_bfloat16 != second.sha256_bfloat16:
+        return "different"
+    return "bfloat16_copy" if first.is_bfloat16 or second.is_bfloat16 else "equal_in_bfloat16"
 
 
 _WEIGHTS = {

@@ -1,9 +1,10 @@
-"""Loading a causal language model by name or folder, adapters and 4-bit weights included, and what comes before it."""
+"""The one way from a name to a configuration, a tokenizer and a causal language model, adapters included."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from trl_blend import _compat
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.checkpoints import missing_model
 from trl_blend.models.compatibility import check_partner_model
+from trl_blend.models.wrappers import AdapterConfig
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -88,58 +90,90 @@ def check_not_loaded(model: Any, argument: str, options: LoadOptions) -> None:
 
 def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> PretrainedConfig:
     """
-    Configuration of a model; for an adapter, that of its base.
+    Configuration of a causal language model; for an adapter, that of its base.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            The model.
+            Folder, Hub id, or the model.
         argument (`str`):
-            Name of the argument that holds it, for the error message.
+            Name of the argument that holds it, for the error messages.
         options:
-            Of `from_pretrained`, such as `revision`. `None` counts as not given.
+            Of `from_pretrained`, such as `revision`. `None` counts as not given. The revision of an adapter is that
+            of its own files; the one of its base is in its configuration.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no such model.
-        [`~trl_blend.errors.UnsupportedError`]: If it is an encoder-decoder model.
+        [`~trl_blend.errors.UnsupportedError`]: If it is not a decoder-only language model.
     """
-    config: Any = None
-    if not isinstance(model, str):
-        check_partner_model(model, argument)
-        config = model.config
-    else:
-        adapter = _adapter_config(model, argument, **options)
-        name = model if adapter is None else adapter.base_model_name_or_path
-        # The revision is that of the adapter
-        kept = {} if adapter is not None else options
+    if isinstance(model, str):
+        name, options = _places(model, argument, _given(options))[-1]
         try:
-            config = AutoConfig.from_pretrained(name, **_given(kept))
+            config = AutoConfig.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
-            raise _not_found(name, argument, error) from error
+            raise missing_model(name, error, argument, options.get("revision")) from error
+    else:
+        config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"`{argument}` is an encoder-decoder model (model_type={config.model_type!r}), which does not continue a "
             "token sequence. Use a decoder-only causal language model."
         )
+    if not isinstance(model, str):
+        check_partner_model(model, argument)
     return config
 
 
-def find_tokenizer(model: str | PreTrainedModel, argument: str, **options: Any) -> PreTrainedTokenizerBase:
+def find_tokenizer(
+    model: str | PreTrainedModel, argument: str, *, required: bool = False, **options: Any
+) -> PreTrainedTokenizerBase | None:
     """
-    Tokenizer of a model.
+    Tokenizer beside a model, or beside the one that a model in memory was loaded from; for an adapter that was saved
+    without one, that of its base.
+
+    Args:
+        model, argument, options:
+            See [`find_config`].
+        required (`bool`, *optional*, defaults to `False`):
+            Whether to raise where there is none.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`], or `None` where there is none, as for a model built in memory.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If there is none.
+        [`~trl_blend.errors.ConfigError`]: If there is no model of that name, its tokenizer cannot be read, or there is
+            none and `required`.
     """
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    if not name:
+    tokenizer = None
+    if isinstance(model, str):
+        tokenizer = _named_tokenizer(model, argument, _given(options))
+    elif name := getattr(model.config, "_name_or_path", None):
+        with suppress(ConfigError):  # the name may be of another machine
+            tokenizer = _named_tokenizer(name, argument, _given(options))
+    if tokenizer is None and required:
+        what = f"{model!r} has no tokenizer" if isinstance(model, str) else "was built in memory and has no tokenizer"
         raise ConfigError(
-            f"`{argument}` was built in memory and has no tokenizer of its own. Pass `processing_class`, the "
-            "tokenizer that the prompts are written in."
+            f"`{argument}` {what} of its own. Pass `processing_class`, the tokenizer that the prompts are written in."
         )
-    try:
-        return AutoTokenizer.from_pretrained(name, **_given(options))
-    except (OSError, ValueError) as error:
-        raise _not_found(name, argument, error, "tokenizer") from error
+    return tokenizer
+
+
+def find_generation_config(model: str | PreTrainedModel, argument: str, **options: Any) -> GenerationConfig | None:
+    """
+    Generation configuration of a model; for an adapter without one, that of its base. `None` where there is none.
+
+    Args:
+        model, argument, options:
+            See [`find_config`].
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there is no model of that name.
+    """
+    if not isinstance(model, str):
+        return getattr(model, "generation_config", None)
+    for name, settings in _places(model, argument, _given(options)):
+        if _file(name, "generation_config.json", argument, settings) is not None:
+            return GenerationConfig.from_pretrained(name, **settings)
+    return None
 
 
 def find_eos_token_ids(model: str | PreTrainedModel, tokenizer: Any, **options: Any) -> list[int]:
@@ -149,14 +183,7 @@ def find_eos_token_ids(model: str | PreTrainedModel, tokenizer: Any, **options: 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is none.
     """
-    if isinstance(model, str):
-        try:
-            generation = GenerationConfig.from_pretrained(model, **_given(options))
-        except (OSError, ValueError):
-            generation = GenerationConfig()
-    else:
-        generation = getattr(model, "generation_config", None) or GenerationConfig()
-    found = generation.eos_token_id
+    found = getattr(find_generation_config(model, "model", **options), "eos_token_id", None)
     ids = list(found) if isinstance(found, Sequence) else [found]
     ids = sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
     if not ids:
@@ -171,13 +198,11 @@ def load_model(
     model: str | PreTrainedModel, argument: str, options: LoadOptions, device: torch.device | None = None
 ) -> PreTrainedModel:
     """
-    A frozen causal language model in evaluation mode, whole on one device. A loaded one is returned as it is.
+    A causal language model, whole on one device, see [`load_frozen`]. One that is loaded already is returned as it is.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or `peft.PeftModel`):
-            Folder, Hub id, or a model. A folder or id of a PEFT adapter is put on its base.
-        argument (`str`):
-            Name of the argument that holds it, for the error messages.
+        model, argument:
+            See [`find_config`].
         options ([`LoadOptions`]):
             How to load it.
         device (`torch.device`, *optional*):
@@ -190,65 +215,94 @@ def load_model(
     if not isinstance(model, str):
         check_partner_model(model, argument)
         return model
-    kwargs: dict[str, Any] = {
-        "dtype": options.dtype,
-        "trust_remote_code": options.trust_remote_code,
-        "device_map": device,
-    }
+    arguments = options.hub | {"dtype": options.dtype, "device_map": device}
     if options.load_in_4bit:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
+        arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    revision = _given({"revision": options.revision})
-    adapter = _adapter_config(model, argument, **revision)
-    base, base_revision = (model, revision) if adapter is None else (adapter.base_model_name_or_path, {})
+    return load_frozen(model, argument, **arguments)
+
+
+def load_frozen(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
+    """
+    Load a model by name with all of its weights on every process, without gradients and in evaluation mode. An adapter
+    is put on its base.
+
+    Args:
+        name, argument:
+            See [`find_config`].
+        arguments:
+            Of `from_pretrained`, as they are: `dtype=None` is the checkpoint's.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there is no such model.
+        [`~trl_blend.errors.UnsupportedError`]: If it is not a decoder-only language model.
+    """
+    from trl_blend import _compat  # imports trl, which finding a configuration does not need
+
+    base, of_base = _places(name, argument, arguments)[-1]
     try:
-        loaded: Any = _compat.load_replicated(base, **kwargs, **base_revision)
+        loaded: Any = _compat.load_replicated(base, **of_base)
     except OSError as error:
-        raise _not_found(base, argument, error) from error
-    if adapter is not None:
+        raise missing_model(base, error, argument, of_base.get("revision")) from error
+    if base != name:
         from peft import PeftModel
 
-        loaded = PeftModel.from_pretrained(loaded, model, **revision)
+        loaded = PeftModel.from_pretrained(loaded, name, **_of_files(arguments))
     check_partner_model(loaded, argument)
     return loaded.requires_grad_(False).eval()
 
 
-def _adapter_config(model: str, argument: str, **options: Any) -> Any:
-    """PEFT configuration of an adapter's folder or id, `None` for any other model."""
+def _places(name: str, argument: str, options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Where a model's files are looked for, and with which options: its own place; for an adapter, then its base's."""
+    found = _file(name, "adapter_config.json", argument, options)
+    if found is None:
+        return [(name, options)]
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(
+            f"`{argument}={name!r}` is a PEFT adapter, and peft is not installed. Run `pip install trl_blend[peft]`."
+        )
+    adapter = AdapterConfig.of_folder(Path(found).parent)
+    if not adapter.base_name:
+        raise ConfigError(
+            f"`{argument}={name!r}` is a PEFT adapter that does not name its base. Merge it (`merge_and_unload`), or "
+            "pass the loaded model."
+        )
+    of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    return [(name, options), (adapter.base_name, of_base | _given({"revision": adapter.base_revision}))]
+
+
+def _named_tokenizer(model: str, argument: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    # Without a tokenizer's files `AutoTokenizer` makes an empty one of the architecture's own kind
+    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    for name, settings in _places(model, argument, options):
+        if any(_file(name, file, argument, settings) is not None for file in files):
+            try:
+                return AutoTokenizer.from_pretrained(name, **settings)
+            except (OSError, ValueError) as error:
+                raise missing_model(name, error, argument, settings.get("revision"), "tokenizer") from error
+    return None
+
+
+def _file(name: str, file: str, argument: str, options: dict[str, Any]) -> str | None:
+    """Path of a file of a model; `None` where it has no such file."""
     try:
-        found = cached_file(
-            model,
-            "adapter_config.json",
-            revision=options.get("revision"),
+        return cached_file(
+            name,
+            file,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
+            **_of_files(options),
         )
     except (OSError, ValueError) as error:
-        raise _not_found(model, argument, error) from error
-    if found is None:
-        return None
-    try:
-        from peft import PeftConfig
-    except ImportError:
-        raise ConfigError(
-            f"`{argument}={model!r}` is a PEFT adapter, and peft is not installed. Run `pip install trl_blend[peft]`."
-        ) from None
-    config = PeftConfig.from_pretrained(os.path.dirname(found))
-    if not config.base_model_name_or_path:
-        raise ConfigError(
-            f"`{argument}={model!r}` is a PEFT adapter that does not name its base. Merge it (`merge_and_unload`), or "
-            "pass the loaded model."
-        )
-    return config
+        raise missing_model(name, error, argument, options.get("revision")) from error
 
 
-def _not_found(name: str, argument: str, error: Exception, what: str = "model") -> ConfigError:
-    return ConfigError(
-        f"`{argument}={name!r}` is neither a folder with a {what} nor one that can be had from the Hub. Correct the "
-        f"path or the id. ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    )
+def _of_files(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that say which files are meant."""
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    return {name: options[name] for name in names if options.get(name) is not None}
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 """
-Which weights a model has: SHA-256 over names, shapes and values, whatever the files are called, however they are
-sharded and in whichever dtype the same values are stored.
+The tensors of a model, in memory or in files: their names, and SHA-256 over names, shapes and values, whatever the
+files are called, however they are sharded and in whichever dtype the same values are stored.
 """
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from trl_blend.errors import UnsupportedError
+from trl_blend.models.identity import WeightsFingerprint
+from trl_blend.models.wrappers import AdapterConfig
 
 
 CHUNK_ELEMENTS = 1 << 20  # part of the definition: changing it changes every fingerprint
@@ -24,58 +26,6 @@ _PROBE = 1024  # float32 weights show in the first few values that they are no b
 _LEGACY_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
 
 LazyTensor = Callable[[], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class WeightsFingerprint:
-    """
-    Identity of a set of weights.
-
-    Args:
-        sha256 (`str`):
-            SHA-256 over (name, shape, values) of every tensor in the order of the names. Values are taken as float32,
-            so the same values stored in another dtype have the same fingerprint. A float64 tensor is rounded to
-            float32 and integers are taken as they are.
-        sha256_bfloat16 (`str`):
-            The same over the values rounded to bfloat16. It equals `sha256` exactly when every value is a bfloat16
-            number already: that is how a bfloat16 copy of float32 weights is recognised.
-        dtypes (`dict[str, int]`):
-            Number of elements stored in each dtype. Not part of the fingerprint.
-        num_parameters (`int`):
-            Number of elements, tied ones once.
-    """
-
-    sha256: str
-    sha256_bfloat16: str
-    dtypes: dict[str, int]
-    num_parameters: int
-
-    @property
-    def is_bfloat16(self) -> bool:
-        """Whether every value is a bfloat16 number, in whatever dtype it is stored."""
-        return self.sha256 == self.sha256_bfloat16
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "WeightsFingerprint":
-        return cls(**{**fields, "dtypes": dict(fields["dtypes"])})
-
-
-def compare_weights(first: WeightsFingerprint, second: WeightsFingerprint) -> str:
-    """
-    How two sets of weights are related.
-
-    Returns:
-        `"same"`; `"bfloat16_copy"` where one is the other rounded to bfloat16; `"equal_in_bfloat16"` where neither is,
-        but both round to the same (two float32 models that differ a little); else `"different"`.
-    """
-    if first.sha256 == second.sha256:
-        return "same"
-    if first.sha256_bfloat16 != second.sha256_bfloat16:
-        return "different"
-    return "bfloat16_copy" if first.is_bfloat16 or second.is_bfloat16 else "equal_in_bfloat16"
 
 
 class Layout(NamedTuple):
@@ -112,11 +62,19 @@ def layout_of(config: Any) -> Layout:
     return Layout(prefix, {name.removeprefix(prefix): source.removeprefix(prefix) for name, source in tied.items()})
 
 
+# PEFT puts the base model under this name; adapters that transformers loaded have their names without it
+ADAPTER_LAYOUT = Layout("base_model.model.")
+
+
 class _TensorDigest(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     digest: bytes
     digest_bfloat16: bytes
+
+    @property
+    def values(self) -> tuple[tuple[int, ...], bytes]:
+        return self.shape, self.digest
 
 
 def _chunk_digests(chunk: torch.Tensor) -> tuple[bytes, bytes]:
@@ -157,25 +115,20 @@ def _tensor_digest(read: LazyTensor) -> _TensorDigest:
     return _TensorDigest(tuple(tensor.shape), dtype, exact.digest(), rounded.digest())
 
 
-def fingerprint_tensors(
-    tensors: Mapping[str, LazyTensor], layout: Layout | None = None, num_threads: int | None = None
-) -> WeightsFingerprint:
+def fingerprint_tensors(tensors: Mapping[str, LazyTensor], layout: Layout | None = None) -> WeightsFingerprint:
     """
-    Fingerprint of named tensors. Reads one tensor per thread at a time, one piece of
-    it at a time: memory does not grow with the model.
+    Fingerprint of named tensors. Reads one tensor per thread at a time, one piece of it at a time: memory does not
+    grow with the model.
 
     Args:
         tensors (`Mapping[str, Callable[[], torch.Tensor]]`):
             How to get each tensor.
         layout ([`Layout`], *optional*):
             Names of the architecture.
-        num_threads (`int`, *optional*, defaults to the number of cores, at most `8`):
-            Threads that hash.
     """
     layout = layout or Layout()
     names = sorted(name for name in tensors if not _is_legacy_buffer(name, tensors))
-    workers = num_threads or min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_tensor_digest, [tensors[name] for name in names]))
     found = {layout.canonical(name): digest for name, digest in zip(names, digests, strict=True)}
     if len(found) != len(names):
@@ -184,7 +137,7 @@ def fingerprint_tensors(
         )
     for name, source in layout.tied.items():
         # One tensor under two names; which of the two a file keeps is the writer's choice.
-        if name in found and (source not in found or _same(found[name], found[source])):
+        if name in found and (source not in found or found[name].values == found[source].values):
             found[source] = found.pop(name)
     return _combine(found)
 
@@ -194,10 +147,6 @@ def _is_legacy_buffer(name: str, names: Iterable[str]) -> bool:
     return match is not None and f"{name.rsplit('.', 1)[0]}.weight" not in names
 
 
-def _same(first: _TensorDigest, second: _TensorDigest) -> bool:
-    return (first.shape, first.digest) == (second.shape, second.digest)
-
-
 def _combine(found: Mapping[str, _TensorDigest]) -> WeightsFingerprint:
     exact, rounded = hashlib.sha256(), hashlib.sha256()
     dtypes: dict[str, int] = {}
@@ -205,8 +154,75 @@ def _combine(found: Mapping[str, _TensorDigest]) -> WeightsFingerprint:
         header = f"{name}\0{list(tensor.shape)}\0".encode()
         exact.update(header + tensor.digest)
         rounded.update(header + tensor.digest_bfloat16)
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + count
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
     return WeightsFingerprint(exact.hexdigest(), rounded.hexdigest(), dtypes, sum(dtypes.values()))
+
+
+def unhashable_reason(model: Any) -> str | None:
+    """Why the weights of a model in memory cannot be hashed; `None` where they can."""
+    quantized = getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantized or any(hasattr(p, "quant_state") for p in model.parameters()):
+        method = getattr(config, "quant_method", None) or "unknown method"
+        return f"the weights are quantised in memory ({getattr(method, 'value', method)})"
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_status") or hasattr(parameter, "ds_id"):
+            return "the weights are partitioned by DeepSpeed ZeRO-3"
+        if hasattr(parameter, "placements") or "_flat_param" in name:
+            return "the weights are sharded by FSDP or tensor parallelism"
+        if parameter.device.type == "meta":
+            return f"`{name}` is offloaded or was never loaded (meta device)"
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        return "an adapter is merged into the weights in place: call `unmerge_adapter()` first"
+    return None
+
+
+def hashable_state(
+    model: Any, adapter: AdapterConfig | None, with_base: bool = True
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """Tensors of the base, where it is wanted, and of its adapter, under the names that `save_pretrained` gives."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own: dict[str, torch.Tensor] = {}
+    base = model
+    if adapter is not None:
+        from peft import get_peft_model_state_dict
+
+        own = get_peft_model_state_dict(model, adapter_name=adapter.adapter_name)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state: dict[str, torch.Tensor] = {}
+    if with_base:
+        state = base.state_dict()
+        if adapter is not None:
+            state = _without_adapters(base, state)
+        state = revert_weight_conversion(base, state)
+        # What transformers would undo for an adapter that it loaded itself
+        state = {name.removeprefix(ADAPTER_LAYOUT.prefix): tensor for name, tensor in state.items()}
+    return _lazy(state), _lazy(own)
+
+
+def _without_adapters(base: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of the model under its adapters: tensors that PEFT added are left out, wrapped ones renamed back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    inner: dict[str, str] = {}  # name of a wrapper module -> name of the original inside it
+    for name, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            inner[name] = f"{name}.original_module"
+        elif isinstance(module, BaseTunerLayer):
+            inner[name] = f"{name}.base_layer"
+    kept = {}
+    for name, tensor in state.items():
+        for wrapper, original in inner.items():
+            if name.startswith(f"{wrapper}."):
+                if name.startswith(f"{original}."):
+                    kept[wrapper + name.removeprefix(original)] = tensor
+                break
+        else:
+            kept[name] = tensor
+    return kept
+
+
+def _lazy(state: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}  # type: ignore[misc]

@@ -1,13 +1,22 @@
 """What wraps a model: PEFT adapters and `torch.compile`; adapters on and off, evaluation mode."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from trl_blend.errors import UnsupportedError
+from trl_blend.models.identity import digest
+
+
+# Named initialisations of LoRA that leave the base's weights as they are. All others may change them (PiSSA does), so
+# that without its adapter the model is not the one it started from.
+_INITS_THAT_KEEP_THE_BASE = {"eva", "gaussian", "orthogonal"}
 
 
 def innermost_model(model: nn.Module, argument: str) -> GenerationMixin:
@@ -52,11 +61,7 @@ def innermost_model(model: nn.Module, argument: str) -> GenerationMixin:
 
 def check_adapters_can_be_disabled(model: nn.Module) -> None:
     """
-    Check that `model` with its adapters disabled is the model the adapters were put on.
-
-    Args:
-        model (`torch.nn.Module`):
-            PEFT model, or Hugging Face model with adapters.
+    Check that `model`, a PEFT model, is with its adapters disabled the model the adapters were put on.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]: If there are no adapters, or an adapter changed the base's own weights
@@ -78,11 +83,8 @@ def check_adapters_can_be_disabled(model: nn.Module) -> None:
 
 def what_changes_the_base(settings: Mapping[str, Any]) -> str | None:
     """
-    The setting with which an adapter changes its base's own weights; `None` if disabling it gives the base back.
-
-    Args:
-        settings (`Mapping[str, Any]`):
-            Fields of its PEFT configuration.
+    The setting, among the fields of a PEFT configuration, with which an adapter changes its base's own weights; `None`
+    if disabling it gives the base back.
     """
     bias, init = settings.get("bias", "none"), settings.get("init_lora_weights", True)
     if bias not in (None, "none"):
@@ -107,11 +109,12 @@ def evaluation_mode(model: nn.Module, *, disable_adapters: bool = False) -> Iter
     Unlike `model.eval()` followed by `model.train()`, modules that were in evaluation mode stay in it. Unlike PEFT's
     `disable_adapter()`, no `requires_grad` changes.
     """
-    with _attributes_set(_evaluation_overrides(model, disable_adapters)):
+    with attributes_set(evaluation_overrides(model, disable_adapters)):
         yield
 
 
-def _evaluation_overrides(model: nn.Module, disable_adapters: bool) -> list[tuple[nn.Module, str, bool]]:
+def evaluation_overrides(model: nn.Module, disable_adapters: bool) -> list[tuple[nn.Module, str, bool]]:
+    """What [`evaluation_mode`] sets, found once for [`attributes_set`] at every decoding step."""
     overrides = [(module, "training", False) for module in model.modules() if module.training]
     if disable_adapters:
         overrides += [(layer, "_disable_adapters", True) for layer in adapter_layers(model)]
@@ -119,7 +122,8 @@ def _evaluation_overrides(model: nn.Module, disable_adapters: bool) -> list[tupl
 
 
 @contextmanager
-def _attributes_set(overrides: Sequence[tuple[nn.Module, str, bool]]) -> Iterator[None]:
+def attributes_set(overrides: Sequence[tuple[nn.Module, str, bool]]) -> Iterator[None]:
+    """Modules with other values of the named attributes; each put back on exit."""
     saved = [(module, name, getattr(module, name)) for module, name, _ in overrides]
     try:
         for module, name, value in overrides:
@@ -134,6 +138,102 @@ def _peft_configs(model: Any) -> dict[str, Any]:
     return dict(getattr(model, "peft_config", None) or {})
 
 
-# Named initialisations of LoRA that leave the base's weights as they are. All others may change them (PiSSA does), so
-# that without its adapter the model is not the one it started from.
-_INITS_THAT_KEEP_THE_BASE = {"eva", "gaussian", "orthogonal"}
+# Settings of an adapter that say where it comes from or how it is trained, not what it computes
+_TRAINING_FIELDS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_dropout",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """
+    Settings of one PEFT adapter.
+
+    Args:
+        fields (`Mapping[str, Any]`):
+            Fields of its PEFT configuration.
+        adapter_name (`str`, *optional*):
+            Name in memory.
+    """
+
+    fields: Mapping[str, Any]
+    adapter_name: str | None = None
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "AdapterConfig":
+        """Settings in the folder's `adapter_config.json`."""
+        return cls(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+
+    @classmethod
+    def of_model(cls, model: Any) -> "AdapterConfig | None":
+        """
+        Settings of the active adapter of a [`~peft.PeftModel`]; `None` for a plain model.
+
+        Raises:
+            [`~trl_blend.errors.UnsupportedError`]: If several adapters are active.
+        """
+        if not hasattr(model, "peft_config"):
+            return None
+        active = getattr(model, "active_adapters", list(model.peft_config))
+        active = active() if callable(active) else active
+        if len(active) != 1:
+            raise UnsupportedError(f"the identity of a model with {len(active)} active adapters: {list(active)}")
+        return cls(model.peft_config[active[0]].to_dict(), active[0])
+
+    @property
+    def base_name(self) -> str | None:
+        """Folder or Hub id of the base model."""
+        return self.fields.get("base_model_name_or_path")
+
+    @property
+    def base_revision(self) -> str | None:
+        """Branch, tag or commit of the base model. The adapter's own is known to whoever loads it."""
+        return self.fields.get("revision")
+
+    @property
+    def computing_fields(self) -> dict[str, Any]:
+        """The settings that change what the adapter computes."""
+        # One that is unset is dropped, so that a release of PEFT which adds one changes no fingerprint
+        return {
+            key: _plain(value)
+            for key, value in self.fields.items()
+            if key not in _TRAINING_FIELDS and value not in _UNSET
+        }
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of `computing_fields`."""
+        return digest(self.computing_fields)
+
+    def is_neutral(self, tensors: Mapping[str, Callable[[], Tensor]]) -> bool:
+        """Whether the adapter changes nothing: a LoRA whose `B` matrices are all zero."""
+        fields = self.computing_fields
+        if fields.get("peft_type") != "LORA" or fields.keys() & {"use_dora", "modules_to_save", "layer_replication"}:
+            return False
+        factors = [read for name, read in tensors.items() if "lora_B" in name or "lora_embedding_B" in name]
+        others = [name for name in tensors if "lora_" not in name]
+        return bool(factors) and not others and not any(bool(read().any()) for read in factors)
+
+
+_UNSET: tuple[Any, ...] = (None, False, {}, [], "none", set())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value.value if hasattr(value, "value") else value

@@ -63,7 +63,7 @@ def collect_rollouts(
     check_not_loaded(model, argument, options)
     processes.check_output_dir(args.output_dir)
     engine = make_engine(model, argument, args)
-    tokenizer = processing_class or find_tokenizer(model, argument, **options.hub)
+    tokenizer = processing_class or find_tokenizer(model, argument, required=True, **options.hub)
     dataset = load_prompts(prompts, origin, args.prompt_column, args.dataset_config, args.dataset_train_split)
     source = PromptTokens(dataset, tokenizer, args.prompt_column, args.chat_template_kwargs)
     # All samples of a prompt are in one shard

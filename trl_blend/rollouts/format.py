@@ -143,7 +143,7 @@ class Manifest:
         engine (`dict[str, Any]`, *optional*):
             `name` (`"transformers"`, `"vllm"`, `"vllm-server"`) and versions.
         student, teacher (`dict[str, Any]`, *optional*):
-            Identity of the model ([`~trl_blend.models.fingerprint.ModelIdentity`] as a dictionary). `None` means that
+            Identity of the model ([`~trl_blend.models.identity.ModelIdentity`] as a dictionary). `None` means that
             nothing is known about it.
         source (`dict[str, Any]`, *optional*):
             Where the rows came from.

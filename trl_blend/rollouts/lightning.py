@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from trl_blend._files import sha256_of
 from trl_blend.errors import ConfigError, StoreError
-from trl_blend.models.tokenizer_identity import fingerprint_tokenizer
+from trl_blend.models.fingerprint import fingerprint_tokenizer
 from trl_blend.rollouts.format import Manifest, row_key
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.rollouts.writer import ShardWriter

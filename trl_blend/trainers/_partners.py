@@ -1,8 +1,8 @@
 """
-The frozen partners of a student: what can be refused before anything is loaded, then loading and preparation.
+The frozen partners of a student: what can be refused before anything is loaded, then their preparation.
 
 Shared by the trainers. A partner is a causal language model with the student's tokenizer, held in full by every
-process (see [`~trl_blend._compat.load_replicated`]).
+process (see [`~trl_blend.models.loading.load_frozen`]).
 """
 
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_blend import _compat
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.models.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
+from trl_blend.models.loading import find_config, find_tokenizer, load_frozen
 from trl_blend.models.wrappers import check_adapters_can_be_disabled
 
 
@@ -32,13 +31,7 @@ def as_list(teacher_model: Teacher) -> list[str | PreTrainedModel]:
 
 
 def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list[float], args: Any) -> None:
-    """
-    Refuse settings that contradict the teachers given.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]:
-            If the number of weights is not that of the teachers, or load settings come with a loaded teacher.
-    """
+    """Refuse another number of weights than teachers, and settings of loading for a teacher that is loaded."""
     num_teachers = max(len(teachers), 1)
     if len(weights) != num_teachers:
         raise ConfigError(
@@ -97,29 +90,18 @@ def check_names(
 
     Returns:
         `int`: Number of vocabulary rows that all models have.
-
-    Raises:
-        [`~trl_blend.errors.TokenizerMismatchError`]:
-            If one tokenizer maps an id to another token than the other.
-        [`~trl_blend.errors.UnsupportedError`]:
-            If a teacher is an encoder-decoder.
     """
     load = {"trust_remote_code": args.trust_remote_code}
-    revision = (args.model_init_kwargs or {}).get("revision")
-    student_config = find_config(student, "model", revision=revision, **load)
-    student_tokenizer = processing_class or find_tokenizer(student, revision=revision, **load)
+    of_student = {"revision": (args.model_init_kwargs or {}).get("revision"), **load}
+    of_teacher = {"revision": args.teacher_model_revision, **load}
+    vocab_size = _vocab_size(find_config(student, "model", **of_student))
+    student_tokenizer = processing_class or find_tokenizer(student, "model", **of_student)
     student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
-    rows = [_vocab_size(student_config)]
+    rows = [vocab_size]
     for index, teacher in enumerate(teachers):
         name = "teacher_model" if len(teachers) == 1 else f"teacher_model[{index}]"
-        config = find_config(teacher, name, revision=args.teacher_model_revision, **load)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedError(
-                f"`{name}` is an encoder-decoder (model_type={config.model_type!r}). A teacher reads the same token "
-                "sequence as the student: pass a causal language model."
-            )
-        rows.append(_vocab_size(config))
-        tokenizer = find_tokenizer(teacher, revision=args.teacher_model_revision, **load)
+        rows.append(_vocab_size(find_config(teacher, name, **of_teacher)))
+        tokenizer = find_tokenizer(teacher, name, **of_teacher)
         if student_tokenizer is None or tokenizer is None:
             logger.warning(
                 f"No tokenizer could be found for `{name if tokenizer is None else 'model'}`, so it was not compared "
@@ -127,7 +109,7 @@ def check_names(
             )
             continue
         check_tokenizers(student_tokenizer, tokenizer, partner_name=name, remedy=remedy)
-        check_vocab_sizes(_vocab_size(student_config), _vocab_size(config), len(student_tokenizer))
+        check_vocab_sizes(vocab_size, rows[-1], len(student_tokenizer))
     return min(rows)
 
 
@@ -137,40 +119,25 @@ def load_partners(
     """
     Load the teachers that are names, freeze all of them, and switch them to evaluation mode.
 
-    Args:
-        teachers (`list[str | PreTrainedModel]`):
-            The teachers.
-        args ([`~transformers.TrainingArguments`]):
-            Configuration with `teacher_model_init_kwargs` and `teacher_model_revision`.
-        defaults (`dict[str, Any]`, *optional*):
-            What to load with unless `teacher_model_init_kwargs` says otherwise. By default the checkpoint decides the
-            dtype and, in a single process, TRL the device.
+    They are loaded with `defaults` unless `teacher_model_init_kwargs` says otherwise. Without, the checkpoint decides
+    the dtype and, in a single process, TRL the device.
     """
+    arguments = dict(args.teacher_model_init_kwargs or {})
+    if args.teacher_model_revision is not None:
+        arguments.setdefault("revision", args.teacher_model_revision)
+    placement = {"device_map": None} if args.distributed_state.distributed_type != "NO" else {}
+    trust = {"trust_remote_code": args.trust_remote_code}
+    arguments = {"dtype": None} | placement | (defaults or {}) | trust | arguments
     partners = []
     for teacher in teachers:
-        if isinstance(teacher, str):
-            kwargs = dict(args.teacher_model_init_kwargs or {})
-            if args.teacher_model_revision is not None:
-                kwargs.setdefault("revision", args.teacher_model_revision)
-            kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-            placement = {"device_map": None} if args.distributed_state.distributed_type != "NO" else {}
-            kwargs = {"dtype": None} | placement | (defaults or {}) | kwargs
-            teacher = _compat.load_replicated(teacher, **kwargs)
-        check_partner_model(teacher, "teacher_model")
-        partners.append(teacher.requires_grad_(False).eval())
+        partner = load_frozen(teacher, "teacher_model", **arguments) if isinstance(teacher, str) else teacher
+        check_partner_model(partner, "teacher_model")
+        partners.append(partner.requires_grad_(False).eval())
     return partners
 
 
 def check_text_only(is_vision_language: bool, off: str) -> None:
-    """
-    Refuse vision-language students. One given by name is known as such only when its processor is loaded.
-
-    Args:
-        is_vision_language (`bool`):
-            Whether the student reads images.
-        off (`str`):
-            Setting that leaves the partner out, for the message.
-    """
+    """Refuse vision-language students; the setting `off` leaves the partner out."""
     if is_vision_language:
         raise UnsupportedError(
             "Vision-language students cannot be blended: the partner would need the image features at every decoding "
@@ -192,15 +159,15 @@ def check_adapters(model: Any, teachers: list, peft_config: Any, off: str | None
         check_lm_head_adapter(adapter)
 
 
-def check_base_as_reference(trainer: Any) -> None:
+def check_base_as_reference(model: Any, *, is_fsdp: bool, decodes_from_shards: bool) -> None:
     """Refuse `teacher_model=None` where the student's weights cannot serve as a partner while it decodes."""
-    check_adapters_can_be_disabled(trainer.model)
-    if trainer._dist.is_fsdp:
+    check_adapters_can_be_disabled(model)
+    if is_fsdp:
         raise UnsupportedError(
             "`teacher_model=None` reads the reference from the student, which FSDP shards: a rank whose sequences "
             "are finished would leave the others waiting for its shards. Pass the base model as `teacher_model`."
         )
-    if trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation:
+    if decodes_from_shards:
         raise UnsupportedError(
             "`teacher_model=None` with ZeRO-3 decodes from gathered weights. Set `ds3_gather_for_generation=True`, or "
             "pass the base model as `teacher_model`."
@@ -222,42 +189,3 @@ def token_ids_without_partner(student: PreTrainedModel, partners: list[PreTraine
 
 def _vocab_size(config: Any) -> int:
     return config.get_text_config().vocab_size
-
-
-def find_config(model: str | PreTrainedModel, argument: str, **kwargs: Any) -> Any:
-    if not isinstance(model, str):
-        return model.config
-    try:
-        return AutoConfig.from_pretrained(model, **_given(kwargs))
-    except OSError as error:
-        raise ConfigError(
-            f"`{argument}={model!r}` is neither a folder with a model nor one that can be had from the Hub. Correct "
-            f"the path or the id. ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def find_tokenizer(model: str | PreTrainedModel, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """
-    Tokenizer of a name, or of the name a model was loaded from; `None` where there is none, as for a model built in
-    memory.
-    """
-    name = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
-    if not name or not _has_tokenizer(name, kwargs.get("revision")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, **_given(kwargs))
-    except (OSError, ValueError):
-        if isinstance(model, str):
-            raise
-        return None
-
-
-def _has_tokenizer(name: str, revision: str | None) -> bool:
-    # Without a tokenizer's files `AutoTokenizer` makes an empty one of the architecture's own kind
-    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-    quietly = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors")}
-    return any(cached_file(name, file, revision=revision, **quietly) is not None for file in files)
-
-
-def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if value is not None}

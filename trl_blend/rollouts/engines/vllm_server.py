@@ -25,7 +25,7 @@ _COMPLETIONS = "/v1/completions"
 _EXCLUDED = -1000.0
 _SMALLEST_TAIL = 2.0**-24
 
-# Seconds that a request may take, how often it is sent, and seconds before the second time; each wait is twice the last
+# Seconds of a request, how often it is sent, and seconds before the second time; each wait is twice the last
 _TIMEOUT, _ATTEMPTS, _BACKOFF = 900.0, 7, 0.5
 _RETRIED = {408, 409, 425, 429}  # and every 5xx
 _KEY = "Set the server's key in the environment variable VLLM_API_KEY."
@@ -265,7 +265,7 @@ class VllmClient:
     Talks to one server. A connection that fails, a 429 and a 5xx are tried again; any other answer is final.
 
     The key in the environment variable `VLLM_API_KEY`, if there is one, is sent along. `http_backoff` of
-    huggingface_hub is for the Hub: with `HF_HUB_OFFLINE=1` it talks to no server, and its waiting cannot be interrupted.
+    huggingface_hub is for the Hub: with `HF_HUB_OFFLINE=1` it talks to no server, and it cannot be interrupted.
 
     Args:
         url (`str`):

@@ -73,7 +73,11 @@ def check_student(trainer: Any, teachers: list) -> None:
     """
     _partners.check_text_only(trainer._is_vlm, "`teacher_weight=0`")
     if not teachers:
-        _partners.check_base_as_reference(trainer)
+        _partners.check_base_as_reference(
+            trainer.model,
+            is_fsdp=trainer._dist.is_fsdp,
+            decodes_from_shards=trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation,
+        )
     args = trainer.args
     if warpers := distribution_warpers(args, trainer.model.generation_config):
         message = (

@@ -18,9 +18,9 @@ from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.export import former_export, model_files
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
+from trl_blend.models.fingerprint import fingerprint_tokenizer
 from trl_blend.models.loading import find_tokenizer
-from trl_blend.models.model_state import AdapterConfig
-from trl_blend.models.tokenizer_identity import fingerprint_tokenizer
+from trl_blend.models.wrappers import AdapterConfig
 
 
 logger = get_logger(__name__)
@@ -213,10 +213,8 @@ class MixedPolicyFiles:
         return model_files.folder_source(target, None)
 
     def _tokenizer(self, index: int) -> Any:
-        try:
-            return find_tokenizer(self._teachers[index], "teacher_model")
-        except ConfigError:
-            return self.trainer.processing_class  # built in memory: it reads the student's ids
+        tokenizer = find_tokenizer(self._teachers[index], "teacher_model")
+        return tokenizer or self.trainer.processing_class  # built in memory: it reads the student's ids
 
 
 class MixedPolicySaving:

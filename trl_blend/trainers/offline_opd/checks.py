@@ -12,6 +12,7 @@ from trl_blend.consistency.check import check_teacher_consistency
 from trl_blend.consistency.provenance import TeacherProvenance, read_provenance
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.loading import find_config
 from trl_blend.rollouts.engines.base import nucleus_settings
 from trl_blend.rollouts.processes import on_main_process
 from trl_blend.rollouts.store import RolloutStore
@@ -138,7 +139,7 @@ def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[Rollou
 def vocab_size(model: str | PreTrainedModel, args: OfflineOPDConfig) -> int:
     """Rows of the student's embedding, from its configuration alone."""
     revision = (args.model_init_kwargs or {}).get("revision")
-    config = _partners.find_config(model, "model", revision=revision, trust_remote_code=args.trust_remote_code)
+    config = find_config(model, "model", revision=revision, trust_remote_code=args.trust_remote_code)
     return config.get_text_config().vocab_size
 
 

@@ -6,6 +6,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.loading import find_tokenizer
 from trl_blend.ops.vocab import EosMap, eos_map
 from trl_blend.trainers import _partners
 from trl_blend.trainers._sampling import distribution_warpers
@@ -103,7 +104,11 @@ def check_loaded(trainer: Any, teachers: list) -> None:
     """
     args = trainer.args
     if not teachers:
-        _partners.check_base_as_reference(trainer)
+        _partners.check_base_as_reference(
+            trainer.model,
+            is_fsdp=trainer._dist.is_fsdp,
+            decodes_from_shards=trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation,
+        )
     if args.blends:
         _partners.check_text_only(trainer._is_vlm, _OFF)
         for name, value in distribution_warpers(args, trainer.model.generation_config).items():
@@ -159,8 +164,7 @@ def _teacher_eos_ids(teachers: list, teacher: Any, args: TrustRegionOPDConfig) -
     # As TRL does for the student: the tokenizer's EOS first, then every id that the checkpoint declares
     declared = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
     declared = [declared] if isinstance(declared, int) else list(declared or [])
-    tokenizer = _partners.find_tokenizer(
-        teachers[0], revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code
-    )
+    load = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+    tokenizer = find_tokenizer(teachers[0], "teacher_model", **load)
     own = getattr(tokenizer, "eos_token_id", None)
     return declared if own is None or own in declared else [own, *declared]
