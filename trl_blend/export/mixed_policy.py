@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,6 @@ def export_mixed_policy(
     one = _described(student, "student", student_revision, processing_class, load)
     if not type(one.tokenizer).__module__.startswith("transformers."):
         raise UnsupportedError(_TOKENIZER_CODE.format(type(one.tokenizer).__name__))
-    if copy_reference is False and one.is_adapter and pinned(one.base) is None:
-        raise ConfigError(_NOT_PINNED.format("student", "its base is no Hub id"))
     recorded = one.recorded
     if teacher_weight is None:
         if recorded is None:
@@ -109,8 +107,16 @@ def export_mixed_policy(
     others = []
     for index, item in enumerate(given):
         name = "reference" if len(given) == 1 else f"reference[{index}]"
-        others.append(_described_reference(item, name, reference_revision, one, load, copy_reference))
-    _check_output(output, [one, *others])
+        others.append(_described_reference(item, name, reference_revision, one, load))
+    sources = [_source(other, copy_reference) for other in others]
+    base = None
+    if one.is_adapter:
+        base = _source(replace(one, checkpoint=one.base, dtype=None), copy_reference)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"`output_dir={str(output)!r}` is not empty. Remove it, if it is a former export (one without {SPEC_FILE} "
+            "was interrupted), or choose another."
+        )
     _write_student(one, output)
     write_policy_card(
         output,
@@ -122,14 +128,8 @@ def export_mixed_policy(
         has_chat_template=bool(one.tokenizer.chat_template),
         student_card=one.checkpoint and one.checkpoint.folder / "README.md",
     )
-    write_policy(
-        output,
-        Student(one.tokenizer, one.dtype, one.config, _generation_config(one), _base(one, copy_reference)),
-        [other.source(copy_reference) for other in others],
-        weights,
-        space,
-        recorded and recorded.step,
-    )
+    described = Student(one.tokenizer, one.dtype, one.config, _generation_config(one), base)
+    write_policy(output, described, sources, weights, space, recorded and recorded.step)
     return output
 
 
@@ -137,8 +137,6 @@ _ADAPTER = (
     "`{}` is an adapter. Merge it into its base (`merge_and_unload()`) and pass the merged model; the student's own "
     "base is `reference=None`."
 )
-_NOT_PINNED = "`copy_reference=False` pins a Hub id to its commit, but `{}`: {}. Leave `copy_reference` out."
-
 _TOKENIZER_CODE = (
     "The tokenizer of `student` ({}) runs code of its own, and a mixed policy runs no code but its generate.py. Pass "
     "a `processing_class` that transformers knows."
@@ -152,7 +150,7 @@ class _Model:
     argument: str
     config: Any
     tokenizer: Any
-    dtype: str
+    dtype: str | None
     is_adapter: bool = False
     checkpoint: Checkpoint | None = None
     model: Any = None
@@ -166,13 +164,6 @@ class _Model:
         if self.checkpoint is not None:
             return Part(self.checkpoint.name, self.checkpoint.commit, self.is_base)
         return Part(getattr(self.config, "_name_or_path", "") or "", is_base=self.is_base)
-
-    def source(self, copy: bool | None) -> ModelSource | Weights:
-        """What is written of a reference: its name, where that is pinned, or its weights."""
-        if self.is_base:
-            return ModelSource(base=True)
-        named = None if copy else pinned(self.checkpoint, self.dtype)
-        return named or Weights(self.checkpoint, self.model, self.dtype)
 
 
 def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, load: dict[str, Any]) -> _Model:
@@ -241,7 +232,7 @@ def _locate(source: ModelSource, student: Checkpoint, what: str, remedy: str) ->
 
 
 def _described_reference(
-    item: Any, argument: str, revision: str | None, student: _Model, load: dict[str, Any], copy: bool | None
+    item: Any, argument: str, revision: str | None, student: _Model, load: dict[str, Any]
 ) -> _Model:
     dtype = None
     if isinstance(item, ModelSource):  # of `mixing.json` in the student's folder
@@ -260,8 +251,6 @@ def _described_reference(
     found.dtype = dtype or found.dtype
     if item is student.model:
         raise ConfigError(f"`{argument}` is `student` itself. Pass another model.")
-    if copy is False and pinned(found.checkpoint) is None:
-        raise ConfigError(_NOT_PINNED.format(argument, "it is no Hub id"))
     check_tokenizers(student.tokenizer, found.tokenizer, partner_name=argument)
     rows = [one.config.get_text_config().vocab_size for one in (student, found)]
     check_vocab_sizes(*rows, len(student.tokenizer), partner_name=argument)
@@ -293,15 +282,17 @@ def _is_base_of(item: Any, revision: str | None, student: _Model) -> bool:
     return find_checkpoint(os.fspath(item), revision).folder.resolve() == student.base.folder.resolve()
 
 
-def _check_output(output: Path, models: list[_Model]) -> None:
-    for one in models:
-        if one.checkpoint is not None and output.resolve() == one.checkpoint.folder.resolve():
-            raise ConfigError(f"`output_dir={str(output)!r}` is the folder of `{one.argument}`. Choose another.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def _source(model: _Model, copy: bool | None) -> ModelSource | Weights:
+    """What is written of a reference or a base: its name, where that is pinned, or its weights."""
+    if model.is_base:
+        return ModelSource(base=True)
+    named = None if copy else pinned(model.checkpoint, model.dtype)
+    if named is None and copy is False:
+        what = "the base of `student`" if model.argument == "student" else f"`{model.argument}`"
         raise ConfigError(
-            f"`output_dir={str(output)!r}` is not empty. Remove it, if it is a former export (one without {SPEC_FILE} "
-            "was interrupted), or choose another."
+            f"`copy_reference=False` pins a Hub id to its commit, but {what} is no Hub id. Leave `copy_reference` out."
         )
+    return named or Weights(model.checkpoint, model.model, model.dtype)
 
 
 def _write_student(student: _Model, output: Path) -> None:
@@ -323,11 +314,3 @@ def _generation_config(student: _Model) -> GenerationConfig:
         if checkpoint is not None and (checkpoint.folder / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(checkpoint.folder)
     return GenerationConfig()
-
-
-def _base(student: _Model, copy: bool | None) -> ModelSource | Weights | None:
-    """What is written of the base of an adapter."""
-    if not student.is_adapter:
-        return None
-    named = None if copy else pinned(student.base)
-    return named or Weights(student.base, student.model)
