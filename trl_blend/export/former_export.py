@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trl_blend.export.model_files import ADAPTER_FOLDER, AUTO_MAP, GENERATE_FILE, update_config
-from trl_blend.export.spec import SPEC_FILE, MixingSpec
+from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 
 
 _MARK = "The same file is in every export of `trl_blend`"
@@ -29,13 +29,16 @@ def clear(folder: Path) -> None:
 
 
 def _copies(folder: Path) -> Iterator[Path]:
-    """Files of the copied models and of the adapter that the `mixing.json` of a folder names."""
+    """Files that came with the `mixing.json` of a folder: copied models, an adapter and the settings of its base."""
     try:
         spec = MixingSpec.read(folder)
     except (ValueError, TypeError, LookupError):  # none, or one that cannot be read
         return
     if spec.adapter == ADAPTER_FOLDER:
         yield from (folder / ADAPTER_FOLDER).glob("adapter_*")
-    for source in (*spec.references, spec.base):
-        if source is not None and _COPY.fullmatch(source.path or ""):
-            yield from (folder / source.path / name for name in source.files if name == Path(name).name)
+        # Those of the base: with them at the top, an adapter that is saved there would not be found
+        yield from (folder / "config.json", folder / "generation_config.json")
+    for source in (*spec.references, spec.base or ModelSource()):
+        copy = source.path or ""
+        if _COPY.fullmatch(copy):
+            yield from (folder / copy / name for name in source.files if name == Path(name).name)

@@ -102,8 +102,8 @@ def export_mixed_policy(
     given: list[Any] = list(reference) if isinstance(reference, (list, tuple)) else [reference]
     if recorded is not None and reference is None:
         given = list(recorded.references)
-    one_weight = not isinstance(teacher_weight, Sequence)
-    weights = check_mixture((teacher_weight,) if one_weight else teacher_weight, len(given), space)
+    given_weights = teacher_weight if isinstance(teacher_weight, Sequence) else (teacher_weight,)
+    weights = check_mixture(given_weights, len(given), space)
     others = []
     for index, item in enumerate(given):
         name = "reference" if len(given) == 1 else f"reference[{index}]"
@@ -111,7 +111,7 @@ def export_mixed_policy(
     sources = [_source(other, copy_reference) for other in others]
     base = None
     if one.is_adapter:
-        base = _source(replace(one, checkpoint=one.base, dtype=None), copy_reference)
+        base = _source(replace(one, checkpoint=one.base), copy_reference)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(
             f"`output_dir={str(output)!r}` is not empty. Remove it, if it is a former export (one without {SPEC_FILE} "
@@ -129,7 +129,7 @@ def export_mixed_policy(
         student_card=one.checkpoint and one.checkpoint.folder / "README.md",
     )
     described = Student(one.tokenizer, one.dtype, one.config, _generation_config(one), base)
-    write_policy(output, described, sources, weights, space, recorded and recorded.step)
+    write_policy(output, described, sources, weights, space, recorded.step if recorded else None)
     return output
 
 
@@ -150,7 +150,7 @@ class _Model:
     argument: str
     config: Any
     tokenizer: Any
-    dtype: str | None
+    dtype: str
     is_adapter: bool = False
     checkpoint: Checkpoint | None = None
     model: Any = None
@@ -252,8 +252,8 @@ def _described_reference(
     if item is student.model:
         raise ConfigError(f"`{argument}` is `student` itself. Pass another model.")
     check_tokenizers(student.tokenizer, found.tokenizer, partner_name=argument)
-    rows = [one.config.get_text_config().vocab_size for one in (student, found)]
-    check_vocab_sizes(*rows, len(student.tokenizer), partner_name=argument)
+    rows, others = (one.config.get_text_config().vocab_size for one in (student, found))
+    check_vocab_sizes(rows, others, len(student.tokenizer), partner_name=argument)
     return found
 
 

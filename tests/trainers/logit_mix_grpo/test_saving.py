@@ -130,15 +130,6 @@ def test_only_the_process_that_saves_writes(build, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
-@pytest.mark.parametrize("settings", [{"objective": "student"}, {"teacher_weight": 0.0}])
-def test_ordinary_models_have_nothing_of_this(build, settings):
-    trainer = runs.train(build(**{**MIX, **settings})).trainer
-    trainer.save_model()
-    names = {path.name for path in Path(trainer.args.output_dir).rglob("*")}
-    assert not names & {"mixing.json", "custom_generate", "reference", "adapter"}
-    assert "auto_map" not in Path(trainer.args.output_dir, "config.json").read_text()
-
-
 @pytest.mark.usefixtures("modules_cache")
 @pytest.mark.parametrize("kind", ["full", "lora on its base"])
 def test_every_pushed_commit_decodes_the_mixture_of_its_step(build, hub_endpoint, tmp_path, kind):  # noqa: F811
