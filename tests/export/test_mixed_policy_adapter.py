@@ -119,15 +119,6 @@ def test_a_base_in_another_dtype(models, dtype, is_base):
     assert (model_files.base_checkpoint(student) is not None) == (dtype == "bfloat16")
 
 
-def test_another_reference(models, modules_cache, loads):
-    student, other = tiny_lora(load(models / "base")), load(models / "other")
-    expected = mixed.blended(student, other, 0.4, "logits", INPUTS, SETTINGS)
-    policy = export_mixed_policy(models / "adapter", models / "other", 0.4, models / "policy")
-    del loads[:]
-    mixed.assert_same_decoding(decoded(trusted(policy)), expected)
-    assert len(loads) == 2
-
-
 def test_no_silent_way_to_the_student(models, modules_cache):
     policy = export_mixed_policy(models / "adapter", None, 0.4, models / "policy")
     # At the top of a Hub repository it would lead transformers to the base's repository, past this code

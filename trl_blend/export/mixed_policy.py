@@ -214,7 +214,11 @@ def _base_of(adapter: Checkpoint, recorded: MixingSpec | None) -> Checkpoint:
     if recorded is not None and recorded.base is not None:
         return find_checkpoint(*_locate(recorded.base, adapter, "base", "the model with its adapter as `student`"))
     settings = AdapterConfig.of_folder(adapter.folder)
-    return find_checkpoint(settings.base_name or "", settings.base_revision)
+    if not settings.base_name:
+        raise ConfigError(
+            f"`student={adapter.name!r}` is an adapter that does not name its base. Pass the loaded model."
+        )
+    return find_checkpoint(settings.base_name, settings.base_revision)
 
 
 def _locate(source: ModelSource, student: Checkpoint, what: str, remedy: str) -> tuple[str, str | None]:
