@@ -27,20 +27,14 @@ def add_command(command: Callable[..., Any]) -> None:
         "--teacher_model_name_or_path",
         nargs="+",
         metavar="NAME",
-        help="teacher(s) that it is decoded with; by default those of a training checkpoint with a mixing.json, else "
-        "the student's own base with its adapter switched off",
+        help="teacher(s) that it is decoded with (default: those of the checkpoint, else the adapter's base)",
     )
-    add(
-        "--teacher_weight",
-        type=float,
-        nargs="+",
-        help="weight of each teacher in the mixture; by default that of the training checkpoint",
-    )
+    add("--teacher_weight", type=float, nargs="+", help="weight of each teacher (default: that of the checkpoint)")
     add("--output_dir", required=True, help="folder to write to")
     add(
         "--mixing_space",
         choices=("logits", "probs"),
-        help="what is mixed (default: as the training checkpoint was, else logits)",
+        help="what is mixed (default: as in the checkpoint, else logits)",
     )
     add("--model_revision", help="branch, tag or commit of the student on the Hub")
     add("--teacher_model_revision", help="branch, tag or commit of the teacher on the Hub")

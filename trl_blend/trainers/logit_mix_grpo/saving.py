@@ -35,24 +35,9 @@ class MixedPolicyFiles:
     What is written beside a student that the parent has saved: into a checkpoint a `mixing.json` that says what the
     student is mixed with, into any other folder what lets transformers decode the mixture.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The student that is trained, not wrapped.
-        partners (`Sequence[~transformers.PreTrainedModel]`):
-            The loaded teachers. None of them: the base of the student.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The student's.
-        args ([`LogitMixGRPOConfig`]):
-            How they were loaded and are mixed.
-        student, teachers:
-            Student and teachers as they were given.
-        is_sharded (`bool`):
-            Whether the weights of the student are spread over processes.
-
-    Raises:
-        [`~trl_blend.errors.UnsupportedError`]:
-            If the base of an adapter has no name and is sharded, so that it could not be saved later, or the adapter
-            has a name of its own.
+    `model` is the student without wrappers, `partners` are the loaded teachers; `student` and `teachers` are what
+    was given for them. Raises [`~trl_blend.errors.UnsupportedError`] for an adapter that could not be saved later: its base
+    has no name and is sharded, or it has a name of its own.
     """
 
     def __init__(
