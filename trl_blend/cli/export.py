@@ -22,7 +22,7 @@ def add_command(command: Callable[..., Any]) -> None:
     add = command(
         "export", run, "write a student and its teacher as one model that transformers decodes", RENAMED
     ).add_argument
-    add("--model_name_or_path", required=True, help="student: folder or Hub id, a whole model or an adapter")
+    add("--model_name_or_path", required=True, help="student: a model, an adapter or a checkpoint of grpo-mix")
     add(
         "--teacher_model_name_or_path",
         nargs="+",
@@ -31,11 +31,7 @@ def add_command(command: Callable[..., Any]) -> None:
     )
     add("--teacher_weight", type=float, nargs="+", help="weight of each teacher (default: that of the checkpoint)")
     add("--output_dir", required=True, help="folder to write to")
-    add(
-        "--mixing_space",
-        choices=("logits", "probs"),
-        help="what is mixed (default: as in the checkpoint, else logits)",
-    )
+    add("--mixing_space", choices=("logits", "probs"), help="what is mixed (default: the checkpoint's, else logits)")
     add("--model_revision", help="branch, tag or commit of the student on the Hub")
     add("--teacher_model_revision", help="branch, tag or commit of the teacher on the Hub")
     add("--copy_reference", action="store_true", default=None, help="write the teacher's weights too, of a Hub id")

@@ -36,8 +36,8 @@ class MixedPolicyFiles:
     student is mixed with, into any other folder what lets transformers decode the mixture.
 
     `model` is the student without wrappers, `partners` are the loaded teachers; `student` and `teachers` are what
-    was given for them. Raises [`~trl_blend.errors.UnsupportedError`] for an adapter that could not be saved later: its base
-    has no name and is sharded, or it has a name of its own.
+    was given for them. Raises [`~trl_blend.errors.UnsupportedError`] for an adapter that could not be saved later: its
+    base has no name and is sharded, or it has a name of its own.
     """
 
     def __init__(
