@@ -1,6 +1,7 @@
 """`trl-blend export`: the same files as the Python call makes, pushed on request; errors name the options."""
 
-import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.hub.server import hub_endpoint  # noqa: F401
 from tests.rollouts.collecting import save_model
 from trl_blend import cli, export_mixed_policy
+from trl_blend.export.spec import MixingSpec, ModelSource
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +46,43 @@ def test_it_writes_what_the_python_call_writes(models, tmp_path, capsys, options
     assert files(tmp_path / "cli" / "mixed") == files(tmp_path / "python" / "mixed")
 
 
-def test_a_configuration_file(models, tmp_path):
-    config = tmp_path / "export.yaml"
-    config.write_text(f"model_name_or_path: {models['student']}\nteacher_weight: 0.3\nmixing_space: probs")
-    given = ["--teacher_model_name_or_path", models["first"], "--output_dir", str(tmp_path / "out")]
-    assert cli.main(["export", "--config", str(config), *given]) == 0
-    assert json.loads((tmp_path / "out" / "mixing.json").read_text())["space"] == "probs"
-
-
 def test_lists_zeros_and_switches_of_a_configuration_file(models, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "trl_blend.export.mixed_policy.export_mixed_policy", lambda *args, **settings: calls.append((args, settings))
-    )
+    monkeypatch.setattr("trl_blend.export.mixed_policy.export_mixed_policy", lambda **settings: calls.append(settings))
     config = tmp_path / "export.yaml"
     lines = ["model_name_or_path: a", "output_dir: out", "copy_reference: false"]
     for teachers, weights in (("[b, c]", "[0.3, 0]"), ("b", "0.0")):
         given = [*lines, f"teacher_model_name_or_path: {teachers}", f"teacher_weight: {weights}"]
         config.write_text("\n".join(given))
         assert cli.main(["export", "--config", str(config)]) == 0
-    assert [args for args, _ in calls] == [("a", ["b", "c"], [0.3, 0.0], "out"), ("a", "b", 0.0, "out")]
-    assert [settings["copy_reference"] for _, settings in calls] == [False, False]
+    assert [(one["student"], one["reference"], one["teacher_weight"], one["copy_reference"]) for one in calls] == [
+        ("a", ["b", "c"], [0.3, 0.0], False),
+        ("a", ["b"], [0.0], False),
+    ]
+
+
+def test_a_training_checkpoint_says_what_it_is_mixed_with(models, tmp_path):
+    checkpoint = shutil.copytree(models["student"], tmp_path / "checkpoint-20")
+    references = tuple(ModelSource(path=models[name]) for name in ("first", "second"))
+    MixingSpec((0.3, 0.2), references, "probs", "f" * 64, step=20).write(checkpoint)
+    assert cli.main(["export", "--model_name_or_path", str(checkpoint), "--output_dir", str(tmp_path / "as")]) == 0
+    given = [[models["first"], models["second"]], [0.3, 0.2]]
+    export_mixed_policy(models["student"], *given, tmp_path / "python", mixing_space="probs")
+    found, expected = (MixingSpec.read(tmp_path / name) for name in ("as", "python"))
+    assert found == replace(expected, step=20)
+    options = ["--teacher_weight", "0.1", "--mixing_space", "logits"]
+    other = command({**models, "student": str(checkpoint)}, tmp_path / "other", "second")
+    assert cli.main([*other, *options]) == 0
+    found = MixingSpec.read(tmp_path / "other")
+    assert (found.weights, found.space) == ((0.1,), "logits") and found.references[0].files == expected.references[
+        1
+    ].files
 
 
 @pytest.mark.parametrize(
     ("teachers", "options", "message"),
     [
-        (["first"], [], "the following arguments are required: --teacher_weight"),
+        (["first"], [], "`--teacher_weight` is not given, and there is no mixing.json"),
         (["first"], ["--teacher_weight", "2"], "`--teacher_weight[0]` is 2.0."),
         (["first", "second"], ["--teacher_weight", "0.3"], "has 1 value(s) for 2 reference(s)"),
         (["nowhere/x"], ["--teacher_weight", "0.3"], "'nowhere/x' is neither a folder with a model"),
@@ -102,4 +114,4 @@ def test_a_refused_push_says_what_to_do_and_where_the_files_are(hub_endpoint, mo
     error = capsys.readouterr().err
     folder = str(tmp_path / "out")
     again = f"The mixed policy is in {folder!r}: `hf upload other/mixed {folder}` sends it."
-    assert "Pushing to 'other/mixed' failed: " in error and again in error
+    assert len(error.strip().splitlines()) == 1 and "403 Forbidden" in error and again in error

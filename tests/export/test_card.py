@@ -44,8 +44,16 @@ def test_card_of_an_adapter_on_the_hub(tmp_path, chat):
     parts = [Part("me/lora", "a" * 40), [Part("me/lora", is_base=True), Part("google/gemma-2-2b")]]
     write_policy_card(tmp_path, *parts, [0.25, 0.25], "probs", is_adapter=True, has_chat_template=chat)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "No license is set" in card and "license" not in metadata_of(card)
     assert metadata_of(card)["base_model"] == ["me/lora", "google/gemma-2-2b"]
     assert "| the base of that adapter | 0.25 |" in card and "`aaaaaaaaaaaa`" in card
     assert "`peft` has to be installed" in card and "Mixed are the next-token probabilities." in card
     assert ("apply_chat_template" in card) == chat
-    assert card.count("has the license") == 1 and "`gemma`" in card
+
+
+def test_the_license_of_the_student_is_passed_on(tmp_path):
+    (tmp_path / "student.md").write_text("---\nlicense: mit\n---\n")
+    one = {"is_adapter": False, "has_chat_template": False, "student_card": tmp_path / "student.md"}
+    write_policy_card(tmp_path, Part("me/student"), [Part("me/teacher")], [0.5], "logits", **one)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert metadata_of(card)["license"] == "mit" and "That of the student, `mit`, is passed on." in card

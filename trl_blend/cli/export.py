@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trl_blend.errors import HubError
 from trl_blend.scripts.messages import tell
 
 
@@ -21,16 +22,16 @@ def add_command(command: Callable[..., Any]) -> None:
     add = command(
         "export", run, "write a student and its teacher as one model that transformers decodes", RENAMED
     ).add_argument
-    add("--model_name_or_path", required=True, help="student: folder or Hub id, a whole model or an adapter")
+    add("--model_name_or_path", required=True, help="student: a model, an adapter or a checkpoint of grpo-mix")
     add(
         "--teacher_model_name_or_path",
         nargs="+",
         metavar="NAME",
-        help="teacher(s) that it is decoded with; none for the student's own base with its adapter switched off",
+        help="teacher(s) that it is decoded with (default: those of the checkpoint, else the adapter's base)",
     )
-    add("--teacher_weight", type=float, nargs="+", required=True, help="weight of each teacher in the mixture")
+    add("--teacher_weight", type=float, nargs="+", help="weight of each teacher (default: that of the checkpoint)")
     add("--output_dir", required=True, help="folder to write to")
-    add("--mixing_space", default="logits", choices=("logits", "probs"), help="what is mixed (default: logits)")
+    add("--mixing_space", choices=("logits", "probs"), help="what is mixed (default: the checkpoint's, else logits)")
     add("--model_revision", help="branch, tag or commit of the student on the Hub")
     add("--teacher_model_revision", help="branch, tag or commit of the teacher on the Hub")
     add("--copy_reference", action="store_true", default=None, help="write the teacher's weights too, of a Hub id")
@@ -40,30 +41,12 @@ def add_command(command: Callable[..., Any]) -> None:
     add("--private", action="store_true", help="make that repository private if it is new")
 
 
-def run(
-    model_name_or_path: str,
-    teacher_model_name_or_path: list[str] | None,
-    teacher_weight: list[float],
-    output_dir: str,
-    model_revision: str | None,
-    teacher_model_revision: str | None,
-    push_to_hub: str | None,
-    private: bool,
-    **options: Any,
-) -> int:
+def run(push_to_hub: str | None, private: bool, **options: Any) -> int:
     """Export, and push on request."""
     from trl_blend.export.mixed_policy import export_mixed_policy
 
-    teachers = teacher_model_name_or_path
-    folder = export_mixed_policy(
-        model_name_or_path,
-        teachers[0] if teachers is not None and len(teachers) == 1 else teachers,
-        teacher_weight[0] if len(teacher_weight) == 1 else teacher_weight,
-        output_dir,
-        student_revision=model_revision,
-        reference_revision=teacher_model_revision,
-        **options,
-    )
+    arguments = {option: argument for argument, option in RENAMED.items()}
+    folder = export_mixed_policy(**{arguments.get(name, name): value for name, value in options.items()})
     tell(f"Mixed policy written to {folder}.")
     if push_to_hub:
         tell(f"Pushed: {_push(folder, push_to_hub, private)}")
@@ -73,11 +56,12 @@ def run(
 def _push(folder: Path, repository: str, private: bool) -> str:
     """Push a folder as a model; returns the address of the commit."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
-    from trl_blend.models.hub_errors import Push, explained_errors
-
-    again = f"The mixed policy is in {str(folder)!r}: `hf upload {repository} {shlex.quote(str(folder))}` sends it."
-    with explained_errors(Push(repository, "--push_to_hub", "HF_TOKEN", kept=again, again="")):
+    try:
         api = HfApi()
         name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload mixed policy"))
+    except (HTTPError, HFValidationError, OSError) as error:
+        again = f"`hf upload {repository} {shlex.quote(str(folder))}` sends it"
+        raise HubError(f"{error} The mixed policy is in {str(folder)!r}: {again}.") from error

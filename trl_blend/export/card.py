@@ -9,23 +9,16 @@ from huggingface_hub import ModelCardData
 from trl_blend._version import __version__
 from trl_blend.ops.mixing import student_weight
 from trl_blend.reports.cards import model_link, render
-from trl_blend.reports.licences import Source, reminders
+from trl_blend.reports.metadata import kept_metadata
 from trl_blend.reports.names import shown_name
 
 
 class Part(NamedTuple):
-    """
-    A model of the mixture.
+    """A model of the mixture."""
 
-    Args:
-        name (`str`): Name, id or path; empty for a model built in memory.
-        commit (`str` or `None`): Commit on the Hub.
-        is_base (`bool`): Whether it is the student's own base.
-    """
-
-    name: str
+    name: str  # id or path; empty for a model built in memory
     commit: str | None = None
-    is_base: bool = False
+    is_base: bool = False  # whether it is the student's own base
 
 
 def write_policy_card(
@@ -37,24 +30,9 @@ def write_policy_card(
     *,
     is_adapter: bool,
     has_chat_template: bool,
+    student_card: Path | None = None,
 ) -> None:
-    """
-    Write `README.md` of an exported mixed policy.
-
-    Args:
-        folder (`Path`):
-            Folder of the policy.
-        student, references:
-            Its models.
-        weights (`Sequence[float]`):
-            One weight per reference; the student has the rest.
-        space (`str`):
-            `"logits"` or `"probs"`.
-        is_adapter (`bool`):
-            Whether the student is an adapter.
-        has_chat_template (`bool`):
-            Whether its tokenizer has one.
-    """
+    """Write `README.md` of an exported mixed policy; a license in the student's card, if there is one, is kept."""
     parts = [student, *(part for part in references if not part.is_base)]
     ids = [shown_name(part.name).hub_id for part in parts]
     metadata = ModelCardData(
@@ -62,6 +40,7 @@ def write_policy_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["custom_generate", "trl-blend"],
+        **({} if student_card is None else kept_metadata(student_card)),
     )
     fields = {
         "metadata": metadata.to_yaml(),
@@ -72,7 +51,7 @@ def write_policy_card(
         "space": space,
         "is_adapter": is_adapter,
         "chat": has_chat_template,
-        "reminders": reminders(Source("model", part.name, part.commit) for part in parts if part.name),
+        "license": metadata.license,
         "version": __version__,
         "local_names": [part.name for part in parts],
     }

@@ -1,81 +1,44 @@
 """What makes a folder decode a mixture, taken away before another model is saved there: only what is ours."""
 
 import json
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from trl_blend.errors import ConfigError
-from trl_blend.export.model_files import ADAPTER_FILES, ADAPTER_FOLDER, AUTO_MAP, BASE_CONFIGS, GENERATE_FILE
-from trl_blend.export.spec import SPEC_FILE, MixingSpec
+from trl_blend.export.model_files import ADAPTER_FOLDER, AUTO_MAP, GENERATE_FILE, update_config
+from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 
 
 _MARK = "The same file is in every export of `trl_blend`"
-_COPIES = re.compile(r"(\.\./)?(reference(_\d+)?|base)")
-
-
-def take_down(folder: Path) -> MixingSpec | None:
-    """
-    Remove `mixing.json`, this package's `custom_generate/generate.py` and what leads to it.
-
-    Returns:
-        [`MixingSpec`] or `None`: What `mixing.json` said, if there was one that can be read; for [`remove_unnamed`].
-    """
-    code = folder / GENERATE_FILE
-    is_ours = code.is_file() and _MARK in code.read_text(encoding="utf-8", errors="replace")
-    if not is_ours and not (folder / SPEC_FILE).is_file():
-        return None
-    try:
-        spec = MixingSpec.read(folder)
-    except (ConfigError, ValueError, TypeError, LookupError):
-        spec = None
-    (folder / SPEC_FILE).unlink(missing_ok=True)
-    if is_ours:
-        _remove(code.parent, [code.name])
-    if spec is None or spec.adapter is None:
-        _forget_code(folder / "config.json")
-    else:
-        _remove(folder, BASE_CONFIGS)
-    if spec is not None and spec.adapter == ADAPTER_FOLDER:
-        _remove(folder / ADAPTER_FOLDER, ADAPTER_FILES)
-    return spec
-
-
-def remove_unnamed(former: MixingSpec | None, folder: Path) -> None:
-    """Remove the copies of models that `former`, once in `folder`, named, unless a `mixing.json` there still does."""
-    for source in () if former is None else (*former.references, former.base):
-        if source is None or source.path is None or not _COPIES.fullmatch(source.path):
-            continue
-        target = Path(os.path.normpath(folder.resolve() / source.path))
-        named = re.compile(rf'"path":\s*"(\.\./)?{target.name}"')
-        specs = [target.parent / SPEC_FILE, *target.parent.glob(f"checkpoint-*/{SPEC_FILE}")]
-        if any(named.search(spec.read_text(encoding="utf-8")) for spec in specs if spec.is_file()):
-            continue
-        if not target.is_symlink():
-            _remove(target, source.files)
+_COPY = re.compile(r"reference(_\d+)?|base")
 
 
 def clear(folder: Path) -> None:
-    """Both: nothing in `folder` mixes any more."""
-    remove_unnamed(take_down(folder), folder)
+    """Remove `mixing.json`, the copies that it names, our `generate.py`, and the entry of `config.json` for it."""
+    code, config = folder / GENERATE_FILE, folder / "config.json"
+    is_ours = code.is_file() and _MARK in code.read_text(encoding="utf-8", errors="replace")
+    for path in [*_copies(folder), *([code] if is_ours else [])]:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.parent.rmdir()  # unless something else is in it
+    (folder / SPEC_FILE).unlink(missing_ok=True)
+    auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}) if config.is_file() else {}
+    if AUTO_MAP.items() <= auto_map.items():
+        update_config(folder, {"auto_map": {name: auto_map[name] for name in auto_map.keys() - AUTO_MAP.keys()}})
 
 
-def _remove(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of a folder, and the folder if nothing else is in it."""
-    for name in names:
-        if Path(name).name == name:
-            (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
-
-
-def _forget_code(config: Path) -> None:
-    """The opposite of [`model_files.point_config_at_code`]."""
-    if not config.is_file():
+def _copies(folder: Path) -> Iterator[Path]:
+    """Files that came with the `mixing.json` of a folder: copied models, an adapter and the settings of its base."""
+    try:
+        spec = MixingSpec.read(folder)
+    except (ValueError, TypeError, LookupError):  # none, or one that cannot be read
         return
-    content = json.loads(config.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in content.pop("auto_map", {}).items() if AUTO_MAP.get(name) != value}
-    content |= {"auto_map": kept} if kept else {}
-    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if spec.adapter == ADAPTER_FOLDER:
+        yield from (folder / ADAPTER_FOLDER).glob("adapter_*")
+        # Those of the base: with them at the top, an adapter that is saved there would not be found
+        yield from (folder / "config.json", folder / "generation_config.json")
+    for source in (*spec.references, spec.base or ModelSource()):
+        copy = source.path or ""
+        if _COPY.fullmatch(copy):
+            yield from (folder / copy / name for name in source.files if name == Path(name).name)

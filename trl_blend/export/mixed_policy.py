@@ -1,8 +1,9 @@
 """`export_mixed_policy`: a student and its references as one directory that transformers alone can decode."""
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,21 @@ from transformers import GenerationConfig
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.export import model_files
 from trl_blend.export.card import Part, write_policy_card
-from trl_blend.export.spec import SPACES, SPEC_FILE, MixingSpec, ModelSource
+from trl_blend.export.policy_folder import Student, Weights, pinned, write_policy
+from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource, check_mixture
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
 from trl_blend.models.compatibility import check_tokenizers, check_vocab_sizes
-from trl_blend.models.fingerprint import fingerprint_tokenizer
 from trl_blend.models.loading import find_config, find_tokenizer
-from trl_blend.ops.mixing import validate_weights
+from trl_blend.models.wrappers import AdapterConfig, what_changes_the_base
 
 
 def export_mixed_policy(
     student: Any,
     reference: Any,
-    teacher_weight: float | Sequence[float],
+    teacher_weight: float | Sequence[float] | None,
     output_dir: str | os.PathLike[str],
     *,
-    mixing_space: str = "logits",
+    mixing_space: str | None = None,
     processing_class: Any = None,
     student_revision: str | None = None,
     reference_revision: str | None = None,
@@ -39,22 +40,24 @@ def export_mixed_policy(
     if the reference is copied, `reference/` (several: `reference_0/`, …). `mixing.json` is written last, so an
     interrupted export leaves a directory that refuses to be decoded.
 
-    An adapter is put into a subfolder on purpose: with `adapter_config.json` at the top of a Hub repository,
-    `AutoModelForCausalLM.from_pretrained` goes to the base model's repository and never sees this one's code.
+    A training checkpoint of [`LogitMixGRPOTrainer`] with `objective="mixed"` has a `mixing.json` that says what it was
+    mixed with: reference, weight and space are those, unless they are given.
 
     Args:
         student (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Hub id, folder or model; an adapter stays one.
         reference (`str`, [`~transformers.PreTrainedModel`], a list of them, or `None`):
-            Frozen model(s) with the student's tokenizer. `None`, or the name of the adapter's base: the student's own
-            base with its adapter disabled, of which one copy is loaded.
-        teacher_weight (`float` or `Sequence[float]`):
+            Frozen model(s) with the student's tokenizer. `None`: what `mixing.json` in the student's folder names;
+            without that file, or for the name of the adapter's base, the student's own base with its adapter
+            disabled, of which one copy is loaded.
+        teacher_weight (`float` or `Sequence[float]`, or `None`):
             Weight of each reference, in `[0, 1]`, at most 1 together. 0 decodes the plain student and loads no
-            reference.
+            reference. `None`: what `mixing.json` in the student's folder says.
         output_dir (`str` or `os.PathLike`):
             A directory that is new or empty.
-        mixing_space (`str`, *optional*, defaults to `"logits"`):
-            `"logits"` or `"probs"`, as in [`LogitMixGRPOConfig`].
+        mixing_space (`str`, *optional*):
+            `"logits"` or `"probs"`, as in [`LogitMixGRPOConfig`]. Defaults to what `mixing.json` in the student's
+            folder says, `"logits"` without that file.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the student, by default the one it comes with.
         student_revision, reference_revision (`str`, *optional*):
@@ -82,38 +85,57 @@ def export_mixed_policy(
     export_mixed_policy("out/student", "Qwen/Qwen2.5-1.5B-Instruct", 0.3, "out/mixed")
     ```
     """
-    weights = validate_weights(
-        teacher_weight if isinstance(teacher_weight, Sequence) else (teacher_weight,), "teacher_weight"
-    )
-    if mixing_space not in SPACES:
-        raise ConfigError(f"`mixing_space={mixing_space!r}` is unknown. Choose one of {', '.join(SPACES)}.")
-    references = list(reference) if isinstance(reference, (list, tuple)) else [reference]
-    if len(weights) != len(references):
-        raise ConfigError(
-            f"`teacher_weight={list(weights)}` has {len(weights)} value(s) for {len(references)} reference(s). Give "
-            "one weight per reference."
-        )
     output = Path(output_dir)
     load = {"trust_remote_code": trust_remote_code or None}
     one = _described(student, "student", student_revision, processing_class, load)
     if not type(one.tokenizer).__module__.startswith("transformers."):
         raise UnsupportedError(_TOKENIZER_CODE.format(type(one.tokenizer).__name__))
-    if copy_reference is False and one.adapter is not None and not (one.base and one.base.in_hub and one.base.commit):
-        raise ConfigError(_NOT_PINNED.format("student", "its base is no Hub id"))
+    recorded = one.recorded
+    if teacher_weight is None:
+        if recorded is None:
+            raise ConfigError(
+                f"`teacher_weight` is not given, and there is no {SPEC_FILE} beside `student` to say it."
+            )
+        teacher_weight = recorded.weights
+    space = mixing_space or (recorded.space if recorded else "logits")
+    given: list[Any] = list(reference) if isinstance(reference, (list, tuple)) else [reference]
+    if recorded is not None and reference is None:
+        given = list(recorded.references)
+    given_weights = teacher_weight if isinstance(teacher_weight, Sequence) else (teacher_weight,)
+    weights = check_mixture(given_weights, len(given), space)
     others = []
-    for index, item in enumerate(references):
-        name = "reference" if len(references) == 1 else f"reference[{index}]"
-        others.append(_described_reference(item, name, reference_revision, one, load, copy_reference))
-    _check_output(output, [one, *others])
-    return _write(one, others, weights, mixing_space, output, copy_reference)
+    for index, item in enumerate(given):
+        name = "reference" if len(given) == 1 else f"reference[{index}]"
+        others.append(_described_reference(item, name, reference_revision, one, load))
+    sources = [_source(other, copy_reference) for other in others]
+    base = None
+    if one.is_adapter:
+        base = _source(replace(one, checkpoint=one.base), copy_reference)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"`output_dir={str(output)!r}` is not empty. Remove it, if it is a former export (one without {SPEC_FILE} "
+            "was interrupted), or choose another."
+        )
+    _write_student(one, output)
+    write_policy_card(
+        output,
+        one.part,
+        [other.part for other in others],
+        weights,
+        space,
+        is_adapter=one.is_adapter,
+        has_chat_template=bool(one.tokenizer.chat_template),
+        student_card=one.checkpoint and one.checkpoint.folder / "README.md",
+    )
+    described = Student(one.tokenizer, one.dtype, one.config, _generation_config(one), base)
+    write_policy(output, described, sources, weights, space, recorded.step if recorded else None)
+    return output
 
 
 _ADAPTER = (
     "`{}` is an adapter. Merge it into its base (`merge_and_unload()`) and pass the merged model; the student's own "
     "base is `reference=None`."
 )
-_NOT_PINNED = "`copy_reference=False` pins a Hub id to its commit, but `{}`: {}. Leave `copy_reference` out."
-
 _TOKENIZER_CODE = (
     "The tokenizer of `student` ({}) runs code of its own, and a mixed policy runs no code but its generate.py. Pass "
     "a `processing_class` that transformers knows."
@@ -127,17 +149,13 @@ class _Model:
     argument: str
     config: Any
     tokenizer: Any
+    dtype: str
+    is_adapter: bool = False
     checkpoint: Checkpoint | None = None
     model: Any = None
     base: Checkpoint | None = None  # of an adapter
     is_base: bool = False  # the reference is the student's own base
-
-    @property
-    def adapter(self) -> Any:
-        """The checkpoint or model, if it is an adapter."""
-        if self.checkpoint is not None:
-            return self.checkpoint if self.checkpoint.is_adapter else None
-        return self.model if getattr(self.model, "peft_config", None) else None
+    recorded: MixingSpec | None = None  # what `mixing.json` in the student's folder says
 
     @property
     def part(self) -> Part:
@@ -146,65 +164,119 @@ class _Model:
             return Part(self.checkpoint.name, self.checkpoint.commit, self.is_base)
         return Part(getattr(self.config, "_name_or_path", "") or "", is_base=self.is_base)
 
-    @property
-    def dtype(self) -> str:
-        return model_files.dtype_name(self.model.dtype if self.model is not None else self.config.dtype)
-
 
 def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, load: dict[str, Any]) -> _Model:
-    if not isinstance(item, (str, os.PathLike)):
-        if revision is not None:
-            raise ConfigError(f"`{argument}_revision={revision!r}` is for a Hub id, but `{argument}` is a model.")
-        config = find_config(item, argument)
-        found = _Model(
-            argument, config, tokenizer or find_tokenizer(item, argument, required=True, **load), model=item
-        )
-        if found.adapter is not None and argument != "student":
-            raise UnsupportedError(_ADAPTER.format(argument))
-        found.base = model_files.base_source(item) if found.adapter is not None else None
-    else:
-        checkpoint = find_checkpoint(os.fspath(item), revision)
-        spec = checkpoint.folder / SPEC_FILE
-        if spec.is_file() and (argument != "student" or MixingSpec.read(checkpoint.folder).adapter is not None):
-            raise ConfigError(
-                f"`{argument}={checkpoint.name!r}` is a mixed policy itself, which is no single model. Pass one "
-                "of the models it is mixed from."
-            )
-        if checkpoint.is_adapter and argument != "student":
-            raise UnsupportedError(_ADAPTER.format(argument))
-        name = str(checkpoint.folder)
-        config = find_config(name, argument, **load)
-        tokenizer = tokenizer or find_tokenizer(name, argument, required=True, **load)
-        found = _Model(argument, config, tokenizer, checkpoint=checkpoint)
-        if checkpoint.is_adapter:
-            settings = model_files.AdapterConfig.of_folder(checkpoint.folder)
-            found.base = find_checkpoint(settings.base_name or "", settings.base_revision)
-    if not type(found.config).__module__.startswith("transformers."):
+    checkpoint, model = None, item
+    if isinstance(item, (str, os.PathLike)):
+        checkpoint, model = find_checkpoint(os.fspath(item), revision), None
+    elif revision is not None:
+        raise ConfigError(f"`{argument}_revision={revision!r}` is for a Hub id, but `{argument}` is a model.")
+    is_adapter = bool(getattr(model, "peft_config", None)) if checkpoint is None else checkpoint.is_adapter
+    if is_adapter and argument != "student":
+        raise UnsupportedError(_ADAPTER.format(argument))
+    recorded = None if checkpoint is None else _recorded(checkpoint, argument)
+    base = None
+    if is_adapter:
+        base = model_files.base_checkpoint(model) if checkpoint is None else _base_of(checkpoint, recorded)
+    named = base if checkpoint is not None and is_adapter else checkpoint
+    config = find_config(model if named is None else str(named.folder), argument, **load)
+    if not type(config).__module__.startswith("transformers."):
         raise UnsupportedError(
-            f"`{argument}` ({type(found.config).__name__}) runs code of its own, and a mixed policy runs no code but "
-            "its generate.py. Use a model that transformers knows."
+            f"`{argument}` ({type(config).__name__}) runs code of its own, and a mixed policy runs no code but its "
+            "generate.py. Use a model that transformers knows."
         )
-    return found
+    if tokenizer is None:
+        own = checkpoint is not None and (checkpoint.folder / "tokenizer_config.json").is_file()
+        named = checkpoint if own else named  # an adapter may have been saved without one
+        tokenizer = find_tokenizer(model if named is None else str(named.folder), argument, required=True, **load)
+    dtype = model_files.dtype_name(config.dtype if model is None else model.dtype)
+    if base is not None and recorded is not None and recorded.base is not None:
+        dtype = recorded.base.dtype or dtype
+    return _Model(argument, config, tokenizer, dtype, is_adapter, checkpoint, model, base, recorded=recorded)
+
+
+def _recorded(checkpoint: Checkpoint, argument: str) -> MixingSpec | None:
+    """What `mixing.json` in a checkpoint says, if there is one."""
+    if not (checkpoint.folder / SPEC_FILE).is_file():
+        return None
+    spec = MixingSpec.read(checkpoint.folder)
+    if argument != "student" or spec.adapter not in (None, "."):
+        raise ConfigError(
+            f"`{argument}={checkpoint.name!r}` is a mixed policy itself, which is no single model. Pass one of the "
+            "models it is mixed from."
+        )
+    return spec
+
+
+def _base_of(adapter: Checkpoint, recorded: MixingSpec | None) -> Checkpoint:
+    """What an adapter is put on: the base of its training where that is recorded, else as PEFT names it."""
+    if recorded is not None and recorded.base is not None:
+        return find_checkpoint(*_locate(recorded.base, adapter, "base", "the model with its adapter as `student`"))
+    settings = AdapterConfig.of_folder(adapter.folder)
+    if not settings.base_name:
+        raise ConfigError(
+            f"`student={adapter.name!r}` is an adapter that does not name its base. Pass the loaded model."
+        )
+    return find_checkpoint(settings.base_name, settings.base_revision)
+
+
+def _locate(source: ModelSource, student: Checkpoint, what: str, remedy: str) -> tuple[str, str | None]:
+    """Name and revision of a model that `mixing.json` in the student's folder names."""
+    if source.repo_id is not None:
+        return source.repo_id, source.commit
+    folder = student.folder / (source.path or "")
+    if source.path is None or not folder.is_dir():
+        where = "it was a model in memory" if source.path is None else f"{folder} is not there"
+        raise ConfigError(
+            f"`student={student.name!r}` was mixed with a {what} that its {SPEC_FILE} cannot lead to: {where}. Pass "
+            f"{remedy}."
+        )
+    return str(folder), None
 
 
 def _described_reference(
-    item: Any, argument: str, revision: str | None, student: _Model, load: dict[str, Any], copy: bool | None
+    item: Any, argument: str, revision: str | None, student: _Model, load: dict[str, Any]
 ) -> _Model:
+    dtype = None
+    if isinstance(item, ModelSource):  # of `mixing.json` in the student's folder
+        assert student.checkpoint is not None
+        dtype = item.dtype or student.dtype
+        recorded, (item, revision) = item, (None, None)
+        if not recorded.base:
+            item, revision = _locate(recorded, student.checkpoint, "reference", f"`{argument}`")
     if item is None or _is_base_of(item, revision, student):
-        model_files.check_base_is_reference(student.checkpoint if student.model is None else student.model)
-        return _Model(argument, student.config, student.tokenizer, is_base=True)
+        _check_base_is_reference(student)
+        return _Model(argument, student.config, student.tokenizer, student.dtype, is_base=True)
     tokenizer = None
     if not isinstance(item, (str, os.PathLike)) and not getattr(item.config, "_name_or_path", ""):
         tokenizer = student.tokenizer  # built in memory: it reads the student's ids or nothing
     found = _described(item, argument, revision, tokenizer, load)
+    found.dtype = dtype or found.dtype
     if item is student.model:
         raise ConfigError(f"`{argument}` is `student` itself. Pass another model.")
-    if copy is False and (found.checkpoint is None or not found.checkpoint.in_hub or not found.checkpoint.commit):
-        raise ConfigError(_NOT_PINNED.format(argument, "it is no Hub id"))
     check_tokenizers(student.tokenizer, found.tokenizer, partner_name=argument)
-    rows = [one.config.get_text_config().vocab_size for one in (student, found)]
-    check_vocab_sizes(*rows, len(student.tokenizer), partner_name=argument)
+    rows, others = (one.config.get_text_config().vocab_size for one in (student, found))
+    check_vocab_sizes(rows, others, len(student.tokenizer), partner_name=argument)
     return found
+
+
+def _check_base_is_reference(student: _Model) -> None:
+    """Check that an adapter left its base as it was, so that the base is what the student started from."""
+    if not student.is_adapter:
+        raise UnsupportedError(
+            "`reference=None` means the base of an adapter, and `student` has none. Pass the reference: a name, a "
+            "folder or a model."
+        )
+    if student.checkpoint is None:
+        settings = [config.to_dict() for config in student.model.peft_config.values()]
+    else:
+        path = student.checkpoint.folder / "adapter_config.json"
+        settings = [json.loads(path.read_text(encoding="utf-8"))]
+    for changed_by in filter(None, map(what_changes_the_base, settings)):
+        raise UnsupportedError(
+            f"The adapter of `student` has `{changed_by}`, which changes the base's own weights. Pass the reference "
+            "as a model of its own."
+        )
 
 
 def _is_base_of(item: Any, revision: str | None, student: _Model) -> bool:
@@ -213,90 +285,35 @@ def _is_base_of(item: Any, revision: str | None, student: _Model) -> bool:
     return find_checkpoint(os.fspath(item), revision).folder.resolve() == student.base.folder.resolve()
 
 
-def _check_output(output: Path, models: list[_Model]) -> None:
-    for one in models:
-        if one.checkpoint is not None and output.resolve() == one.checkpoint.folder.resolve():
-            raise ConfigError(f"`output_dir={str(output)!r}` is the folder of `{one.argument}`. Choose another.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def _source(model: _Model, copy: bool | None) -> ModelSource | Weights:
+    """What is written of a reference or a base: its name, where that is pinned, or its weights."""
+    if model.is_base:
+        return ModelSource(base=True)
+    named = None if copy else pinned(model.checkpoint, model.dtype)
+    if named is None and copy is False:
+        what = "the base of `student`" if model.argument == "student" else f"`{model.argument}`"
         raise ConfigError(
-            f"`output_dir={str(output)!r}` is not empty. Remove it, if it is a former export (one without {SPEC_FILE} "
-            "was interrupted), or choose another."
+            f"`copy_reference=False` pins a Hub id to its commit, but {what} is no Hub id. Leave `copy_reference` out."
         )
-
-
-def _write(
-    student: _Model,
-    references: list[_Model],
-    weights: tuple[float, ...],
-    space: str,
-    output: Path,
-    copy: bool | None,
-) -> Path:
-    model_files.add_code(output)  # first: without `mixing.json` it refuses to decode
-    _write_student(student, output)
-    base = None
-    if student.adapter is not None:
-        shared = any(reference.is_base for reference in references)
-        base = _base(student, output / ("reference" if shared else "base"), copy)
-    sources = []
-    for index, reference in enumerate(references):
-        if reference.is_base:
-            sources.append(ModelSource(base=True))
-        else:
-            name = "reference" if len(references) == 1 else f"reference_{index}"
-            sources.append(_source(reference, output / name, copy, student.dtype))
-    tokenizer_sha256 = fingerprint_tokenizer(student.tokenizer).parts["vocabulary"]
-    adapter = None if base is None else model_files.ADAPTER_FOLDER
-    write_policy_card(
-        output,
-        student.part,
-        [reference.part for reference in references],
-        weights,
-        space,
-        is_adapter=adapter is not None,
-        has_chat_template=bool(student.tokenizer.chat_template),
-    )
-    MixingSpec(weights, tuple(sources), space, tokenizer_sha256, adapter, base).write(output)
-    return output
+    return named or Weights(model.checkpoint, model.model, model.dtype)
 
 
 def _write_student(student: _Model, output: Path) -> None:
-    adapter, folder = student.adapter, output / model_files.ADAPTER_FOLDER
-    if adapter is None and student.checkpoint is not None:
-        model_files.copy_checkpoint(student.checkpoint, output)
-    elif adapter is None:
-        model_files.save_model(student.model, student.tokenizer, output)
+    if student.checkpoint is not None:
+        copy = model_files.copy_adapter if student.is_adapter else model_files.copy_checkpoint
+        copy(student.checkpoint, output)
+    elif student.is_adapter:
+        model_files.save_adapter(student.model, output)
     else:
-        generation_config = GenerationConfig()
-        if student.checkpoint is not None:
-            model_files.copy_adapter(student.checkpoint, folder)
-            for checkpoint in (student.base, student.checkpoint):
-                if checkpoint is not None and (checkpoint.folder / "generation_config.json").is_file():
-                    generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-        else:
-            model_files.save_adapter(student.model, folder)
-            generation_config = student.model.generation_config
-        model_files.write_adapter_root(output, student.config, generation_config, student.dtype)
+        model_files.save_model(student.model, output)
     student.tokenizer.save_pretrained(output)
-    model_files.point_config_at_code(output)
 
 
-def _base(student: _Model, folder: Path, copy: bool | None) -> ModelSource:
-    if student.base is None:
-        model_files.save_base(student.model, student.tokenizer, folder)
-        return model_files.folder_source(folder, None)
-    return _source(_Model("student", student.config, student.tokenizer, student.base), folder, copy, student.dtype)
-
-
-def _source(model: _Model, folder: Path, copy: bool | None, student_dtype: str) -> ModelSource:
-    dtype = None if model.dtype == student_dtype else model.dtype
-    checkpoint = model.checkpoint
-    if checkpoint is not None and checkpoint.in_hub and checkpoint.commit and not copy:
-        return ModelSource(repo_id=checkpoint.name, commit=checkpoint.commit, dtype=dtype)
-    if checkpoint is not None:
-        model_files.copy_checkpoint(checkpoint, folder)
-        if not (folder / "tokenizer_config.json").is_file():
-            model.tokenizer.save_pretrained(folder)
-    else:
-        model_files.save_model(model.model, model.tokenizer, folder)
-    return model_files.folder_source(folder, dtype)
+def _generation_config(student: _Model) -> GenerationConfig:
+    """That of the checkpoint, of an adapter without one that of its base."""
+    if student.model is not None:
+        return student.model.generation_config
+    for checkpoint in (student.checkpoint, student.base):
+        if checkpoint is not None and (checkpoint.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(checkpoint.folder)
+    return GenerationConfig()

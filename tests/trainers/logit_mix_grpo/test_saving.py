@@ -1,6 +1,7 @@
 """What `objective="mixed"` saves and pushes decodes as the trainer does; every other run saves an ordinary model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.export.conftest import modules_cache  # noqa: F401
 from tests.hub.server import hub_endpoint  # noqa: F401
 from tests.tiny import tiny_tokenizer
 from tests.trainers import runs
+from trl_blend import export_mixed_policy
+from trl_blend.errors import ConfigError
 from trl_blend.trainers.logit_mix_grpo.greedy import _greedy
 
 
@@ -51,19 +54,23 @@ def spec(folder):
 
 @pytest.mark.usefixtures("modules_cache")
 @pytest.mark.parametrize("kind", STUDENTS)
-def test_saved_folders_decode_as_the_trainer(build, kind):
+def test_what_is_saved_and_exported_decodes_as_the_trainer(build, tmp_path, kind):
     settings = {**MIX, **STUDENTS[kind]}
     trainer = runs.train(build(**settings)).trainer
     trainer.save_model()
     output = Path(trainer.args.output_dir)
     expected = trainers_greedy(trainer)
     assert exported_greedy(output) == expected
-    assert exported_greedy(output / "checkpoint-2") == expected
-    assert exported_greedy(output / "checkpoint-1") != expected
+    for step in (1, 2):
+        checkpoint, policy = output / f"checkpoint-{step}", tmp_path / f"exported-{step}"
+        assert not {path.name for path in checkpoint.rglob("*")} & {"custom_generate", "reference", "base", "adapter"}
+        export_mixed_policy(checkpoint, None, None, policy)
+        same = ("weights", "space", "tokenizer_sha256", "step")
+        assert [spec(policy)[name] for name in same] == [spec(checkpoint)[name] for name in same]
+        assert spec(policy)["step"] == step and (exported_greedy(policy) == expected) == (step == 2)
     with trainer.policy((0.0,) * len(trainer.current_weights())), _greedy(trainer):
         assert trainer._generate(list(runs.PROMPTS))[1] != expected, "the student decodes the same alone"
-    assert [spec(output / f"checkpoint-{step}")["step"] for step in (1, 2)] == [1, 2]
-    # One copy of each reference, whatever the number of checkpoints
+    # One copy of each reference
     weights = [path for path in output.rglob("model.safetensors") if path.parent.name.startswith(("ref", "base"))]
     assert len(weights) == {"lora and a teacher": 2, "two teachers": 2}.get(kind, 1)
     if "lora" in kind:
@@ -72,12 +79,22 @@ def test_saved_folders_decode_as_the_trainer(build, kind):
     assert resumed.trainer.state.global_step == 3
 
 
-@pytest.mark.usefixtures("modules_cache")
-def test_a_checkpoint_taken_from_its_run_is_an_error(build, tmp_path):
-    trainer = runs.train(build(**MIX)).trainer
-    shutil.copytree(Path(trainer.args.output_dir, "checkpoint-2"), tmp_path / "else" / "checkpoint-2")
-    with pytest.raises(RuntimeError, match="reference/.* is missing"):
-        exported_greedy(tmp_path / "else" / "checkpoint-2")
+@pytest.mark.parametrize("where", ["in memory", "loaded with a setting", "gone"])
+def test_a_checkpoint_whose_teacher_cannot_be_found(build, models, tmp_path, where):
+    folder = shutil.copytree(models / "teacher", tmp_path / "teacher")
+    settings = {**MIX, "max_steps": 1}
+    if where == "loaded with a setting":
+        settings["teacher_model_init_kwargs"] = {"rms_norm_eps": 0.1}
+    teacher = AutoModelForCausalLM.from_pretrained(folder) if where == "in memory" else str(folder)
+    checkpoint = Path(runs.train(build(teacher=teacher, **settings)).trainer.args.output_dir, "checkpoint-1")
+    shutil.rmtree(folder)
+    with pytest.raises(
+        ConfigError, match=f"{re.escape(str(folder))} is not there" if where == "gone" else "in memory"
+    ):
+        export_mixed_policy(checkpoint, None, None, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+    export_mixed_policy(checkpoint, models / "teacher", None, tmp_path / "policy")
+    assert spec(tmp_path / "policy")["weights"] == [0.4]
 
 
 def test_the_weight_is_that_of_the_moment(build):
@@ -113,22 +130,6 @@ def test_only_the_process_that_saves_writes(build, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
-@pytest.mark.parametrize("settings", [{"objective": "student"}, {"teacher_weight": 0.0}])
-def test_ordinary_models_have_nothing_of_this(build, settings):
-    trainer = runs.train(build(**{**MIX, **settings})).trainer
-    trainer.save_model()
-    names = {path.name for path in Path(trainer.args.output_dir).rglob("*")}
-    assert not names & {"mixing.json", "custom_generate", "reference", "adapter"}
-    assert "auto_map" not in Path(trainer.args.output_dir, "config.json").read_text()
-
-
-def test_distillation_has_nothing_of_this(build_opd):
-    trainer = build_opd(max_steps=1)
-    trainer.save_model()
-    names = {path.name for path in Path(trainer.args.output_dir).rglob("*")}
-    assert "model.safetensors" in names and not names & {"mixing.json", "custom_generate", "reference"}
-
-
 @pytest.mark.usefixtures("modules_cache")
 @pytest.mark.parametrize("kind", ["full", "lora on its base"])
 def test_every_pushed_commit_decodes_the_mixture_of_its_step(build, hub_endpoint, tmp_path, kind):  # noqa: F811
@@ -160,8 +161,8 @@ def test_every_pushed_commit_decodes_the_mixture_of_its_step(build, hub_endpoint
             named = {"custom_generate": "me/mixed", "revision": commit, "trust_remote_code": True}
             assert torch.equal(student.generate(**greedy, **named), trusted.generate(**greedy))
     assert expected[0] != expected[1]
-    trainer.push_to_hub()
-    assert exported_greedy("me/mixed") == trainers_greedy(trainer)
+    trainer.save_model()  # pushes
+    assert exported_greedy("me/mixed") == exported_greedy(trainer.args.output_dir) == trainers_greedy(trainer)
     assert exported_greedy("me/mixed", cache_dir=tmp_path / "another_cache") == trainers_greedy(trainer)
 
 
@@ -178,6 +179,8 @@ def test_a_teacher_from_the_hub_is_pinned(build, models, hub_endpoint, tmp_path)
     source = spec(output)["references"][0]
     assert source["repo_id"] == "me/teacher" and len(source["commit"]) == 40 and not (output / "reference").exists()
     assert exported_greedy(output) == trainers_greedy(trainer)
+    policy = export_mixed_policy(output / "checkpoint-1", None, None, tmp_path / "policy")
+    assert spec(policy)["references"] == spec(output)["references"]
     content = spec(output)
     content["references"][0]["commit"] = "0" * 40
     (output / "mixing.json").write_text(json.dumps(content))

@@ -91,22 +91,14 @@ class Repository(NamedTuple):
         try:
             return Path(cached_file(self.name, name, **self.options))
         except OSError as error:
-            missing = f"{name!r} is missing from the mixed policy {self.name!r}"
-            if name.startswith(".."):
-                raise MixedPolicyError(
-                    f"{missing}, a training checkpoint that was moved without its reference. Copy that folder too, "
-                    "beside it as it was."
-                ) from error
             raise MixedPolicyError(
-                f"{missing}, or cannot be had ({error}). Without it the policy cannot be decoded: restore the file, "
-                "export or download the repository again; for a private repository or another cache pass `token` or "
-                "`cache_dir` to `from_pretrained` or `generate`."
+                f"{name!r} is missing from the mixed policy {self.name!r}, or cannot be had ({error}). Without it the "
+                "policy cannot be decoded: restore the file, export or download the repository again; for a private "
+                "repository or another cache pass `token` or `cache_dir` to `from_pretrained` or `generate`."
             ) from error
 
     def folder(self, source: dict[str, Any]) -> str:
         """Folder of the files listed in `source`, each compared with its recorded SHA-256."""
-        if self.options and source["path"].startswith(".."):
-            raise MixedPolicyError(f"{self.name!r} is a training checkpoint, whose reference was left behind.")
         for name, expected in source["files"].items():
             path = self.file(f"{source['path']}/{name}")
             with open(path, "rb") as file:

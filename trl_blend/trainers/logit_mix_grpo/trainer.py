@@ -167,7 +167,15 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         check_student(self, teachers)
         self._prepare_partners(teachers)
         if args.objective == "mixed":
-            self.mixed_policy_files = MixedPolicyFiles(self, model, teachers)
+            self.mixed_policy_files = MixedPolicyFiles(
+                self.accelerator.unwrap_model(self.model),
+                self.partners,
+                self.processing_class,
+                args,
+                student=model,
+                teachers=teachers,
+                is_sharded=self._dist.is_fsdp or self._dist.is_zero3,
+            )
         if args.teacher_weight_schedule == "adaptive":
             rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
             warn_of_few_prompts(len(rows), args.adaptive_num_prompts)
