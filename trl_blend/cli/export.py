@@ -1,6 +1,5 @@
 """`trl-blend export`: a mixed policy as a folder, or repository, that runs without this package."""
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,6 @@ def _push(folder: Path, repository: str, private: bool) -> str:
     """Push a folder as a model; returns the address of the commit."""
     from huggingface_hub import HfApi
 
-    from trl_blend.models.hub_errors import Push, explained_errors
-
-    again = f"The mixed policy is in {str(folder)!r}: `hf upload {repository} {shlex.quote(str(folder))}` sends it."
-    with explained_errors(Push(repository, "--push_to_hub", "HF_TOKEN", kept=again, again="")):
-        api = HfApi()
-        name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload mixed policy"))
+    api = HfApi()
+    name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload mixed policy"))

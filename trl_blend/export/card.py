@@ -9,7 +9,6 @@ from huggingface_hub import ModelCardData
 from trl_blend._version import __version__
 from trl_blend.ops.mixing import student_weight
 from trl_blend.reports.cards import model_link, render
-from trl_blend.reports.licences import Source, reminders
 from trl_blend.reports.names import shown_name
 
 
@@ -72,7 +71,6 @@ def write_policy_card(
         "space": space,
         "is_adapter": is_adapter,
         "chat": has_chat_template,
-        "reminders": reminders(Source("model", part.name, part.commit) for part in parts if part.name),
         "version": __version__,
         "local_names": [part.name for part in parts],
     }
