@@ -11,7 +11,7 @@ expect, so `except ValueError` keeps working.
 | [`StoreError`] | `rollouts.store`, `rollouts.shard`, `rollouts.checks`, `_files` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
 | [`ConsistencyError`] | `consistency.report` | the teacher of the log-probs is not, or not provably, the teacher of the student's SFT |
 | [`EngineError`] | `rollouts.engines.vllm_server` | a vLLM server cannot be reached, refuses a request, or does not return what is needed |
-| [`HubError`] | a trainer's constructor and `push_to_hub`, `RolloutStore.push_to_hub` | the Hub cannot be reached, refuses the token or the repository, or an upload ends early |
+| [`HubError`] | a trainer's constructor, `trl-blend export --push_to_hub` | the Hub cannot be reached, or refuses the token or the repository |
 | [`UnsupportedError`] | a trainer's constructor, `blended_generation` | a combination that this package cannot run correctly |
 """
 
@@ -53,7 +53,7 @@ class EngineError(TrlBlendError, RuntimeError):
 
 
 class HubError(TrlBlendError, OSError):
-    """The Hub cannot be reached, refuses the token or the repository, or an upload ended early."""
+    """The repository of a run cannot be created or written to: the Hub is not reached, or refuses the token or the name."""
 
 
 class UnsupportedError(TrlBlendError, NotImplementedError):

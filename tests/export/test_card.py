@@ -20,7 +20,7 @@ def test_card_of_an_export(tmp_path, monkeypatch, modules_cache):  # noqa: F811
     names = [str(CHECKPOINTS / name) for name in ("student", "teacher", "base")]
     export_mixed_policy(names[0], names[1:], [0.3, 0.2], "mixed")
     card = Path("mixed/README.md").read_text(encoding="utf-8")
-    assert_sound(card, *names, tmp_path, headings=("Quick start", "License"))
+    assert_sound(card, *names, tmp_path, headings=("Quick start",))
     assert metadata_of(card) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -49,11 +49,3 @@ def test_card_of_an_adapter_on_the_hub(tmp_path, chat):
     assert "| the base of that adapter | 0.25 |" in card and "`aaaaaaaaaaaa`" in card
     assert "`peft` has to be installed" in card and "Mixed are the next-token probabilities." in card
     assert ("apply_chat_template" in card) == chat
-
-
-def test_the_license_of_the_student_is_passed_on(tmp_path):
-    (tmp_path / "student.md").write_text("---\nlicense: mit\n---\n")
-    one = {"is_adapter": False, "has_chat_template": False, "student_card": tmp_path / "student.md"}
-    write_policy_card(tmp_path, Part("me/student"), [Part("me/teacher")], [0.5], "logits", **one)
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert metadata_of(card)["license"] == "mit" and "That of the student, `mit`, is passed on." in card

@@ -1,4 +1,4 @@
-"""What the stand-in for the Hub of `hub_server.py` keeps: accounts, repositories, files."""
+"""What the stand-in for the Hub of `server.py` keeps: accounts, repositories, files."""
 
 import hashlib
 import json

@@ -1,9 +1,8 @@
-"""What the stand-in for the Hub of `hub_server.py` answers to each request of the `huggingface_hub` client."""
+"""What the stand-in for the Hub of `server.py` answers to each request of the `huggingface_hub` client."""
 
 import base64
 import hashlib
 import json
-import math
 import re
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,13 +30,11 @@ ROUTES = {
     "commit": ("POST", _API + r"/commit/(?P<revision>[^/]+)"),
     "lfs_batch": ("POST", _GIT + r"\.git/info/lfs/objects/batch"),
     "lfs_upload": ("PUT", r"/lfs/(?P<kind>model|dataset)/(?P<name>[^/]+/[^/]+)/(?P<oid>\w+)"),
-    "lfs_part": ("PUT", r"/lfs/(?P<kind>model|dataset)/(?P<name>[^/]+/[^/]+)/(?P<oid>\w+)/(?P<part>\d+)"),
-    "lfs_complete": ("POST", r"/lfs/(?P<kind>model|dataset)/(?P<name>[^/]+/[^/]+)/(?P<oid>\w+)/complete"),
     "lfs_verify": ("POST", r"/lfs/(?P<kind>model|dataset)/(?P<name>[^/]+/[^/]+)/(?P<oid>\w+)/verify"),
     "resolve": ("GET", _GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
 }
 # Those to addresses that carry their own signature: the client sends them no token
-SIGNED = ("lfs_upload", "lfs_part", "lfs_complete")
+SIGNED = ("lfs_upload",)
 WRITES = ("branch", "preupload", "commit", "lfs_batch")
 _LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet", ".arrow", ".gz", ".zip")
 _LFS_SIZE = 10_000_000
@@ -205,12 +202,7 @@ class Answers:
             if oid in repository.lfs:
                 continue
             address = f"{self.hub.url}/lfs/{repository.kind}/{repository.name}/{oid}"
-            upload: dict[str, Any] = {"href": address}
-            if size > self.hub.part_size and "multipart" in asked["transfers"]:
-                parts = range(1, math.ceil(size / self.hub.part_size) + 1)
-                header = {"chunk_size": str(self.hub.part_size), **{str(part): f"{address}/{part}" for part in parts}}
-                upload = {"href": f"{address}/complete", "header": header}
-            objects[-1]["actions"] = {"upload": upload, "verify": {"href": f"{address}/verify"}}
+            objects[-1]["actions"] = {"upload": {"href": address}, "verify": {"href": f"{address}/verify"}}
         return {"transfer": "basic", "objects": objects}
 
     def lfs_upload(self, repository: Any, oid: str, body: bytes, **_: Any) -> Any:
@@ -218,15 +210,6 @@ class Answers:
             raise Refused(400, "the content does not have this hash")
         repository.lfs[oid] = body
         return {}
-
-    def lfs_part(self, repository: Any, oid: str, part: str, body: bytes, **_: Any) -> Any:
-        repository.lfs[f"{oid}/{part}"] = body
-        return b"", {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
-
-    def lfs_complete(self, repository: Any, oid: str, body: bytes, **_: Any) -> Any:
-        parts = sorted(json.loads(body)["parts"], key=lambda part: part["partNumber"])
-        content = b"".join(repository.lfs.pop(f"{oid}/{part['partNumber']}") for part in parts)
-        return self.lfs_upload(repository, oid, content)
 
     def lfs_verify(self, repository: Any, oid: str, body: bytes, **_: Any) -> Any:
         if len(repository.lfs.get(oid, b"")) != json.loads(body)["size"]:
@@ -248,8 +231,6 @@ class Answers:
             elif key == "deletedFile":
                 if files.pop(value["path"], None) is None:
                     raise not_found("Entry", value["path"])
-            elif key == "deletedFolder":
-                files = {path: file for path, file in files.items() if not path.startswith(value["path"])}
             else:
                 raise Refused(400, f"unknown operation {key}")
         sha = repository.put(revision, files, message)

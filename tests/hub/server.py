@@ -2,7 +2,7 @@
 A stand-in for the Hub on a local port, for the real `huggingface_hub` client: repositories of models and datasets,
 commits, LFS uploads, downloads, tokens, and switches that let requests fail.
 
-The answers to requests are in `hub_requests.py`. Left out: Xet. Where `hf_xet` is installed, the client uploads with
+The answers to requests are in `requests.py`. Left out: Xet. Where `hf_xet` is installed, the client uploads with
 it, without asking the Hub, in a protocol of its own and to another server; `HF_HUB_DISABLE_XET` makes it use LFS.
 """
 
@@ -50,8 +50,6 @@ class Hub:
         before (`dict[str, Callable[[int], None]]`):
             Called with the number of earlier requests of a kind before the next of that kind is answered. It may wait,
             or raise [`tests.hub.repositories.Refused`].
-        part_size (`int`):
-            LFS files above it are asked for in parts.
     """
 
     def __init__(self) -> None:
@@ -62,7 +60,6 @@ class Hub:
         self.before: dict[str, Callable[[int], None]] = {}
         self.seen: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self.part_size = 1 << 26
 
     def create(self, name: str, kind: str = "model", private: bool = False) -> Repository:
         return self.repositories.setdefault((kind, name), Repository(kind, name, private))
@@ -93,13 +90,8 @@ class Hub:
 
     def arrived(self) -> list[str]:
         """SHA-256 of every LFS file in the order of its arrival, as often as it was sent."""
-        kinds = ("lfs_upload", "lfs_complete")
-        sent = [request.path for request in self.requests if request.kind in kinds and request.status == 200]
-        return [path.removesuffix("/complete").split("/")[-1] for path in sent]
-
-    def count(self, kind: str) -> int:
-        """Requests of a kind so far."""
-        return self.seen[kind]
+        sent = [one.path for one in self.requests if one.kind == "lfs_upload" and one.status == 200]
+        return [path.split("/")[-1] for path in sent]
 
     def environment(self, home: Path, token: str | None = WRITER, **variables: str) -> dict[str, str]:
         """Environment of a process whose Hub this is, logged in with `token`, with its caches in `home`."""

@@ -4,9 +4,7 @@ import hashlib
 import os
 from types import SimpleNamespace
 
-import datasets
 import pytest
-import torch
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
@@ -22,10 +20,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import http_backoff
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.hub.server import OTHER, READER, hub_endpoint  # noqa: F401
-from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -41,28 +37,6 @@ def impatient(monkeypatch):
     return waits
 
 
-def test_a_model_is_pushed_and_loaded_back(hub):
-    model = tiny_model(seed=3)
-    model.push_to_hub("me/model", private=True)
-    tiny_tokenizer().push_to_hub("me/model")
-    assert hub.model("me/model").private
-    assert hub.model("me/model").snapshots[hub.model("me/model").sha()]["model.safetensors"].is_lfs
-    loaded = AutoModelForCausalLM.from_pretrained("me/model", dtype=torch.float32)
-    for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-    assert AutoTokenizer.from_pretrained("me/model")("12+3=")["input_ids"] == tiny_tokenizer()("12+3=")["input_ids"]
-    with pytest.raises(OSError, match="me/model is not a local folder|Repository Not Found|private repo"):
-        AutoModelForCausalLM.from_pretrained("me/model", token=OTHER, force_download=True)
-
-
-def test_a_dataset_is_pushed_and_loaded_back(hub):
-    rows = datasets.Dataset.from_dict({"prompt": ["1+1=", "2+2="], "answer": [2, 4]})
-    rows.push_to_hub("me/rows", private=True)
-    assert datasets.load_dataset("me/rows", split="train").to_list() == rows.to_list()
-    streamed = datasets.load_dataset("me/rows", split="train", streaming=True)
-    assert list(streamed) == rows.to_list()
-
-
 def test_a_commit_adds_copies_and_deletes(hub):
     api = HfApi()
     api.create_repo("me/files")
@@ -76,8 +50,6 @@ def test_a_commit_adds_copies_and_deletes(hub):
     expected = {"a/big.bin": big, "a/small.txt": small, "c.bin": big, "c.txt": small}
     assert {path: data for path, data in repository.files().items() if path != ".gitattributes"} == expected
     assert hub.arrived() == [hashlib.sha256(big).hexdigest()]
-    api.create_commit("me/files", [CommitOperationDelete("a/")], commit_message="third")
-    assert set(repository.files()) == {".gitattributes", "c.bin", "c.txt"}
 
 
 def test_branches_revisions_and_reading(hub):
@@ -136,12 +108,3 @@ def test_failures_once_and_until_the_client_gives_up(hub, impatient):
     with pytest.raises(RuntimeError, match="Error while uploading 'b.bin'"):
         api.upload_file(path_or_fileobj=b"b", path_in_repo="b.bin", repo_id="me/files")
     assert set(hub.model("me/files").files()) == {".gitattributes", "a.bin"}
-
-
-def test_a_large_file_arrives_in_parts(hub):
-    hub.part_size = 400
-    data = os.urandom(1000)
-    HfApi().create_repo("me/files")
-    HfApi().upload_file(path_or_fileobj=data, path_in_repo="a.bin", repo_id="me/files")
-    assert hub.model("me/files").files()["a.bin"] == data
-    assert (hub.count("lfs_part"), hub.arrived()) == (3, [hashlib.sha256(data).hexdigest()])

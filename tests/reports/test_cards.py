@@ -1,9 +1,12 @@
-"""The parts of a card as data: comparison with a paper, tables of results."""
+"""The parts of a card: comparison with a paper, names, tables of results, templates."""
 
 from enum import Enum
+from pathlib import Path
 
+import jinja2
 import pytest
 
+from trl_blend._resources import model_card_template
 from trl_blend.reports import cards
 from trl_blend.reports.cards import CardTeacher, PaperValue
 
@@ -160,3 +163,57 @@ def test_before_and_after():
             ("mixed, 0.5; after: mixed, 0.2", "format", "0.900 ± 0.030", "0.700 ± 0.070"),
         ],
     )
+
+
+# Templates
+
+
+@pytest.fixture
+def rendered(tmp_path, monkeypatch):
+    """`rendered(text, **fields)` is a template of that text with its fields filled in."""
+    monkeypatch.setattr(cards, "model_card_template", lambda name: str(tmp_path / name))
+
+    def render(template, /, **fields):
+        (tmp_path / "card.md").write_text(template, encoding="utf-8")
+        return cards.render("card.md", fields)
+
+    return render
+
+
+def test_own_fields_are_filled_and_those_of_trl_left(rendered):
+    text = "[[ weight ]] {{ model_name }} [% if weight %]yes[% else %]no[% endif %] {% if wandb_url %}x{% endif %}\n"
+    assert rendered(text, weight=0.3) == "0.3 {{ model_name }} yes {% if wandb_url %}x{% endif %}\n"
+
+
+def test_block_lines_leave_no_blank_lines(rendered):
+    assert rendered("a\n[% if flag %]\nb\n[% endif %]\nc\n", flag=True) == "a\nb\nc\n"
+
+
+def test_a_missing_field_is_an_error(rendered):
+    with pytest.raises(jinja2.UndefinedError, match="weight"):
+        rendered("[[ weight ]]")
+
+
+def test_what_is_filled_in_is_text_to_trl(rendered):
+    name = "{{ model_name }} {% raw %} {# x #} }} %} '{{' {{{"
+    filled = rendered("[[ name ]] {{ model_name }}", name=name)
+    assert jinja2.Template(filled).render(model_name="m") == f"{name} m"
+
+
+def test_paths_in_what_is_filled_in_are_hidden(rendered):
+    text = rendered("[[ text ]]", text="in /home/me/x and ../runs/y z", local_names=["../runs/y z"])
+    assert text == "in x and y z"
+
+
+def test_an_unknown_template_names_the_known_ones():
+    with pytest.raises(FileNotFoundError, match="logit_mix_grpo.md.*trust_region_opd.md") as raised:
+        cards.render("nonsense.md", {})
+    assert "_card.md" not in str(raised.value) and "README" not in str(raised.value)
+
+
+def test_the_examples_are_no_templates():
+    folder = Path(model_card_template("_card.md")).parent
+    assert {path.name for path in folder.glob("*.md")} == {
+        "_card.md", "_mixed_usage.md", "_pipeline.md", "_table.md", "logit_mix_grpo.md", "mixed_policy.md",
+        "offline_opd.md", "trust_region_opd.md",
+    }  # fmt: skip

@@ -4,35 +4,20 @@ import subprocess
 import sys
 
 import matplotlib
-import numpy as np
 import pytest
 from matplotlib import image
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from trl_blend.reports.curves import (
-    CURVES_FILE,
-    Curve,
-    Panel,
-    curves_figure,
-    draw_curves,
-    panel_series,
-    progress_text,
-)
+from trl_blend.reports.curves import CURVES_FILE, Curve, Panel, curves_figure, draw_curves, progress_text
 
 
-WEIGHT = Panel(
-    "Weight",
-    (Curve("mix/weight", "teacher", "weight"), Curve("mix/weight_*", "teacher *", "weight_*")),
-    evaluation=False,
-)
+WEIGHT = Panel("Weight", (Curve("mix/weight", "teacher", "weight"),), evaluation=False)
 KL = Panel("KL", (Curve("mix/kl", "realised"), Curve("mix/budget", "budget", "budget", is_bound=True)), "nats")
 REWARD = Panel("Reward", (Curve("reward"), Curve("eval_mixed/reward", "mixed"), Curve("eval_student/reward", "alone")))
-REWARDS = Panel("Rewards", (Curve("rewards/*/mean", "*"),))
 HISTORY = [
-    {"step": 2, "mix/weight": 0.4, "mix/kl": 0.02, "mix/budget": 0.05, "reward": 0.1, "rewards/a/mean": 1.0},
-    {"step": 4, "mix/weight": 0.3, "mix/kl": None, "mix/budget": 0.03, "reward": float("nan"), "rewards/b/mean": -2.0},
-    {"step": 4, "eval_mix/weight": 0.0, "eval_mix/kl": 0.01, "eval_reward": 0.5, "eval_rewards/a/mean": 3.0},
-    {"step": 6, "mix/weight": 0.2, "mix/kl": float("inf"), "mix/budget": 0.0, "reward": 0.3, "rewards/a/mean": 2.0},
+    {"step": 2, "mix/weight": 0.4, "mix/kl": 0.02, "mix/budget": 0.05, "reward": 0.1},
+    {"step": 4, "mix/weight": 0.3, "mix/kl": None, "mix/budget": 0.03, "reward": float("nan")},
+    {"step": 4, "eval_mix/weight": 0.0, "eval_mix/kl": 0.01, "eval_reward": 0.5},
+    {"step": 6, "mix/weight": 0.2, "mix/kl": float("inf"), "mix/budget": 0.0, "reward": 0.3},
     {"step": 6, "train_loss": 1.0},
 ]
 
@@ -48,7 +33,7 @@ def lines(figure):
 
 
 def test_lines_have_the_logged_points_in_their_order():
-    assert lines(curves_figure(HISTORY, (KL, WEIGHT, REWARD, REWARDS))) == {
+    assert lines(curves_figure(HISTORY, (KL, WEIGHT, REWARD))) == {
         "KL": [
             ("realised", [2], [0.02]),
             ("budget", [2, 4, 6], [0.05, 0.03, 0.0]),
@@ -56,26 +41,16 @@ def test_lines_have_the_logged_points_in_their_order():
         ],
         "Weight": [("teacher", [2, 4, 6], [0.4, 0.3, 0.2])],
         "Reward": [("training", [2, 6], [0.1, 0.3]), ("evaluation", [4], [0.5])],
-        "Rewards": [("a", [2, 6], [1.0, 2.0]), ("b", [4], [-2.0]), ("a, evaluation", [4], [3.0])],
     }
-
-
-def test_a_star_makes_a_curve_of_each_match():
-    history = [{"step": 1, "mix/weight_0": 0.1, "mix/weight_1": 0.2}, {"step": 2, "mix/weight_1": 0.3}]
-    assert [one[:3] for one in panel_series(history, WEIGHT)] == [
-        ("teacher 0", [1], [0.1]),
-        ("teacher 1", [1, 2], [0.2, 0.3]),
-    ]
-    assert panel_series([{"step": 1, "rewards//mean": 1.0, "eval_rewards/a/mean": 2.0}], REWARDS)[0].is_evaluation
 
 
 def test_evaluations_named_by_the_panel_take_the_place_of_the_general_one():
     history = [{"step": 1, "reward": 0.0}, {"step": 1, "eval_reward": 1.0, "eval_student/reward": 2.0}]
-    assert [one[:3] for one in panel_series(history, REWARD)] == [("", [1], [0.0]), ("alone", [1], [2.0])]
+    assert lines(curves_figure(history, [REWARD]))["Reward"] == [("training", [1], [0.0]), ("alone", [1], [2.0])]
 
 
 def test_panels_without_a_point_are_left_out_and_no_axes_is_empty():
-    figure = curves_figure(HISTORY, (Panel("Nothing", (Curve("loss"),)), KL, Panel("None", (Curve("train_loss*"),))))
+    figure = curves_figure(HISTORY, (Panel("Nothing", (Curve("loss"),)), KL, Panel("None", ())))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["KL"]
     history = [{"step": step, **{f"m{index}": 1.0 for index in range(7)}} for step in range(3)]
     figure = curves_figure(history, [Panel(str(index), (Curve(f"m{index}"),)) for index in range(7)])
@@ -96,7 +71,7 @@ def test_few_points_are_markers_and_evaluations_are_hollow():
     assert drawn["budget"].get_linestyle() == ":"
     many = [{"step": step, "mix/kl": step} for step in range(200)]
     (line,) = curves_figure(many, (KL,)).axes[0].lines
-    assert line.get_marker() in ("", "None")
+    assert line.get_marker() == ""
 
 
 def test_evaluation_sets_that_share_a_name_are_not_joined():
@@ -107,49 +82,42 @@ def test_evaluation_sets_that_share_a_name_are_not_joined():
 
 
 def test_all_panels_have_the_same_steps_units_and_one_name_of_the_axis():
-    figure = curves_figure(HISTORY, (KL, REWARDS, Panel("First", (Curve("mix/kl"),), evaluation=False)), title="Run")
+    figure = curves_figure(HISTORY, (KL, WEIGHT, Panel("First", (Curve("mix/kl"),), evaluation=False)), title="Run")
     first, second, third = figure.axes
-    assert third.get_xlim() == first.get_xlim() and len(third.lines[0].get_xdata()) == 1
-    assert first.get_xlim() == second.get_xlim()
+    assert first.get_xlim() == second.get_xlim() == third.get_xlim() and len(third.lines[0].get_xdata()) == 1
     assert first.get_xlim()[0] < 2 and first.get_xlim()[1] > 6
-    assert (first.get_ylabel(), second.get_ylabel()) == ("nats", "")
+    assert (first.get_ylabel(), second.get_ylabel()) == ("nats", "") and second.get_legend() is None
     assert figure.get_supxlabel() == "optimizer step" and figure.get_suptitle() == "Run"
-    assert [text.get_text() for text in first.get_legend().get_texts()] == [
-        "realised",
-        "budget",
-        "realised, evaluation",
-    ]
+    legend = [text.get_text() for text in first.get_legend().get_texts()]
+    assert legend == ["realised", "budget", "realised, evaluation"]
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.3], [-0.3], [1.0, 1.01], [0.2, 0.9], [-1.0, 2.0], [5e-7, 6e-7]])
-def test_every_point_is_inside_its_panel(values):
+@pytest.mark.parametrize(
+    ("values", "from_zero"),
+    [
+        ([0.0], False),
+        ([0.3], True),
+        ([-0.3], False),
+        ([1.0, 1.01], False),
+        ([0.2, 0.9], True),
+        ([-1.0, 2.0], False),
+        ([5e-7, 6e-7], False),
+    ],
+)
+def test_every_point_is_inside_its_panel(values, from_zero):
     history = [{"step": step, "reward": value} for step, value in enumerate(values)]
     (axes,) = curves_figure(history, (REWARD,)).axes
     low, high = axes.get_ylim()
     assert low <= min(values) and max(values) <= high and low < high
-    assert (low == 0.0) == (
-        values
-        in (
-            [0.3],
-            [0.2, 0.9],
-        )
-    )
+    assert (low == 0.0) == from_zero
 
 
-def test_the_file_is_the_figure(tmp_path):
+def test_a_file_is_drawn_and_drawn_again(tmp_path):
     path = tmp_path / "new" / CURVES_FILE
+    assert draw_curves(HISTORY[:1], (KL,), path) is True
+    before = image.imread(path)
     assert draw_curves(HISTORY, (KL,), path) is True
-    figure = curves_figure(HISTORY, (KL,))
-    figure.set_dpi(150)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    width, height = canvas.get_width_height()
-    pixels = image.imread(path)
-    assert pixels.shape == (height, width, 4)
-    assert (pixels * 255).round().astype("uint8").tolist() == np.asarray(canvas.buffer_rgba()).tolist()
-    other = tmp_path / "other.png"
-    draw_curves(HISTORY[:1], (KL,), other)
-    assert (image.imread(other) != pixels).any()
+    assert image.imread(path).shape == before.shape and (image.imread(path) != before).any()
     assert [one.name for one in path.parent.iterdir()] == [CURVES_FILE]
 
 
@@ -158,13 +126,12 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     draw_curves(HISTORY, (KL,), path)
     before = path.read_bytes()
 
-    def full(self, file, **kwargs):
-        file.write(b"half of a picture")
-        raise OSError(28, "No space left on device")
+    def full(descriptor):
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    with pytest.raises(OSError, match="No space"):
-        draw_curves(HISTORY, (KL,), path)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="Input/output error"):
+        draw_curves(HISTORY[:1], (KL,), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -188,14 +155,10 @@ def test_neither_pyplot_nor_a_backend_is_touched(tmp_path):
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
-# Progress bar
-
-
 @pytest.mark.parametrize(
     ("logs", "text"),
     [
         ({"mix/weight": 0.273, "mix/budget": 0.00812345, "mix/kl": 1.0, "loss": 2.0}, "budget=0.00812 weight=0.273"),
-        ({"mix/weight_0": 0.5, "mix/weight_1": 0.25}, "weight_0=0.5 weight_1=0.25"),
         ({"mix/weight": None, "mix/budget": float("nan")}, ""),
         ({"eval_mix/weight": 0.5, "train_loss": 1.0}, ""),
         ({}, ""),

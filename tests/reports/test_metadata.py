@@ -82,3 +82,46 @@ def test_metadata_with_results(path):
     metadata, _ = complete(path, eval_results=card_metadata.model_index(named))
     (model,) = metadata["model-index"]
     assert model["name"] == "m" and len(model["results"][0]["metrics"]) == 2
+
+
+# The license of the base
+
+
+def base_card(folder, text):
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(f"---\n{text}\n---\n# Base\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "license"),
+    [
+        ("license: apache-2.0\nlanguage: en", {"license": "apache-2.0"}),
+        ("license: other\nlicense_name: mine", {"license": "other", "license_name": "mine"}),
+        ("license: other\nlicense_link: LICENSE", {"license": "other"}),  # a file that this repository lacks
+        ("license: other\nlicense_link: https://a.b/c", {"license": "other", "license_link": "https://a.b/c"}),
+        ("license: [mit, gpl]", {}),
+        ("tags: [a]", {}),
+        ("license: [", {}),
+    ],
+)
+def test_the_license_of_a_base_in_a_folder(tmp_path, text, license):
+    assert card_metadata.base_license(str(base_card(tmp_path / "base", text))) == license
+
+
+def test_the_license_of_a_base_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """Nothing is fetched for it: what is not here has none."""
+    commit = "1" * 40
+    folder = tmp_path / "models--org--base"
+    base_card(folder / "snapshots" / commit, "license: gemma")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for arguments in (("org/base",), ("org/base", commit), (str(folder / "snapshots" / commit),)):
+        assert card_metadata.base_license(*arguments) == {"license": "gemma"}
+    assert card_metadata.base_license("org/base", "2" * 40) == card_metadata.base_license("org/other") == {}
+
+
+def test_a_base_without_a_name_has_no_license(tmp_path, monkeypatch):
+    monkeypatch.chdir(base_card(tmp_path / "here", "license: mit"))
+    assert card_metadata.base_license("") == {}

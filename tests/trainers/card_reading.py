@@ -88,7 +88,7 @@ def code_of(card: str) -> tuple[ast.Module, str]:
     return ast.parse(code), code
 
 
-HEADINGS = ("Quick start", "Training procedure", "Method", "License", "Framework versions", "Citations")
+HEADINGS = ("Quick start", "Training procedure", "Method", "Framework versions", "Citations")
 
 
 def assert_sound(card: str, *secrets: Any, headings: Sequence[str] = HEADINGS) -> None:

@@ -88,7 +88,7 @@ def main(models: Path, folder: Path) -> None:
     import wandb
 
     made, histories = trainers(models, folder), {}
-    loaded = sorted(name for name in ("matplotlib", "trl", "trl_blend.trainers._reporting") if name in sys.modules)
+    loaded = sorted(name for name in ("matplotlib", "trl", "trl_blend.trainers._run") if name in sys.modules)
     for name, build in made.items():
         trainer = build(folder / name)
         trainer.train()

@@ -1,17 +1,13 @@
-"""What the cards of all trainers have in common: templates, names, results, the license, the curves."""
+"""What the cards of all trainers have in common: names, results, the license, the curves."""
 
 import shutil
 from pathlib import Path
 
-import jinja2
 import pytest
 from peft import LoraConfig
 
 from tests.trainers import runs
 from tests.trainers.card_reading import code_of, metadata_of, read_card, run_of, tables_of, write_card
-from trl_blend._resources import model_card_template
-from trl_blend.reports import cards as card_reports
-from trl_blend.trainers import _cards, _reporting
 
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
@@ -21,71 +17,6 @@ SCORES = {
     "before": {"student": [(0.25, 0.01)]},
     "after": {"student": [(0.5, 0.02)]},
 }
-
-
-# Templates
-
-
-@pytest.fixture
-def template(tmp_path, monkeypatch):
-    def write(text):
-        path = tmp_path / "card.md"
-        path.write_text(text, encoding="utf-8")
-        monkeypatch.setattr(card_reports, "model_card_template", lambda name: str(tmp_path / name))
-
-    return write
-
-
-def rendered(**fields):
-    with _cards.method_card("card.md", **fields) as path:
-        return Path(path).read_text(encoding="utf-8")
-
-
-def test_own_fields_are_filled_and_those_of_trl_left(template):
-    template(
-        "[[ weight ]] {{ model_name }} [% if weight %]yes[% else %]no[% endif %] {% if wandb_url %}x{% endif %}\n"
-    )
-    with _cards.method_card("card.md", weight=0.3) as path:
-        assert Path(path).name == "card.md"
-        assert Path(path).read_text(encoding="utf-8") == "0.3 {{ model_name }} yes {% if wandb_url %}x{% endif %}\n"
-    assert not Path(path).exists()
-
-
-def test_block_lines_leave_no_blank_lines(template):
-    template("a\n[% if flag %]\nb\n[% endif %]\nc\n")
-    assert rendered(flag=True) == "a\nb\nc\n"
-
-
-def test_a_missing_field_is_an_error(template):
-    template("[[ weight ]]")
-    with pytest.raises(jinja2.UndefinedError, match="weight"):
-        rendered()
-
-
-def test_what_is_filled_in_is_text_to_trl(template):
-    template("[[ name ]] {{ model_name }}")
-    name = "{{ model_name }} {% raw %} {# x #} }} %} '{{' {{{"
-    assert jinja2.Template(rendered(name=name)).render(model_name="m") == f"{name} m"
-
-
-def test_paths_in_what_is_filled_in_are_hidden(template):
-    template("[[ text ]]")
-    assert rendered(text="in /home/me/x and ../runs/y z", local_names=["../runs/y z"]) == "in x and y z"
-
-
-def test_an_unknown_template_names_the_known_ones():
-    known = "logit_mix_grpo.md.*trust_region_opd.md"
-    with pytest.raises(FileNotFoundError, match=known) as raised, _cards.method_card("nonsense.md"):
-        pass
-    assert "_card.md" not in str(raised.value) and "README" not in str(raised.value)
-
-
-def test_the_examples_are_no_templates():
-    folder = Path(model_card_template("_card.md")).parent
-    assert {path.name for path in folder.glob("*.md")} == {
-        "_card.md", "_mixed_usage.md", "_pipeline.md", "_table.md", "logit_mix_grpo.md", "mixed_policy.md",
-        "offline_opd.md", "trust_region_opd.md",
-    }  # fmt: skip
 
 
 # Names
@@ -227,7 +158,7 @@ def test_curves(build_opd, monkeypatch):
     assert "](training_curves.png)" in card and "![The budget" in card
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
-    monkeypatch.setattr(_reporting, "write_curves", lambda trainer: None)
+    monkeypatch.setattr(trainer, "write_curves", lambda: None)
     assert "training_curves.png" not in write_card(trainer)
 
 
@@ -243,30 +174,19 @@ def test_half_precision_is_told_apart(build_opd):
 def test_no_license_is_invented(build_opd):
     card = write_card(build_opd())
     assert "license" not in metadata_of(card) and "licence" not in card
-    assert "No license is set. The publisher of this model chooses it" in card and "A reminder" not in card
 
 
-def test_the_license_of_the_publisher_stays(build_opd):
-    trainer = build_opd()
-    write_card(trainer)
+def test_the_license_of_the_base_is_passed_on_and_that_of_the_publisher_stays(build_opd, models, tmp_path):
+    base = shutil.copytree(models / "student", tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: theirs\n---\n")
+    trainer = build_opd(student=str(base))
+    metadata = metadata_of(write_card(trainer))
+    assert (metadata["license"], metadata["license_name"]) == ("other", "theirs")
     path = Path(trainer.args.output_dir, "README.md")
-    path.write_text(path.read_text().replace("pipeline_tag:", "license: apache-2.0\nlanguage: en\npipeline_tag:"))
-    card = write_card(trainer)
-    assert metadata_of(card)["license"] == "apache-2.0" and metadata_of(card)["language"] == "en"
-    assert "`apache-2.0`, set by the publisher of this model." in card and "No license is set" not in card
-
-
-def test_reminders(build_opd, from_hub, models, tmp_path):
-    shutil.copytree(models / "student", tmp_path / "base")
-    (tmp_path / "base" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    trainer = from_hub(build_opd(student=str(tmp_path / "base")), base=str(tmp_path / "base"))
-    card = write_card(trainer, dataset_name="Open-Orca/OpenOrca")
-    reminders = [line for line in card.split("## License")[1].splitlines() if line.startswith("- The ")]
-    assert len(reminders) == 3
-    assert reminders[0].startswith("- The base model, `base` (a local model), has the license `cc-by-nc-4.0`")
-    assert reminders[1].startswith("- The teacher, [google/gemma-2-2b-it]") and "`gemma`" in reminders[1]
-    assert reminders[2].startswith("- The dataset, [Open-Orca/OpenOrca]") and "OpenAI" in reminders[2]
-    assert "A reminder, not legal advice:" in card
+    text = path.read_text().replace("license_name: theirs\n", "")
+    path.write_text(text.replace("license: other", "license: apache-2.0\nlanguage: en"))
+    metadata = metadata_of(write_card(trainer))
+    assert (metadata["license"], metadata["language"]) == ("apache-2.0", "en") and "license_name" not in metadata
 
 
 # Processes and the Hub

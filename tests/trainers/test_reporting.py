@@ -215,5 +215,5 @@ def test_no_other_host_and_nothing_at_home(reported):
 
 
 def test_matplotlib_is_loaded_when_there_is_something_to_draw(reported):
-    assert reported.loaded == ["trl", "trl_blend.trainers._reporting"]
+    assert reported.loaded == ["trl", "trl_blend.trainers._run"]
     assert all((reported.folder / name / "training_curves.png").is_file() for name in reported.histories)

@@ -6,9 +6,10 @@ import pytest
 from transformers import ProgressCallback, TrainerCallback
 from trl import RichProgressCallback
 
-from tests.trainers import scored
+from tests.trainers import runs, scored
 from trl_blend.reports.curves import CURVES_FILE, curves_figure, draw_curves
-from trl_blend.trainers import _reporting
+from trl_blend.trainers import _cards
+from trl_blend.trainers._run import MethodProgressCallback
 
 
 DECAY = {"teacher_weight": 0.4, "teacher_weight_schedule": "linear", "teacher_weight_decay_steps": 4}
@@ -79,6 +80,23 @@ def test_a_run_that_stops_early_leaves_its_picture(build_one, tmp_path, name, fi
     assert len(drawn[list(metrics)[-1]]) == 3
 
 
+def test_every_teacher_and_every_reward_has_a_curve(build, build_opd):
+    several = build(teacher=["teacher", "second"], teacher_weight=[0.2, 0.1])
+    rewarded = build_opd(trainer_kwargs={"reward_funcs": runs.reward})
+    for trainer, title, metrics in (
+        (several, "Teacher weight", {"teacher 0": "mixing/teacher_weight_0", "teacher 1": "mixing/teacher_weight_1"}),
+        (several, "Teacher log-prob of the rollouts", {"teacher 1": "mixing/teacher_logp_1"}),
+        (rewarded, "Reward", {"reward": "rewards/reward/mean"}),
+    ):
+        if not trainer.state.log_history:
+            trainer.train()
+        (panel,) = [panel for panel in trainer._panels if panel.title == title]
+        named = {curve.label: curve.metric for curve in panel.curves}
+        assert metrics.items() <= named.items() and set(named.values()) <= set(trainer.state.log_history[0])
+    progress = [curve.progress for curve in several._panels[0].curves]
+    assert progress == ["teacher_weight_0", "teacher_weight_1"]
+
+
 def test_a_resumed_run_draws_the_steps_before_it_too(build, tmp_path):
     settings = {**DECAY, "save_strategy": "steps", "save_steps": 2}
     first = build(**settings, max_steps=2)
@@ -93,7 +111,7 @@ def test_a_failure_to_draw_does_not_lose_the_run(build_one, monkeypatch, caplog)
     def fail(*args, **kwargs):
         raise RuntimeError("no font found")
 
-    monkeypatch.setattr(_reporting, "draw_curves", fail)
+    monkeypatch.setattr(_cards, "draw_curves", fail)
     trainer = build_one("offline_opd", max_steps=2)
     with caplog.at_level(logging.WARNING, "trl_blend"):
         output = trainer.train()
@@ -104,13 +122,13 @@ def test_a_failure_to_draw_does_not_lose_the_run(build_one, monkeypatch, caplog)
 
 def test_only_the_main_process_draws_and_only_what_there_is(build_one, tmp_path, monkeypatch):
     trainer = build_one("offline_opd")
-    assert _reporting.write_curves(trainer) is None  # nothing logged yet
+    assert trainer.write_curves() is None  # nothing logged yet
     trainer.state.log_history = [{"step": 1, "offline/drift_kl": 0.1}]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "is_world_process_zero", lambda: False)
-        assert _reporting.write_curves(trainer) is None
+        assert trainer.write_curves() is None
     assert not any(tmp_path.rglob("*.png"))
-    path = _reporting.write_curves(trainer)
+    path = trainer.write_curves()
     assert str(path) == picture(trainer) and path.is_file()
 
 
@@ -186,9 +204,7 @@ def test_other_processes_show_nothing(build):
     shown = []
     callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, ProgressCallback))
     callback.training_bar = type("Bar", (), {"set_postfix_str": lambda self, text: shown.append(text)})()
-    method = next(
-        one for one in trainer.callback_handler.callbacks if isinstance(one, _reporting.MethodProgressCallback)
-    )
+    method = next(one for one in trainer.callback_handler.callbacks if isinstance(one, MethodProgressCallback))
     for is_main in (False, True):
         trainer.state.is_world_process_zero = is_main
         method.on_log(trainer.args, trainer.state, trainer.control, logs={"mixing/teacher_weight": 0.25})

@@ -9,7 +9,6 @@ from huggingface_hub import ModelCardData
 from trl_blend._version import __version__
 from trl_blend.ops.mixing import student_weight
 from trl_blend.reports.cards import model_link, render
-from trl_blend.reports.metadata import kept_metadata
 from trl_blend.reports.names import shown_name
 
 
@@ -30,9 +29,8 @@ def write_policy_card(
     *,
     is_adapter: bool,
     has_chat_template: bool,
-    student_card: Path | None = None,
 ) -> None:
-    """Write `README.md` of an exported mixed policy; a license in the student's card, if there is one, is kept."""
+    """Write `README.md` of an exported mixed policy."""
     parts = [student, *(part for part in references if not part.is_base)]
     ids = [shown_name(part.name).hub_id for part in parts]
     metadata = ModelCardData(
@@ -40,7 +38,6 @@ def write_policy_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["custom_generate", "trl-blend"],
-        **({} if student_card is None else kept_metadata(student_card)),
     )
     fields = {
         "metadata": metadata.to_yaml(),
@@ -51,7 +48,6 @@ def write_policy_card(
         "space": space,
         "is_adapter": is_adapter,
         "chat": has_chat_template,
-        "license": metadata.license,
         "version": __version__,
         "local_names": [part.name for part in parts],
     }

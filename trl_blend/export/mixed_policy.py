@@ -125,7 +125,6 @@ def export_mixed_policy(
         space,
         is_adapter=one.is_adapter,
         has_chat_template=bool(one.tokenizer.chat_template),
-        student_card=one.checkpoint and one.checkpoint.folder / "README.md",
     )
     described = Student(one.tokenizer, one.dtype, one.config, _generation_config(one), base)
     write_policy(output, described, sources, weights, space, recorded.step if recorded else None)

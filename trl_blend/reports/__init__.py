@@ -1,1 +1,1 @@
-"""What a run says of itself: model cards, their metadata, training curves."""
+"""What a run leaves for its readers: model cards and the picture of its curves. Nothing here knows a trainer."""

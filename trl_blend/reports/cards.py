@@ -1,11 +1,11 @@
 """
-What a model card says, as data: tables, the comparison of a run with its paper, and results. Nothing here knows a
-trainer; `trl_blend.trainers._cards` reads one and fills in the templates of `model_cards/`.
+What a model card says, as text and tables: names, settings beside those of a paper, results; and its rendering with
+the templates of `model_cards/`. Nothing here knows a trainer.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,80 +17,12 @@ from trl_blend._resources import model_card_template
 from trl_blend.reports.names import shown_name, without_paths
 
 
-NOT_GIVEN = "not given"
-
 Row = tuple[str, ...]
+Table = tuple[Row, list[Row]]
+"""Header and rows."""
 
 
-@dataclass(frozen=True)
-class PaperValue:
-    """
-    What a paper, or its authors' code, does for one setting of the method.
-
-    Args:
-        label (`str`):
-            Name of the setting in the card.
-        values (`tuple`, *optional*, defaults to `()`):
-            Values that are used there. A run with one of them does not differ. None of them: the run always does.
-        source (`str`, *optional*, defaults to `""`):
-            Where that is stated.
-        text (`str`, *optional*):
-            How the card writes it. Defaults to the values; without values, to `"not given"`.
-    """
-
-    label: str
-    values: tuple[Any, ...] = ()
-    source: str = ""
-    text: str = ""
-
-    @property
-    def shown(self) -> str:
-        *others, last = [shown_value(value) for value in self.values] or [NOT_GIVEN]
-        text = self.text or " or ".join([", ".join(others), last] if others else [last])
-        return f"{text} ({self.source})" if self.source else text
-
-
-class PaperComparison(NamedTuple):
-    """
-    Args:
-        differences (`list[Row]`): Setting, value of this run, value of the paper.
-        agreements (`list[Row]`): Setting and value of those that are the paper's.
-    """
-
-    differences: list[Row]
-    agreements: list[Row]
-
-
-def compare_with_paper(paper: Mapping[str, PaperValue], run: Mapping[str, Any]) -> PaperComparison:
-    """
-    Compare the settings of a run with the paper's.
-
-    Args:
-        paper (`Mapping[str, PaperValue]`):
-            Per setting, what the paper does.
-        run (`Mapping[str, Any]`):
-            Value of each of these settings in the run.
-    """
-    differences, agreements = [], []
-    for name, value in paper.items():
-        own = _plain(run[name])
-        if any(_equal(own, _plain(one)) for one in value.values):
-            agreements.append((value.label, shown_value(own)))
-        else:
-            differences.append((value.label, shown_value(own), value.shown))
-    return PaperComparison(differences, agreements)
-
-
-def _plain(value: Any) -> Any:
-    value = value.value if isinstance(value, Enum) else value
-    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
-
-
-def _equal(first: Any, second: Any) -> bool:
-    if isinstance(first, bool) or isinstance(second, bool):
-        return first is second  # True is no 1 here
-    numbers = all(isinstance(value, (int, float)) for value in (first, second))
-    return math.isclose(first, second, rel_tol=1e-9) if numbers else first == second
+# -------------------- values and names
 
 
 def shown_value(value: Any) -> str:
@@ -105,6 +37,11 @@ def shown_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown_value, value))
     return str(value)
+
+
+def _plain(value: Any) -> Any:
+    value = value.value if isinstance(value, Enum) else value
+    return value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
 
 
 def cell(value: Any) -> str:
@@ -167,11 +104,75 @@ class CardTeacher(NamedTuple):
 
     @property
     def shown(self) -> str:
-        text = model_link(self.name, self.commit) if self.name else "a model without a name"
+        text = model_link(self.name, self.commit)
         return f"{text}, {self.dtype}" if self.dtype else text
 
 
-def evaluation_table(log_history: Iterable[Mapping[str, Any]], pattern: str) -> tuple[Row, list[Row]] | None:
+# -------------------- settings beside those of a paper
+
+
+@dataclass(frozen=True)
+class PaperValue:
+    """
+    What a paper, or its authors' code, does for one setting of the method.
+
+    Args:
+        label (`str`):
+            Name of the setting in the card.
+        values (`tuple`, *optional*, defaults to `()`):
+            Values that are used there. A run with one of them does not differ. None of them: the run always does.
+        source (`str`, *optional*, defaults to `""`):
+            Where that is stated.
+        text (`str`, *optional*):
+            How the card writes it. Defaults to the values; without values, to `"not given"`.
+    """
+
+    label: str
+    values: tuple[Any, ...] = ()
+    source: str = ""
+    text: str = ""
+
+    @property
+    def shown(self) -> str:
+        *others, last = [shown_value(value) for value in self.values] or ["not given"]
+        text = self.text or " or ".join([", ".join(others), last] if others else [last])
+        return f"{text} ({self.source})" if self.source else text
+
+
+class PaperComparison(NamedTuple):
+    """
+    Args:
+        differences (`list[Row]`): Setting, value of this run, value of the paper.
+        agreements (`list[Row]`): Setting and value of those that are the paper's.
+    """
+
+    differences: list[Row]
+    agreements: list[Row]
+
+
+def compare_with_paper(paper: Mapping[str, PaperValue], run: Mapping[str, Any]) -> PaperComparison:
+    """Compare the settings of a run with what the paper does: `run` has a value of each setting in `paper`."""
+    differences, agreements = [], []
+    for name, value in paper.items():
+        own = _plain(run[name])
+        if any(_equal(own, _plain(one)) for one in value.values):
+            agreements.append((value.label, shown_value(own)))
+        else:
+            differences.append((value.label, shown_value(own), value.shown))
+    return PaperComparison(differences, agreements)
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second  # True is no 1 here
+    numbers = all(isinstance(value, (int, float)) for value in (first, second))
+    return math.isclose(first, second, rel_tol=1e-9) if numbers else first == second
+
+
+# -------------------- results
+
+
+def evaluation_table(log_history: Iterable[Mapping[str, Any]], pattern: str) -> Table | None:
     """
     First and last evaluation of a run.
 
@@ -184,27 +185,26 @@ def evaluation_table(log_history: Iterable[Mapping[str, Any]], pattern: str) -> 
     Returns:
         Header and rows of a table, or `None` without an evaluation that has such a metric.
     """
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, dict[int, float]] = {}
     for entry in log_history:
         prefix = _dataset_prefix(entry)
         for name, value in entry.items():
+            if not name.startswith("eval_") or not isinstance(value, (int, float)):
+                continue
             metric = name.removeprefix("eval_")
-            if metric != name and not metric.startswith(prefix):
-                metric = prefix + metric
-            if metric != name and re.fullmatch(pattern, metric) and isinstance(value, (int, float)):
-                found.setdefault(metric, []).append((entry.get("step", 0), value))
+            metric = metric if metric.startswith(prefix) else prefix + metric
+            if re.fullmatch(pattern, metric):
+                found.setdefault(metric, {})[entry["step"]] = value
     # A policy's own metrics are also logged without its name
-    found = {name: values for name, values in found.items() if not any(f"{p}/{name}" in found for p in _POLICIES)}
-    if not found:
+    found = {name: values for name, values in found.items() if not {f"mixed/{name}", f"student/{name}"} & set(found)}
+    steps = sorted({step for values in found.values() for step in values})
+    if not steps:
         return None
-    first, last = (pick(values[end][0] for values in found.values()) for end, pick in ((0, min), (-1, max)))
-    if first == last:
-        return ("metric", f"step {last}"), [(name, f"{values[-1][1]:.4g}") for name, values in found.items()]
-    rows = [(name, *(_at(values, step) for step in (first, last))) for name, values in found.items()]
-    return ("metric", f"step {first}", f"step {last}"), rows
-
-
-_POLICIES = ("mixed", "student")
+    shown = list(dict.fromkeys([steps[0], steps[-1]]))
+    rows = []
+    for name, values in found.items():
+        rows.append((name, *(f"{values[step]:.4g}" if step in values else "-" for step in shown)))
+    return ("metric", *(f"step {step}" for step in shown)), rows
 
 
 def _dataset_prefix(entry: Mapping[str, Any]) -> str:
@@ -213,19 +213,8 @@ def _dataset_prefix(entry: Mapping[str, Any]) -> str:
     return (match and match[1]) or ""
 
 
-def _at(values: Sequence[tuple[int, float]], step: int) -> str:
-    return next((f"{value:.4g}" for at, value in reversed(values) if at == step), "-")
-
-
-def before_after_table(results: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """
-    Scores before and after training, of every policy that was measured.
-
-    Args:
-        results (`Mapping[str, Any]`):
-            `rewards` (names), `prompts` (their number), `before` and `after`: per policy, a mean and a standard error
-            for each reward; `before_step` where `before` is not the start but a checkpoint that the run went on from.
-    """
+def before_after_table(results: Mapping[str, Any]) -> Table:
+    """Scores before and after training of every policy that was measured, from a trainer's `card_results`."""
     rows = []
     # An adaptive weight moves, and with it the name of the policy: rows are matched by position
     for (policy, before), (policy_after, after) in zip(
@@ -238,14 +227,19 @@ def before_after_table(results: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return ("policy", "reward", f"at step {step}" if step else "before", "after"), rows
 
 
+# -------------------- rendering
+
+
 _JINJA = re.compile(r"\{\{|\{%|\{#|\}\}|%\}|#\}")
 
 
 def render(template: str, fields: Mapping[str, Any]) -> str:
     """
-    A card template with the method's fields filled in, as `create_model_card` of TRL takes it.
+    A card template with the method's fields filled in.
 
-    What is filled in is text to TRL, braces included, and shows no folders of this machine.
+    A template has two kinds of placeholders: `[[ field ]]` (and `[% if … %]`), filled in here, and TRL's own
+    `{{ field }}`, which `create_model_card` fills in afterwards. What is filled in is text to TRL, braces included,
+    and shows no folders of this machine.
 
     Args:
         template (`str`):

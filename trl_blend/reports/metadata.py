@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, metadata_load
+from huggingface_hub import EvalResult, ModelCard, metadata_load, try_to_load_from_cache
 
 from trl_blend.reports.names import shown_name
 
 
+_LICENSE = ("license", "license_name", "license_link")
 # What the publisher of a model adds to its metadata, kept when the card is written again
-KEPT_METADATA = ("license", "license_name", "license_link", "language")
+_KEPT = (*_LICENSE, "language")
 
 
 def kept_metadata(path: Path) -> dict[str, Any]:
@@ -21,7 +22,29 @@ def kept_metadata(path: Path) -> dict[str, Any]:
         present = metadata_load(path) if path.is_file() else None
     except (yaml.YAMLError, ValueError):  # TRL replaces a broken card without reading it
         present = None
-    return {name: present[name] for name in KEPT_METADATA if present.get(name)} if isinstance(present, dict) else {}
+    return {name: present[name] for name in _KEPT if present.get(name)} if isinstance(present, dict) else {}
+
+
+def base_license(name: str, commit: str | None = None) -> dict[str, Any]:
+    """
+    The license of a base model as its own card states it, where that is here: in its folder or the Hub's cache, never
+    from the network.
+
+    Args:
+        name (`str`):
+            Folder, or id on the Hub; `""` for a model without a name.
+        commit (`str`, *optional*):
+            Commit or other revision.
+    """
+    shown = shown_name(name)
+    card = Path(name, "README.md")
+    if shown.hub_id is not None and not card.is_file():
+        cached = try_to_load_from_cache(shown.hub_id, "README.md", revision=commit or shown.commit)
+        card = Path(cached) if isinstance(cached, str) else card
+    found = kept_metadata(card) if name else {}
+    if "://" not in found.get("license_link", ""):  # a file of the base's repository
+        found.pop("license_link", None)
+    return {field: found[field] for field in _LICENSE if isinstance(found.get(field), str)}
 
 
 def complete_metadata(
@@ -46,7 +69,7 @@ def complete_metadata(
         library (`str`):
             Library that loads the repository, `"transformers"` or `"peft"`.
         kept (`Mapping[str, Any]`):
-            Result of [`kept_metadata`].
+            What is added: [`kept_metadata`] of the card before, [`base_license`].
         eval_results (`Sequence[EvalResult]`, *optional*):
             Results for the model index.
     """
@@ -71,8 +94,8 @@ def model_index(results: Mapping[str, Any] | None) -> list[EvalResult]:
 
     Args:
         results (`Mapping[str, Any]`, *optional*):
-            As for [`~trl_blend.reports.cards.before_after_table`], with `dataset` (id on the Hub), `policy` (the one
-            of `after` that this model is) and optionally `split`.
+            `card_results` of a trainer, with `dataset` (id on the Hub), `policy` (the one of `after` that this model
+            is) and optionally `split`.
     """
     dataset = shown_name((results or {}).get("dataset")).hub_id
     if results is None or dataset is None or results.get("policy") not in results["after"]:

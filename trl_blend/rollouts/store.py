@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 
 from trl_blend.errors import StoreError
-from trl_blend.models.hub_errors import Push, explained_errors
 from trl_blend.rollouts.card import CARD_NAME
 from trl_blend.rollouts.checks import check_rows
 from trl_blend.rollouts.format import MANIFEST_NAME, REQUIRED, Manifest
@@ -202,24 +201,23 @@ class RolloutStore:
             `str`: Address of the commit.
 
         Raises:
-            [`~trl_blend.errors.HubError`]: If the Hub refuses, cannot be reached, or the upload ends early.
+            `OSError`, `ValueError`: As `huggingface_hub` raises them. The store stays as it is.
         """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        with explained_errors(Push(repo_id, "repo_id", "token", token, f"The store is in {str(self.folder)!r}.")):
-            api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=self.folder,
-                repo_type="dataset",
-                revision=revision,
-                commit_message=commit_message or f"Upload {len(self)} {self.kind.replace('_', ' ')}",
-                allow_patterns=[MANIFEST_NAME, CARD_NAME, *(record["file"] for record in self.manifest.shards)],
-                delete_patterns=[f"{DATA_FOLDER}/part-*.parquet"],
-            )
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type="dataset", exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=self.folder,
+            repo_type="dataset",
+            revision=revision,
+            commit_message=commit_message or f"Upload {len(self)} {self.kind.replace('_', ' ')}",
+            allow_patterns=[MANIFEST_NAME, CARD_NAME, *(record["file"] for record in self.manifest.shards)],
+            delete_patterns=[f"{DATA_FOLDER}/part-*.parquet"],
+        )
         return str(commit)
 
 

@@ -1,63 +1,47 @@
-"""What every trainer of this package does around its training: callbacks, model card, pushes to the Hub."""
+"""What every trainer of this package does around its training: card, checkpoints, pushes to the Hub, callbacks."""
 
-from collections.abc import Mapping
+import inspect
+import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from trl import RichProgressCallback
 
+from trl_blend._version import __version__
+from trl_blend.consistency.provenance import PROVENANCE_FILE
+from trl_blend.errors import HubError
 from trl_blend.export import former_export
-from trl_blend.reports.curves import Panel
-from trl_blend.trainers import _cards, _pushing, _reporting
+from trl_blend.reports.curves import progress_text
+from trl_blend.trainers._cards import CardMixin
+from trl_blend.trainers._settings import guard_tokens
 
 
-class RunMixin:
+logger = get_logger(__name__)
+
+
+class RunMixin(CardMixin):
     """
     In front of the TRL class among a trainer's bases. A trainer sets `_template_name` and `_panels` (what its plot and
     progress bar show, the method's own quantity first), and defines `card_fields`.
-
-    The work is done by `_cards` (model cards), `_pushing` (the Hub) and `_reporting` (plot, progress).
-    """
-
-    card_results: Mapping[str, Any] | None = None
-    """
-    Scores before and after training for the model card, set by whoever measured them: `rewards` (their names),
-    `prompts` (number of held-out prompts), `before` and `after` (per policy, a mean and a standard error for each
-    reward); optionally `before_step` (optimizer step of `before`, if not 0), `decoding` (`"greedy"`), and for the
-    model index `dataset` (id on the Hub), `split` and `policy`, the one that is published.
     """
 
     mixed_policy_files: Any = None
     """What is saved beside the model to decode it with its teachers, if anything."""
 
-    _template_name: str
-    _panels: tuple[Panel, ...]
-
     def __init__(self, *args: Any, **kwargs: Any):
-        _pushing.prepare_repository(kwargs["args"])
+        guard_tokens(kwargs["args"])  # one may have been set since the config was made
+        if kwargs["args"].push_to_hub:
+            prepare_repository(kwargs["args"])
         super().__init__(*args, **kwargs)
-        _reporting.add_callbacks(self)
-
-    def card_fields(self) -> dict[str, Any]:
-        """
-        What the model card says of this trainer's method.
-
-        Returns:
-            `dict[str, Any]`: For all templates `paper_name`, `paper` (per setting, what the paper does), `settings`
-            (values of the run that are not in its configuration), `choices`, `teachers`, `sources` (what the model is
-            made from, beside its base), `data_rows`, `data_unit`, `per_step`, `result_metrics` and `curves_text`;
-            beside these the placeholders `[[ … ]]` of this trainer's own template.
-        """
-        raise NotImplementedError
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """
-        Write `README.md` from this trainer's template, see [`~transformers.Trainer.create_model_card`]. A license or a
-        language that somebody has set in the metadata of the present one is kept.
-        """
-        _cards.write_card(self, super().create_model_card, model_name, dataset_name, tags)
+        self.add_callback(MethodProgressCallback(self))
+        self.add_callback(CurvesCallback(self))
 
     def write_run_state(self, folder: Path) -> None:
         """Write what a checkpoint of this trainer holds beside its parent's. The main process calls it."""
@@ -74,10 +58,7 @@ class RunMixin:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.write_run_state(Path(self._get_output_dir(trial=trial), folder))
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Create the repository, see [`~transformers.Trainer.init_hf_repo`]; what fails says what to do."""
-        with _pushing.explained_errors(self, kept=""):
-            super().init_hf_repo(*args, **kwargs)
+    # Pushes to the Hub
 
     def push_to_hub(
         self,
@@ -89,28 +70,140 @@ class RunMixin:
         **kwargs: Any,
     ) -> Any:
         """
-        Save and upload, see [`~transformers.Trainer.push_to_hub`].
+        Save and upload, see [`~transformers.Trainer.push_to_hub`]. Where an upload fails, with an error of
+        `huggingface_hub`, the model is saved in `output_dir`, and the next push sends what is missing.
 
         Raises:
-            [`~trl_blend.errors.HubError`]:
-                If the upload fails, with what to do. The model is saved in `output_dir` then, and the next push sends
-                what is missing.
+            [`~trl_blend.errors.HubError`]: If a repository that `args.push_to_hub` did not announce cannot be created.
+                The model is saved in `output_dir` then.
         """
-        _pushing.create_repository_or_save(self, token, private)
-        with _pushing.explained_errors(self, token=token):
-            pushed = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-        _pushing.report_when_done(self, pushed)
+        if self.hub_model_id is None and self.is_world_process_zero():
+            try:
+                self.init_hf_repo(token=token, private=private)
+            except Exception as error:
+                self.save_model(_internal_call=True)  # the other processes are saving in the parent's `push_to_hub`
+                saved = f"The model is saved in output_dir={self.args.output_dir!r}."
+                raise HubError(f"{_refusal(self.args, error)} {saved}") from error
+        pushed = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        if isinstance(pushed, Future):
+            pushed.add_done_callback(_warn_if_failed)
         return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.should_save and self.args.hub_strategy != HubStrategy.END:
             self.write_run_state(Path(checkpoint_folder))  # before the upload of the folder starts
-            _pushing.copy_beside_model(checkpoint_folder, self.args.output_dir)
+            record = Path(checkpoint_folder, PROVENANCE_FILE)
+            if record.is_file():  # goes along with the model, which transformers copies
+                shutil.copy(record, self.args.output_dir)
             if self.mixed_policy_files is None:
                 former_export.clear(Path(self.args.output_dir))
-        _pushing.report_failed_pushes(self)
+        self._report_failed_pushes("Training goes on.")
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        _pushing.report_failed_pushes(self, is_last=True)
+        self._report_failed_pushes("Call `trainer.push_to_hub()` to send what is missing.")
+
+    def _report_failed_pushes(self, goes_on: str) -> None:
+        """
+        Warn, once, of each push that failed in the background.
+
+        transformers keeps the exceptions of these pushes to itself. They are no reason to stop a run: each checkpoint
+        is pushed in full, and everything is on the disk.
+        """
+        pushes = getattr(self, "push_in_progress", None)
+        if pushes is None:
+            return
+        failed = [job for job in pushes.jobs if _error_of(job) is not None]
+        pushes.jobs = [job for job in pushes.jobs if job not in failed]
+        for job in failed:
+            said = _words(_error_of(job))
+            logger.warning(f"Step {self.state.global_step}: a push of a checkpoint has failed. {said} {goes_on}")
+
+
+def prepare_repository(args: Any) -> None:
+    """
+    Create the repository of a run and see whether it may be written to: before a model is loaded.
+
+    Raises:
+        [`~trl_blend.errors.HubError`]: On every process, if the main one is refused.
+    """
+    refusal, cause = None, None
+    if args.process_index == 0:
+        try:
+            api = HfApi(token=args.hub_token, library_name="trl_blend", library_version=__version__)
+            repo_id = api.create_repo(_repository(args), private=args.hub_private_repo, exist_ok=True).repo_id
+            _check_write(api, repo_id)
+            if args.hub_revision is not None:
+                api.model_info(repo_id, revision=args.hub_revision)
+        except Exception as error:  # the others wait for the outcome, whatever it is
+            refusal, cause = f"{_refusal(args, error)} Nothing has been trained yet.", error
+    (refusal,) = broadcast_object_list([refusal])
+    if refusal is not None:
+        raise HubError(refusal) from cause
+
+
+def _check_write(api: HfApi, repo_id: str) -> None:
+    """The client takes a repository that exists for created, whoever it belongs to."""
+    if "write" not in inspect.signature(api.auth_check).parameters:  # an older huggingface_hub
+        return
+    try:
+        api.auth_check(repo_id, write=True)
+    except RepositoryNotFoundError:
+        raise
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):  # another status: a Hub that has no such check
+            raise
+
+
+def _repository(args: Any) -> str:
+    """As [`~transformers.Trainer.init_hf_repo`] names it."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
+def _refusal(args: Any, error: Exception) -> str:
+    return f"`hub_model_id={_repository(args)!r}` cannot be pushed to. {_words(error)}"
+
+
+def _words(error: BaseException | None) -> str:
+    """What the client of the Hub said, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}."
+
+
+def _error_of(job: Future) -> BaseException | None:
+    return job.exception() if job.done() and not job.cancelled() else None
+
+
+def _warn_if_failed(job: Future) -> None:
+    if _error_of(job) is not None:
+        logger.warning(f"A push with `blocking=False` has failed. {_words(_error_of(job))}")
+
+
+class CurvesCallback(TrainerCallback):
+    """Draws the run when training ends, early or not."""
+
+    def __init__(self, trainer: RunMixin):
+        self.trainer = trainer
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.write_curves()
+
+
+class MethodProgressCallback(TrainerCallback):
+    """Shows the method's quantity, as last logged, on the training bar that another callback draws."""
+
+    def __init__(self, trainer: RunMixin):
+        self.trainer = trainer
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        text = progress_text(logs or {}, self.trainer._panels)
+        if not (text and state.is_world_process_zero):
+            return
+        for callback in self.trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)  # there while training only
+            if bar is None:
+                continue
+            if isinstance(callback, ProgressCallback):
+                bar.set_postfix_str(text)
+            elif isinstance(callback, RichProgressCallback):
+                bar.update(callback.training_task, description=f"[blue]Training[/] {text}")

@@ -96,11 +96,13 @@ def test_a_token_set_after_the_config_was_made_is_kept_out_too(hub, models, tmp_
     assert secrets((tmp_path / "out" / "training_args.bin").read_bytes()) == []
 
 
-def test_a_refused_push_of_a_store_does_not_repeat_its_token(hub, tmp_path):
-    store = write_store(tmp_path / "scored", 1, scored=True)
+def test_a_refusal_does_not_repeat_the_token(hub, models, tmp_path):  # noqa: F811
     with pytest.raises(HubError) as raised:
-        store.push_to_hub("other/scored", token=PUSHES)
+        build("offline", models, tmp_path / "out", **{**PUSHING, "hub_model_id": "other/run", "hub_token": PUSHES})
     chain = [raised.value, raised.value.__cause__, raised.value.__cause__.__cause__]
     assert secrets("".join(map(str, chain)).encode()) == []
-    store.push_to_hub("me/scored", token=PUSHES)
+
+
+def test_a_pushed_store_holds_no_token(hub, tmp_path):
+    write_store(tmp_path / "scored", 1, scored=True).push_to_hub("me/scored", token=PUSHES)
     assert {path for path, data in hub.dataset("me/scored").files().items() if secrets(data)} == set()

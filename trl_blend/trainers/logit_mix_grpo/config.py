@@ -9,7 +9,7 @@ from trl_blend.errors import ConfigError
 from trl_blend.ops.mixing import validate_weights
 from trl_blend.schedules import DECAYING_SCHEDULES
 from trl_blend.trainers._sampling import distribution_warpers
-from trl_blend.trainers._tokens import TokensUnwritten
+from trl_blend.trainers._settings import TokensUnwritten
 
 
 _CHOICES = {

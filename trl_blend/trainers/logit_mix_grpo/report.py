@@ -1,5 +1,7 @@
 """What the plot of a [`LogitMixGRPOTrainer`] run shows."""
 
+from dataclasses import replace
+
 from trl_blend.reports.cards import PaperValue
 from trl_blend.reports.curves import NATS, Curve, Panel
 from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
@@ -8,10 +10,7 @@ from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
 PANELS = (
     Panel(
         "Teacher weight",
-        (
-            Curve("mixing/teacher_weight", "teacher", progress="teacher_weight"),
-            Curve("mixing/teacher_weight_*", "teacher *", progress="teacher_weight_*"),
-        ),
+        (Curve("mixing/teacher_weight", "teacher", progress="teacher_weight"),),
         "weight in the mixture",
         evaluation=False,  # the same schedule, or 0 for the student alone
     ),
@@ -43,15 +42,29 @@ PANELS = (
         "share",
     ),
     Panel("Importance ratio", (Curve("importance/ratio_mean"),), "mean of student / behaviour"),
-    Panel(
-        "Teacher log-prob of the rollouts",
-        (Curve("mixing/teacher_logp", "teacher"), Curve("mixing/teacher_logp_*", "teacher *")),
-        NATS,
-    ),
+    Panel("Teacher log-prob of the rollouts", (Curve("mixing/teacher_logp", "teacher"),), NATS),
     Panel("KL to TRL's reference model", (Curve("kl"),), NATS),
     Panel("Entropy", (Curve("entropy"),), NATS),
     Panel("Completion length", (Curve("completions/mean_length"),), "mean tokens"),
 )
+
+
+def panels(num_teachers: int) -> tuple[Panel, ...]:
+    """[`PANELS`]; where there are several teachers, with a curve of each."""
+    if num_teachers == 1:
+        return PANELS
+    found = []
+    for panel in PANELS:
+        curve = panel.curves[0]
+        if curve.label == "teacher":
+            panel = replace(panel, curves=tuple(_of_teacher(curve, index) for index in range(num_teachers)))
+        found.append(panel)
+    return tuple(found)
+
+
+def _of_teacher(curve: Curve, index: int) -> Curve:
+    progress = curve.progress and f"{curve.progress}_{index}"
+    return Curve(f"{curve.metric}_{index}", f"teacher {index}", progress)
 
 
 _UNKNOWN = "not known to us"

@@ -22,7 +22,6 @@ from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
 from trl_blend.models.wrappers import adapter_layers, evaluation_mode
 from trl_blend.ops.importance import ImportanceSums
 from trl_blend.reports import cards
-from trl_blend.reports.licences import Source
 from trl_blend.schedules import make_schedule
 from trl_blend.trainers import _cards, _partners
 from trl_blend.trainers._run import RunMixin
@@ -145,6 +144,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._generating = False
         self._recording = True
         self._eval_policy: str = args.objective
+        self._panels = report.panels(len(args.teacher_weight))
         self._rollout_means = TokenMeans()
         self._latest_logps: Tensor | None = None
         self.importance_sums: ImportanceSums | None = None
@@ -344,7 +344,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         weights = self.current_weights() if args.mixes else (0.0,)
         teachers = [_cards.live_teacher(partner, self.args) for partner in self.partners]
         if args.mixes and not teachers:
-            teachers = [_cards.base_teacher(self)]
+            teachers = [_cards.base_teacher(self.model, self.args)]
         averages = args.objective == "mixed"
         rewards = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
         return {
@@ -353,7 +353,6 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             "settings": {"prompts_per_step": rollouts // self.num_generations},
             "choices": report.choices(args),
             "teachers": teachers,
-            "sources": [Source("teacher", one.name, one.commit) for one in teachers if one.name],
             "data_rows": _cards.num_rows(self.train_dataset),
             "data_unit": "prompts",
             "per_step": _cards.rollouts_text(rollouts, self.num_generations),

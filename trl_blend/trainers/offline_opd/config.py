@@ -7,7 +7,7 @@ from typing import Any
 from trl import SFTConfig
 
 from trl_blend.errors import ConfigError
-from trl_blend.trainers._tokens import TokensUnwritten
+from trl_blend.trainers._settings import TokensUnwritten
 
 
 _CHOICES = {

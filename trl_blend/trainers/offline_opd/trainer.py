@@ -11,7 +11,6 @@ from trl import SFTTrainer
 
 from trl_blend import _compat
 from trl_blend.consistency.report import ConsistencyReport
-from trl_blend.reports.licences import Source
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _cards
 from trl_blend.trainers._run import RunMixin
@@ -273,7 +272,6 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             "settings": report.rollout_settings(sampling),
             "choices": report.choices(args),
             "teachers": [teacher],
-            "sources": [Source("teacher", teacher.name, teacher.commit)] if teacher.name else [],
             "data_rows": manifest.num_rows if manifest else _cards.num_rows(self.train_dataset),
             "data_unit": "rollouts",
             "per_step": f"{rollouts:,} {'packed rows of rollouts' if args.packing else 'rollouts'}",

@@ -8,7 +8,7 @@ from trl import DistillationConfig
 from trl_blend.errors import ConfigError
 from trl_blend.schedules import Schedule, constant, make_schedule
 from trl_blend.trainers._sampling import distribution_warpers
-from trl_blend.trainers._tokens import TokensUnwritten
+from trl_blend.trainers._settings import TokensUnwritten
 
 
 _CHOICES = {

@@ -1,5 +1,8 @@
 """What the plot of a [`TrustRegionOPDTrainer`] run shows, whichever of its methods it uses."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from trl_blend.reports.cards import PaperValue
 from trl_blend.reports.curves import NATS, Curve, Panel
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
@@ -29,7 +32,7 @@ PANELS = (
     ),
     Panel("Sampling temperature", (Curve("blend/temperature", progress="temperature"),), "student's own rollouts"),
     Panel("Veto weight", (Curve("blend/veto_weight", progress="veto_weight"),), "exponent of the student"),
-    Panel("Reward", (Curve("rewards/*/mean", "*"),), "mean reward (diagnostic)"),
+    Panel("Reward", (), "mean reward (diagnostic)"),
     Panel("Reverse KL(student ‖ teacher)", (Curve("blend/reverse_kl"),), NATS),
     Panel("Loss", (Curve("loss"),), "loss"),
     Panel(
@@ -43,6 +46,12 @@ PANELS = (
     Panel("AUROC of the teacher's support", (Curve("blend/auroc"),), "AUROC"),
     Panel("Completion length", (Curve("completions/mean_length"),), "mean tokens"),
 )
+
+
+def panels(rewards: Sequence[str]) -> tuple[Panel, ...]:
+    """[`PANELS`] with a curve of each reward: the names of the run's functions."""
+    curves = tuple(Curve(f"rewards/{name}/mean", name) for name in rewards)
+    return tuple(replace(panel, curves=curves) if panel.title == "Reward" else panel for panel in PANELS)
 
 
 _SWEEP = (0.001, 0.005, 0.01, 0.02, 0.05)

@@ -17,7 +17,6 @@ from trl_blend.generation.hooks import blended_generation
 from trl_blend.generation.rules import BlendRule, LogitMixing, SpeculativeKD, TrustRegion
 from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.reverse_kl import reverse_kl
-from trl_blend.reports.licences import Source
 from trl_blend.schedules import linear
 from trl_blend.trainers import _cards, _partners
 from trl_blend.trainers._run import RunMixin
@@ -162,6 +161,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             eval_dataset=eval_dataset,
         )
         self.reward_funcs = as_reward_functions(reward_funcs)
+        self._panels = report.panels([_compat.get_callable_name(function) for function in self.reward_funcs])
         self._diagnostics = Diagnostics(self)
         self._rollout_level = 0.0
         super().__init__(
@@ -348,7 +348,10 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/trust_region_opd.md`."""
         args, rollouts = self.args, _cards.rows_per_step(self.args)
-        teacher = _cards.live_teacher(self.partners[0], self.args) if self.partners else _cards.base_teacher(self)
+        if self.partners:
+            teacher = _cards.live_teacher(self.partners[0], args)
+        else:
+            teacher = _cards.base_teacher(self.model, args)
         return {
             "paper_name": "the trust-region paper",
             "paper": report.paper_values(args, merges_eos=self.eos is not None),
@@ -358,7 +361,6 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             },
             "choices": report.choices(args, merges_eos=self.eos is not None),
             "teachers": [teacher],
-            "sources": [Source("teacher", teacher.name, teacher.commit)] if teacher.name else [],
             "data_rows": _cards.num_rows(self.train_dataset),
             "data_unit": "prompts",
             "per_step": _cards.rollouts_text(rollouts, args.num_rollouts_per_prompt),
