@@ -48,7 +48,7 @@ demo-offline: install  ## offline distillation in four stages on two CPU cores: 
 		--output $(DEMO_OFFLINE)/prompts.jsonl
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/trl-blend rollouts --dtype float32 --batch_size 64 \
 		--model_name_or_path examples/testbed/checkpoints/sft_student --dataset_name $(DEMO_OFFLINE)/prompts.jsonl \
-		--output_dir $(DEMO_OFFLINE)/rollouts --temperature 1 --top_p 1 --max_new_tokens 48
+		--output_dir $(DEMO_OFFLINE)/rollouts --temperature 1 --top_p 1 --max_completion_length 48
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/trl-blend score --dtype float32 --top_k 16 --tokens_per_batch 2048 \
 		--teacher_model_name_or_path examples/testbed/checkpoints/teacher \
 		--rollouts $(DEMO_OFFLINE)/rollouts --output_dir $(DEMO_OFFLINE)/scored

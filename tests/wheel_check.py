@@ -147,7 +147,7 @@ def distil_offline(folder: Path) -> None:
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "two plus two", "3", "four?")))
     commands = [
         ["record-teacher", "--model_name_or_path", student, "--teacher_model_name_or_path", teacher],
-        ["rollouts", "--model_name_or_path", student, "--dataset_name", str(prompts), "--max_new_tokens", "8"],
+        ["rollouts", "--model_name_or_path", student, "--dataset_name", str(prompts), "--max_completion_length", "8"],
         ["score", "--teacher_model_name_or_path", teacher, "--rollouts", str(folder / "rollouts")],
         ["inspect", str(folder / "scored"), "--model_name_or_path", student],
     ]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from trl_blend.generation.hooks import blended_generation
     from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
     from trl_blend.rollouts.collect import collect_rollouts
+    from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
     from trl_blend.rollouts.lightning import import_lightning_opd
     from trl_blend.rollouts.score import score_rollouts
     from trl_blend.rollouts.store import RolloutStore, load_rollouts, load_scored_rollouts
@@ -48,7 +49,9 @@ _MODULE_OF = {
     "OfflineOPDConfig": "trl_blend.trainers.offline_opd",
     "OfflineOPDTrainer": "trl_blend.trainers.offline_opd",
     "ProbabilityMixing": "trl_blend.generation.rules",
+    "RolloutConfig": "trl_blend.rollouts.config",
     "RolloutStore": "trl_blend.rollouts.store",
+    "ScoringConfig": "trl_blend.rollouts.config",
     "SpeculativeKD": "trl_blend.generation.rules",
     "TeacherProvenanceCallback": "trl_blend.consistency.provenance",
     "TrustRegion": "trl_blend.generation.rules",
@@ -74,7 +77,9 @@ __all__ = [
     "OfflineOPDConfig",
     "OfflineOPDTrainer",
     "ProbabilityMixing",
+    "RolloutConfig",
     "RolloutStore",
+    "ScoringConfig",
     "SpeculativeKD",
     "TeacherProvenanceCallback",
     "TrustRegion",

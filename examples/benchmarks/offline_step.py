@@ -28,7 +28,15 @@ from transformers import Trainer
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 from testbed import task
-from trl_blend import OfflineOPDConfig, OfflineOPDTrainer, RolloutStore, collect_rollouts, score_rollouts
+from trl_blend import (
+    OfflineOPDConfig,
+    OfflineOPDTrainer,
+    RolloutConfig,
+    RolloutStore,
+    ScoringConfig,
+    collect_rollouts,
+    score_rollouts,
+)
 from trl_blend.scripts.live_opd import SampledTokenOPDTrainer
 
 
@@ -49,15 +57,15 @@ def make_data(folder: Path, rows: int, batch_size: int) -> tuple[dict[str, Any],
     prompts = task.build_prompt_dataset("train", rows)
 
     def collect() -> None:
-        result["rollouts"] = collect_rollouts(
-            STUDENT, prompts, folder / "rollouts", temperature=1.0, top_p=1.0, max_new_tokens=task.MAX_NEW_TOKENS,
-            batch_size=batch_size, dtype="float32", show_progress=False,
+        args = RolloutConfig(
+            output_dir=folder / "rollouts", temperature=1.0, top_p=1.0, max_completion_length=task.MAX_NEW_TOKENS,
+            batch_size=batch_size, dtype="float32", disable_tqdm=True,
         )  # fmt: skip
+        result["rollouts"] = collect_rollouts(STUDENT, prompts, args)
 
     def score() -> None:
-        result["scored"] = score_rollouts(
-            result["rollouts"], TEACHER, folder / "scored", top_k=TOP_K, dtype="float32", show_progress=False
-        )
+        args = ScoringConfig(output_dir=folder / "scored", top_k=TOP_K, dtype="float32", disable_tqdm=True)
+        result["scored"] = score_rollouts(result["rollouts"], TEACHER, args)
 
     return result, {"collecting": seconds(collect), "scoring": seconds(score)}
 

@@ -45,15 +45,18 @@ which runs each example with its settings file of `examples/configs/`, unchanged
 
 def write_scored_rollouts(folder: Path) -> Path:
     """Rollouts of the test-bed's SFT student, scored by its teacher, as `make demo-offline` makes them."""
-    from trl_blend import collect_rollouts, score_rollouts
+    from trl_blend import RolloutConfig, ScoringConfig, collect_rollouts, score_rollouts
 
     student, teacher = (str(CHECKPOINTS / name) for name in ("sft_student", "teacher"))
-    options = {"dtype": "float32", "show_progress": False}
-    collect_rollouts(
-        student, build_prompt_dataset("train", NUM_ROLLOUTS), folder / "rollouts",
-        temperature=1.0, top_p=1.0, max_new_tokens=48, batch_size=64, **options,
+    drawing = RolloutConfig(
+        output_dir=folder / "rollouts", temperature=1.0, top_p=1.0, max_completion_length=48, batch_size=64,
+        dtype="float32", disable_tqdm=True,
     )  # fmt: skip
-    score_rollouts(folder / "rollouts", teacher, folder / "scored", top_k=16, tokens_per_batch=2048, **options)
+    scoring = ScoringConfig(
+        output_dir=folder / "scored", top_k=16, tokens_per_batch=2048, dtype="float32", disable_tqdm=True
+    )
+    rollouts = collect_rollouts(student, build_prompt_dataset("train", NUM_ROLLOUTS), drawing)
+    score_rollouts(rollouts, teacher, scoring)
     return folder / "scored"
 
 

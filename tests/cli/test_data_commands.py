@@ -16,7 +16,7 @@ from trl_blend.rollouts.store import RolloutStore
 
 
 ROOT = Path(__file__).resolve().parents[2]
-COLLECT = ["--max_new_tokens", "6", "--rows_per_shard", "4", "--quiet"]
+COLLECT = ["--max_completion_length", "6", "--rows_per_shard", "4", "--disable_tqdm"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def world(tmp_path_factory):
     save_model(paths["teacher"], seed=1)
     save_prompts(paths["prompts.jsonl"], count=6)
     assert cli.main([*rollouts_command(paths), *COLLECT]) == 0
-    assert cli.main([*score_command(paths), "--top_k", "3", "--quiet"]) == 0
+    assert cli.main([*score_command(paths), "--top_k", "3", "--disable_tqdm"]) == 0
     return paths
 
 
@@ -97,7 +97,7 @@ def test_a_configuration_file(world, tmp_path, capsys):
     lines += ["max_new_tokens: 3", "temperature: 0.5", "repair: false", "min_p: null", "seed: 4"]
     config.write_text("\n".join([*lines, "chat_template_kwargs: {enable_thinking: false}"]))
     folder = str(tmp_path / "store")
-    assert cli.main(["rollouts", "--config", str(config), "--output_dir", folder, "--max_new_tokens", "4"]) == 0
+    assert cli.main(["rollouts", "--config", str(config), "--output_dir", folder, "--max_completion_length", "4"]) == 0
     sampling = RolloutStore.open(folder).manifest.sampling
     assert (sampling["max_new_tokens"], sampling["temperature"], sampling["seed"]) == (4, 0.5, 4)
     capsys.readouterr()
@@ -227,7 +227,7 @@ def test_what_is_asked_for(capsys, arguments, message):
         (["--vllm_kwargs", "[]"], "'[]' is not a JSON object"),
         (["--load_in_4bit"], "needs bitsandbytes"),
         (["--output_dir", str(ROOT)], "is not empty and no store of rollouts"),
-        (["--vllm_server_url", "host"], "`--vllm_server_url='host'` is no URL"),
+        (["--vllm_server_base_url", "host"], "`--vllm_server_base_url='host'` is no URL"),
         (["--seed", "1"], "started with other settings (there -> now): seed: 0 -> 1"),
     ],
 )
@@ -248,7 +248,7 @@ def test_rollouts(world, capsys, options, message):
     ],
 )
 def test_score(world, capsys, options, message):
-    assert message in fails(capsys, [*score_command(world), "--quiet", *options])
+    assert message in fails(capsys, [*score_command(world), "--disable_tqdm", *options])
 
 
 def test_an_error_of_ours_keeps_its_traceback(world, monkeypatch):
@@ -275,7 +275,7 @@ def test_other_processes_say_which_they_are(capsys, monkeypatch):
 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_quiet_silences_the_bars_of_transformers_too(world, tmp_path, quiet):
-    command = [*rollouts_command(world, str(tmp_path / "store")), *COLLECT[:-1], *["--quiet"][:quiet]]
+    command = [*rollouts_command(world, str(tmp_path / "store")), *COLLECT[:-1], *["--disable_tqdm"][:quiet]]
     done = subprocess.run(
         [sys.executable, "-m", "trl_blend", *command], cwd=ROOT, capture_output=True, text=True, timeout=300
     )

@@ -53,10 +53,13 @@ CONFIGS = {
 }
 # Of a script or a command, where it has the option and the page does not give it
 SMALL_OPTIONS = {**SMALL_CONFIG, "max_steps": 1, "num_test_prompts": 2, "num_generations": 4}
-SMALL_CALLS = {"collect_rollouts": {"max_new_tokens": 12, "dtype": "float32"}, "score_rollouts": {"dtype": "float32"}}
+SMALL_CALLS = {
+    "RolloutConfig": {"max_completion_length": 12, "dtype": "float32"},
+    "ScoringConfig": {"dtype": "float32"},
+}
 SMALL_COMMAND = {
-    "rollouts": ["--max_new_tokens", "12", "--dtype", "float32", "--quiet"],
-    "score": ["--dtype", "float32", "--quiet"],
+    "rollouts": ["--max_completion_length", "12", "--dtype", "float32", "--disable_tqdm"],
+    "score": ["--dtype", "float32", "--disable_tqdm"],
 }
 
 

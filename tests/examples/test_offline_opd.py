@@ -14,7 +14,7 @@ import yaml
 import offline_opd
 from testbed.evaluate import CHECKPOINTS, evaluate, load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
-from trl_blend import collect_rollouts, score_rollouts
+from tests.rollouts.collecting import collect, score
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,12 +29,9 @@ ROWS = 12
 def scored(tmp_path_factory):
     """Scored rollouts of the shipped student, as the demo makes them."""
     folder = tmp_path_factory.mktemp("stores")
-    settings = {"dtype": "float32", "show_progress": False}
-    rollouts = collect_rollouts(
-        STUDENT, build_prompt_dataset("train", ROWS), folder / "rollouts", temperature=1.0, top_p=1.0,
-        max_new_tokens=MAX_NEW_TOKENS, **settings,
-    )  # fmt: skip
-    score_rollouts(rollouts, TEACHER, folder / "scored", top_k=4, **settings)
+    drawing = {"temperature": 1.0, "top_p": 1.0, "max_completion_length": MAX_NEW_TOKENS, "dtype": "float32"}
+    rollouts = collect(STUDENT, build_prompt_dataset("train", ROWS), folder / "rollouts", **drawing)
+    score(rollouts, TEACHER, folder / "scored", top_k=4, dtype="float32")
     return folder / "scored"
 
 

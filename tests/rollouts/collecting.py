@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tests.tiny import EOS_ID, tiny_model, tiny_tokenizer
+from trl_blend import RolloutConfig, ScoringConfig, collect_rollouts, score_rollouts
 
 
 TEXTS = ["1+2=", "what is 40+2?", "7", "abc def", "say 99!", "3*3", "x", "(a+b)", "10-4=", "hello world", "0", "z.y"]
@@ -25,6 +26,17 @@ def save_prompts(path, count=12):
     prompts = [f"{TEXTS[index % len(TEXTS)]} {index}" for index in range(count)]
     Path(path).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     return str(path)
+
+
+def collect(model, prompts, folder, processing_class=None, **settings):
+    """Rollouts, without a progress bar."""
+    args = RolloutConfig(**{"output_dir": folder, "disable_tqdm": True, **settings})
+    return collect_rollouts(model, prompts, args, processing_class)
+
+
+def score(rollouts, teacher, folder, **settings):
+    """Scored rollouts, without a progress bar."""
+    return score_rollouts(rollouts, teacher, ScoringConfig(**{"output_dir": folder, "disable_tqdm": True, **settings}))
 
 
 def rows_of(store):

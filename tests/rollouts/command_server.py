@@ -31,7 +31,7 @@ def announced(owner, name):
 
 
 def serve():
-    announced(local.LocalRolloutEngine, "sample")
+    announced(local.LocalEngine, "sample")
     announced(local, "_score_batch")
     announced(writer, "write_atomically")
     for line in sys.stdin:

@@ -1,28 +1,27 @@
 """`collect_rollouts` with transformers: rows, resuming, and everything that is refused before a model is loaded."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 from datasets import Dataset
 
-from tests.rollouts.collecting import assert_logps, ends_well, rows_of, save_model, save_prompts
+from tests.rollouts.collecting import assert_logps, collect, ends_well, rows_of, save_model, save_prompts
 from tests.tiny import EOS_ID, tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend.errors import ConfigError, StoreError, UnsupportedError
-from trl_blend.rollouts import collect, processes
-from trl_blend.rollouts.collect import collect_rollouts
+from trl_blend.rollouts import identities
 from trl_blend.rollouts.engines import local
 from trl_blend.rollouts.format import row_key
 from trl_blend.rollouts.prompts import PromptTokens, load_prompts
 
 
 SETTINGS = {
-    "max_new_tokens": 8,
+    "max_completion_length": 8,
     "num_rollouts_per_prompt": 2,
     "rows_per_shard": 6,
     "batch_size": 4,
     "logps_dtype": "float32",
-    "show_progress": False,
 }
 
 
@@ -38,7 +37,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(student, prompts, tmp_path_factory):
-    return collect_rollouts(student, prompts, tmp_path_factory.mktemp("finished") / "store", **SETTINGS)
+    return collect(student, prompts, tmp_path_factory.mktemp("finished") / "store", **SETTINGS)
 
 
 @pytest.fixture
@@ -48,8 +47,8 @@ def no_model(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(collect, "load_model", refuse)
-    monkeypatch.setattr(processes, "identify", refuse)
+    monkeypatch.setattr(local, "load_model", refuse)
+    monkeypatch.setattr(identities, "identify_model", refuse)
 
 
 # -------------------- rows
@@ -91,7 +90,7 @@ def test_the_manifest_says_what_was_sampled(student, prompts, finished):
 @pytest.mark.parametrize("given", ["model", "adapter"])
 def test_a_model_in_memory(given, prompts, finished, tmp_path):
     model = tiny_model() if given == "model" else tiny_lora(tiny_model())
-    store = collect_rollouts(model, prompts, tmp_path / "store", processing_class=tiny_tokenizer(), **SETTINGS)
+    store = collect(model, prompts, tmp_path / "store", processing_class=tiny_tokenizer(), **SETTINGS)
     same = [row["completion_ids"] for row in rows_of(store)] == [row["completion_ids"] for row in rows_of(finished)]
     assert same == (given == "model")
     assert (store.manifest.student["adapter"] is not None) == (given == "adapter")
@@ -103,7 +102,7 @@ def test_an_adapter_by_name(student, prompts, tmp_path):
     adapted = tiny_lora(AutoModelForCausalLM.from_pretrained(student))
     adapted.save_pretrained(tmp_path / "adapter")
     tiny_tokenizer().save_pretrained(tmp_path / "adapter")
-    store = collect_rollouts(str(tmp_path / "adapter"), prompts, tmp_path / "store", **SETTINGS)
+    store = collect(str(tmp_path / "adapter"), prompts, tmp_path / "store", **SETTINGS)
     merged = adapted.merge_and_unload()
     for row in rows_of(store)[:4]:
         ids = row["prompt_ids"], row["completion_ids"]
@@ -113,18 +112,18 @@ def test_an_adapter_by_name(student, prompts, tmp_path):
 
 
 def test_other_seeds_give_other_rows(student, prompts, finished, tmp_path):
-    store = collect_rollouts(student, prompts, tmp_path / "store", seed=1, **SETTINGS)
+    store = collect(student, prompts, tmp_path / "store", seed=1, **SETTINGS)
     assert rows_of(store) != rows_of(finished)
 
 
 def test_the_same_prompt_is_drawn_anew_everywhere(student, tmp_path):
-    store = collect_rollouts(student, ["what?"] * 8, tmp_path / "store", **{**SETTINGS, "rows_per_shard": 4})
+    store = collect(student, ["what?"] * 8, tmp_path / "store", **{**SETTINGS, "rows_per_shard": 4})
     drawn = [tuple(row["completion_ids"]) for row in rows_of(store)]
     assert len(drawn) == 16 and len({tuple(drawn[first : first + 4]) for first in range(0, 16, 4)}) == 4
 
 
 def test_without_an_identity(student, prompts, tmp_path):
-    store = collect_rollouts(student, prompts, tmp_path / "store", identify=False, **SETTINGS)
+    store = collect(student, prompts, tmp_path / "store", identify=False, **SETTINGS)
     assert store.manifest.student is None and store.manifest.settings["student_name"] == student
 
 
@@ -155,13 +154,13 @@ def test_where_prompts_may_come_from(tmp_path, prompts):
 
 def test_a_finished_store_is_left_alone(student, prompts, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*.parquet")}
-    monkeypatch.setattr(collect, "load_model", lambda *args: pytest.fail("loaded"))
-    again = collect_rollouts(student, prompts, finished.folder, **SETTINGS)
+    monkeypatch.setattr(local, "load_model", lambda *args: pytest.fail("loaded"))
+    again = collect(student, prompts, finished.folder, **SETTINGS)
     assert {path: path.stat().st_mtime_ns for path in again.folder.rglob("*.parquet")} == before
 
 
 def test_missing_shards_are_made_again_and_are_the_same(student, prompts, finished, tmp_path, monkeypatch):
-    sampled, sample = [], local.LocalRolloutEngine.sample
+    sampled, sample = [], local.LocalEngine.sample
 
     def interrupted(self, prompt_ids, *args):
         sampled.append(len(prompt_ids))
@@ -169,26 +168,26 @@ def test_missing_shards_are_made_again_and_are_the_same(student, prompts, finish
             raise KeyboardInterrupt
         return sample(self, prompt_ids, *args)
 
-    monkeypatch.setattr(local.LocalRolloutEngine, "sample", interrupted)
+    monkeypatch.setattr(local.LocalEngine, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        collect_rollouts(student, prompts, tmp_path / "store", **SETTINGS)
+        collect(student, prompts, tmp_path / "store", **SETTINGS)
     with pytest.raises(StoreError, match="half-written: 1 of 4 shards"):
         from trl_blend.rollouts.store import RolloutStore
 
         RolloutStore.open(tmp_path / "store")
-    store = collect_rollouts(student, prompts, tmp_path / "store", **SETTINGS)
+    store = collect(student, prompts, tmp_path / "store", **SETTINGS)
     assert rows_of(store) == rows_of(finished) and store.digest == finished.digest
     assert sampled == [4, 2, 4, 2, 4, 2, 4, 2, 4]  # of the second shard, half was lost
 
 
 def test_a_broken_shard_is_made_again_on_request(student, prompts, finished, tmp_path):
-    store = collect_rollouts(student, prompts, tmp_path / "store", **SETTINGS)
+    store = collect(student, prompts, tmp_path / "store", **SETTINGS)
     broken = store.folder / "data" / "part-00001.parquet"
     content = bytearray(broken.read_bytes())
     content[200] ^= 0xFF
     broken.write_bytes(content)
     others = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*.parquet") if path != broken}
-    store = collect_rollouts(student, prompts, tmp_path / "store", repair=True, **SETTINGS)
+    store = collect(student, prompts, tmp_path / "store", repair=True, **SETTINGS)
     assert store.digest == finished.digest
     assert {path: path.stat().st_mtime_ns for path in others} == others
 
@@ -199,24 +198,24 @@ def test_a_broken_shard_is_made_again_on_request(student, prompts, finished, tmp
         ({"temperature": 0.8}, "temperature: 0.7 -> 0.8"),
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"batch_size": 8}, "batch_size: 4 -> 8"),
-        ({"max_new_tokens": 9, "top_p": 1.0}, r"max_new_tokens: 8 -> 9; top_p: 0.9 -> 1"),
+        ({"max_completion_length": 9, "top_p": 1.0}, r"max_new_tokens: 8 -> 9; top_p: 0.9 -> 1"),
         ({"dtype": "bfloat16"}, "dtype: 'auto' -> 'bfloat16'"),
         ({"logps_dtype": "float16"}, "logps_dtype: 'float32' -> 'float16'"),
         ({"rows_per_shard": 12}, "rows_per_shard: 6 -> 12"),
     ],
 )
 def test_other_settings_do_not_continue(student, prompts, finished, monkeypatch, change, named):
-    monkeypatch.setattr(collect, "load_model", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(local, "load_model", lambda *args: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=rf"started with other settings[^$]*{named}"):
-        collect_rollouts(student, prompts, finished.folder, **{**SETTINGS, **change})
+        collect(student, prompts, finished.folder, **{**SETTINGS, **change})
 
 
 def test_another_student_or_other_prompts_do_not_continue(student, prompts, finished, tmp_path):
     other = save_model(tmp_path / "other", seed=1)
     with pytest.raises(ConfigError, match="student_weights"):
-        collect_rollouts(other, prompts, finished.folder, **SETTINGS)
+        collect(other, prompts, finished.folder, **SETTINGS)
     with pytest.raises(ConfigError, match="prompts: "):
-        collect_rollouts(student, save_prompts(tmp_path / "p.jsonl", count=12), finished.folder, **SETTINGS)
+        collect(student, save_prompts(tmp_path / "p.jsonl", count=12), finished.folder, **SETTINGS)
 
 
 # -------------------- refused before anything is loaded
@@ -233,30 +232,33 @@ def test_another_student_or_other_prompts_do_not_continue(student, prompts, fini
         ({"top_k": -1}, "`top_k=-1` must be at least 0"),
         ({"min_p": 2.0}, "`min_p=2.0`"),
         ({"num_rollouts_per_prompt": 0}, "`num_rollouts_per_prompt=0` must be at least 1"),
-        ({"max_new_tokens": 0}, "`max_new_tokens=0`"),
+        ({"max_completion_length": 0}, "`max_completion_length=0`"),
         ({"batch_size": 0}, "`batch_size=0`"),
         ({"rows_per_shard": 0}, "`rows_per_shard=0`"),
         ({"logps_dtype": "int8"}, "`logps_dtype='int8'` is unknown"),
         ({"dtype": "float8"}, "`dtype='float8'` is unknown"),
         ({"load_in_4bit": True}, "needs bitsandbytes"),
         ({"prompt_column": "question"}, r"no column `question`, only \['prompt'\]"),
-        ({"max_new_tokens": 250}, "Row 1 .* has 15 tokens.*context of 256.*`max_new_tokens=241` or less"),
-        ({"use_vllm": True, "vllm_server_url": "http://x"}, "Set one"),
+        (
+            {"max_completion_length": 250},
+            "Row 1 .* has 15 tokens.*the 256 tokens.*`max_completion_length=241` or less",
+        ),
+        ({"use_vllm": True, "vllm_server_base_url": "http://x"}, "Set one"),
         ({"vllm_kwargs": {"max_model_len": 9}}, "Set `use_vllm=True`"),
         ({"use_vllm": True, "vllm_kwargs": {"dtype": "float32"}}, "`vllm_kwargs` holds dtype"),
-        ({"vllm_server_url": "http://x", "load_in_4bit": True}, "bitsandbytes"),
+        ({"vllm_server_base_url": "http://x", "load_in_4bit": True}, "bitsandbytes"),
     ],
 )
 def test_settings(student, prompts, tmp_path, no_model, settings, message):
     with pytest.raises(ConfigError, match=message):
-        collect_rollouts(student, prompts, tmp_path / "store", **{**SETTINGS, **settings})
+        collect(student, prompts, tmp_path / "store", **{**SETTINGS, **settings})
     assert not (tmp_path / "store").exists()
 
 
 def test_vllm_has_to_be_installed(student, prompts, tmp_path, no_model, monkeypatch):
-    monkeypatch.setattr(collect.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs vLLM, which is not installed"):
-        collect_rollouts(student, prompts, tmp_path / "store", use_vllm=True, **SETTINGS)
+        collect(student, prompts, tmp_path / "store", use_vllm=True, **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +269,9 @@ def test_vllm_has_to_be_installed(student, prompts, tmp_path, no_model, monkeypa
         (Dataset.from_dict({"prompt": []}), "`prompts` is empty"),
         (["1", ""], "Row 1 of the prompts has no tokens"),
         ([{"prompt": 3}], "Row 0 of the prompts is '3', neither text nor a list of messages"),
-        (["a", "a" * 250], "Row 1 .* has 250 tokens.*Set `max_new_tokens=6` or less, or drop"),
-        (["a" * 300], "context of 256. Drop the longest prompts"),
-        (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "is a IterableDataset.*Pass a `Dataset`"),
+        (["a", "a" * 250], "Row 1 .* has 250 tokens.*Set `max_completion_length=6` or less, or drop"),
+        (["a" * 300], "the 256 tokens that the model takes. Drop the longest prompts"),
+        (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "is a IterableDataset.*Pass one split"),
         (7, "is a int"),
     ],
 )
@@ -277,7 +279,7 @@ def test_prompts(student, tmp_path, no_model, given, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ConfigError, match=message):
-        collect_rollouts(student, given, tmp_path / "store", **SETTINGS)
+        collect(student, given, tmp_path / "store", **SETTINGS)
 
 
 def test_a_template_that_cannot_render(student, tmp_path, no_model):
@@ -285,19 +287,19 @@ def test_a_template_that_cannot_render(student, tmp_path, no_model):
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
     rows = [[{"role": "user", "content": "x"}]]
     with pytest.raises(ConfigError, match="cannot render row 0 of the prompts: no system turns"):
-        collect_rollouts(student, rows, tmp_path / "store", processing_class=tokenizer, **SETTINGS)
+        collect(student, rows, tmp_path / "store", processing_class=tokenizer, **SETTINGS)
 
 
 def test_the_folder_has_to_be_a_store_or_empty(student, prompts, tmp_path, no_model):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"is not empty and no store of rollouts: it holds \['notes.txt'\]"):
-        collect_rollouts(student, prompts, tmp_path, **SETTINGS)
+        collect(student, prompts, tmp_path, **SETTINGS)
     with pytest.raises(ConfigError, match="is a file. Choose a folder"):
-        collect_rollouts(student, prompts, tmp_path / "notes.txt", **SETTINGS)
+        collect(student, prompts, tmp_path / "notes.txt", **SETTINGS)
     (tmp_path / "x" / "data").mkdir(parents=True)
     (tmp_path / "x" / "data" / "mine.csv").write_text("mine")
     with pytest.raises(ConfigError, match=r"it holds \['data/mine.csv'\]"):
-        collect_rollouts(student, prompts, tmp_path / "x", **SETTINGS)
+        collect(student, prompts, tmp_path / "x", **SETTINGS)
 
 
 def test_a_folder_that_a_killed_process_left(student, prompts, finished, tmp_path):
@@ -305,7 +307,7 @@ def test_a_folder_that_a_killed_process_left(student, prompts, finished, tmp_pat
     data.mkdir(parents=True)
     (data / ".part-00000.parquet.7.tmp").write_text("half")
     (tmp_path / "store" / ".lock").write_text("pid 7\n")
-    store = collect_rollouts(student, prompts, tmp_path / "store", **SETTINGS)
+    store = collect(student, prompts, tmp_path / "store", **SETTINGS)
     assert store.digest == finished.digest and not list(data.glob(".*"))
 
 
@@ -318,20 +320,20 @@ def test_a_folder_that_a_killed_process_left(student, prompts, finished, tmp_pat
 )
 def test_models(prompts, tmp_path, model, error, message):
     with pytest.raises(error, match=message):
-        collect_rollouts(model, prompts, tmp_path / "store", **SETTINGS)
+        collect(model, prompts, tmp_path / "store", **SETTINGS)
 
 
 def test_options_of_loading_and_a_loaded_model(prompts, tmp_path):
     with pytest.raises(ConfigError, match="`dtype='bfloat16'` says how to load `model` by name"):
-        collect_rollouts(tiny_model(), prompts, tmp_path / "store", dtype="bfloat16", **SETTINGS)
-    with pytest.raises(ConfigError, match="vLLM loads the model by name"):
-        collect_rollouts(tiny_model(), prompts, tmp_path / "store", vllm_server_url="http://x", **SETTINGS)
+        collect(tiny_model(), prompts, tmp_path / "store", dtype="bfloat16", **SETTINGS)
+    with pytest.raises(ConfigError, match="vLLM has models by name"):
+        collect(tiny_model(), prompts, tmp_path / "store", vllm_server_base_url="http://x", **SETTINGS)
     with pytest.raises(ConfigError, match="was built in memory and has no tokenizer"):
-        collect_rollouts(tiny_model(), prompts, tmp_path / "store", **SETTINGS)
+        collect(tiny_model(), prompts, tmp_path / "store", **SETTINGS)
 
 
 def test_no_end_of_sequence_token(tmp_path, prompts):
     model, tokenizer = tiny_model(), tiny_tokenizer(eos_token=None)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     with pytest.raises(ConfigError, match="names an end-of-sequence token"):
-        collect_rollouts(model, prompts, tmp_path / "store", processing_class=tokenizer, **SETTINGS)
+        collect(model, prompts, tmp_path / "store", processing_class=tokenizer, **SETTINGS)

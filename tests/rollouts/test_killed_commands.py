@@ -26,13 +26,13 @@ def inputs(tmp_path_factory):
 
 def rollouts_command(inputs, folder):
     command = ["rollouts", "--model_name_or_path", inputs["student"], "--dataset_name", inputs["prompts"]]
-    settings = ["--max_new_tokens", "6", "--rows_per_shard", "2", "--batch_size", "1", "--quiet"]
+    settings = ["--max_completion_length", "6", "--rows_per_shard", "2", "--batch_size", "1", "--disable_tqdm"]
     return [*command, "--output_dir", str(folder), *settings]
 
 
 def score_command(inputs, rollouts, folder):
     command = ["score", "--teacher_model_name_or_path", inputs["teacher"], "--rollouts", str(rollouts)]
-    return [*command, "--output_dir", str(folder), "--tokens_per_batch", "30", "--top_k", "3", "--quiet"]
+    return [*command, "--output_dir", str(folder), "--tokens_per_batch", "30", "--top_k", "3", "--disable_tqdm"]
 
 
 @pytest.fixture(scope="module")

@@ -6,20 +6,17 @@ import numpy as np
 import pytest
 
 from tests import reference
-from tests.rollouts.collecting import rows_of, save_model, save_prompts
+from tests.rollouts.collecting import collect, rows_of, save_model, save_prompts, score
 from tests.rollouts.engines.test_local_scores import forced_logprobs
 from tests.rollouts.vllm_fake import FakeVllm, serving
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend.errors import ConfigError, EngineError, StoreError, TokenizerMismatchError
-from trl_blend.rollouts import score as scoring
 from trl_blend.rollouts.checks import check_rows
-from trl_blend.rollouts.collect import collect_rollouts
 from trl_blend.rollouts.engines import local as local_engine
-from trl_blend.rollouts.score import score_rollouts
 
 
-COLLECT = {"max_new_tokens": 8, "rows_per_shard": 4, "logps_dtype": "float32", "show_progress": False}
-SCORE = {"show_progress": False, "tokens_per_batch": 64}
+COLLECT = {"max_completion_length": 8, "rows_per_shard": 4, "logps_dtype": "float32"}
+SCORE = {"tokens_per_batch": 64}
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +32,17 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rollouts(student, tmp_path_factory):
     prompts = save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", count=10)
-    return collect_rollouts(student, prompts, tmp_path_factory.mktemp("rollouts") / "store", **COLLECT)
+    return collect(student, prompts, tmp_path_factory.mktemp("rollouts") / "store", **COLLECT)
 
 
 @pytest.fixture(scope="module")
 def finished(rollouts, teacher, tmp_path_factory):
-    return score_rollouts(rollouts, teacher, tmp_path_factory.mktemp("scored") / "store", top_k=5, **SCORE)
+    return score(rollouts, teacher, tmp_path_factory.mktemp("scored") / "store", top_k=5, **SCORE)
 
 
 @pytest.fixture
 def no_model(monkeypatch):
-    monkeypatch.setattr(scoring, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(local_engine, "load_model", lambda *args: pytest.fail("a model was loaded"))
 
 
 def test_the_scores_are_the_teachers(rollouts, finished):
@@ -83,7 +80,7 @@ def test_the_manifest_says_who_did_what(rollouts, finished, teacher, student):
 
 
 def test_sampled_tokens_only_in_float16(rollouts, teacher, finished, tmp_path):
-    store = score_rollouts(rollouts, teacher, tmp_path / "store", logps_dtype="float16", **SCORE)
+    store = score(rollouts, teacher, tmp_path / "store", logps_dtype="float16", **SCORE)
     assert store.manifest.scoring["top_k"] is None
     for row, exact in zip(rows_of(store), rows_of(finished), strict=True):
         assert "teacher_topk_ids" not in row
@@ -94,14 +91,14 @@ def test_sampled_tokens_only_in_float16(rollouts, teacher, finished, tmp_path):
 def test_a_teacher_in_memory(rollouts, finished, tmp_path, given):
     model = tiny_model("llama", seed=1)
     model = tiny_lora(model, target_modules=["q_proj"]) if given == "adapter" else model
-    store = score_rollouts(rollouts, model, tmp_path / "store", top_k=5, **SCORE)
+    store = score(rollouts, model, tmp_path / "store", top_k=5, **SCORE)
     same = [row["teacher_logps"] for row in rows_of(store)] == [row["teacher_logps"] for row in rows_of(finished)]
     assert same == (given == "model")
     assert store.manifest.teacher["weights"]["sha256"] == finished.manifest.teacher["weights"]["sha256"]
 
 
 def test_bfloat16(rollouts, teacher, finished, tmp_path):
-    store = score_rollouts(rollouts, teacher, tmp_path / "store", dtype="bfloat16", **SCORE)
+    store = score(rollouts, teacher, tmp_path / "store", dtype="bfloat16", **SCORE)
     difference = [
         abs(a - b)
         for one, other in zip(rows_of(store), rows_of(finished), strict=True)
@@ -112,7 +109,7 @@ def test_bfloat16(rollouts, teacher, finished, tmp_path):
 
 
 def test_the_budget_changes_rounding_only(rollouts, teacher, finished, tmp_path):
-    store = score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, tokens_per_batch=1, show_progress=False)
+    store = score(rollouts, teacher, tmp_path / "store", top_k=5, tokens_per_batch=1)
     for one, other in zip(rows_of(store), rows_of(finished), strict=True):
         np.testing.assert_allclose(one["teacher_logps"], other["teacher_logps"], rtol=0, atol=1e-5)
 
@@ -121,26 +118,26 @@ def test_the_budget_changes_rounding_only(rollouts, teacher, finished, tmp_path)
 
 
 def test_interrupted_and_continued(rollouts, teacher, finished, tmp_path, monkeypatch):
-    calls, score = [], local_engine._score_batch
+    calls, score_batch = [], local_engine._score_batch
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return score(*args)
+        return score_batch(*args)
 
     monkeypatch.setattr(local_engine, "_score_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, **SCORE)
+        score(rollouts, teacher, tmp_path / "store", top_k=5, **SCORE)
     monkeypatch.undo()
     assert 0 < len(list((tmp_path / "store" / "data").glob("*.parquet"))) < 3
     # The budget is no setting: after running out of memory one goes on with a smaller one
-    store = score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, **SCORE)
+    store = score(rollouts, teacher, tmp_path / "store", top_k=5, **SCORE)
     assert store.digest == finished.digest
 
 
 def test_a_finished_store_is_left_alone(rollouts, teacher, finished, no_model):
-    assert score_rollouts(rollouts, teacher, finished.folder, top_k=5, **SCORE).digest == finished.digest
+    assert score(rollouts, teacher, finished.folder, top_k=5, **SCORE).digest == finished.digest
 
 
 @pytest.mark.parametrize(
@@ -153,15 +150,15 @@ def test_a_finished_store_is_left_alone(rollouts, teacher, finished, no_model):
 )
 def test_other_settings_do_not_continue(rollouts, teacher, finished, no_model, change, named):
     with pytest.raises(ConfigError, match=named):
-        score_rollouts(rollouts, teacher, finished.folder, **change, **SCORE)
+        score(rollouts, teacher, finished.folder, **change, **SCORE)
 
 
-def test_another_teacher_or_other_rollouts_do_not_continue(student, rollouts, teacher, finished, tmp_path, no_model):
+def test_another_teacher_or_other_rollouts_do_not_continue(student, rollouts, teacher, finished, tmp_path):
     with pytest.raises(ConfigError, match="teacher_weights"):
-        score_rollouts(rollouts, student, finished.folder, top_k=5, **SCORE)
-    other = collect_rollouts(student, ["a", "b"], tmp_path / "other", **COLLECT)
+        score(rollouts, student, finished.folder, top_k=5, **SCORE)
+    other = collect(student, ["a", "b"], tmp_path / "other", **COLLECT)
     with pytest.raises(ConfigError, match="rollouts: '"):
-        score_rollouts(other, teacher, finished.folder, top_k=5, **SCORE)
+        score(other, teacher, finished.folder, top_k=5, **SCORE)
 
 
 def test_broken_rollouts_are_named(rollouts, teacher, tmp_path):
@@ -171,7 +168,7 @@ def test_broken_rollouts_are_named(rollouts, teacher, tmp_path):
     content[100] ^= 0xFF
     broken.write_bytes(content)
     with pytest.raises(StoreError, match="part-00001.parquet is broken"):
-        score_rollouts(str(folder), teacher, tmp_path / "store", **SCORE)
+        score(str(folder), teacher, tmp_path / "store", **SCORE)
 
 
 # -------------------- refused before anything is loaded
@@ -180,8 +177,8 @@ def test_broken_rollouts_are_named(rollouts, teacher, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 0}, "`top_k=0` must be at least 1 and less than the teacher's vocabulary size 64"),
-        ({"top_k": 64}, "`top_k=64`"),
+        ({"top_k": 0}, "`top_k=0` must be at least 1"),
+        ({"top_k": 64}, "`top_k=64` must be less than the teacher's vocabulary size 64"),
         ({"tokens_per_batch": 0}, "`tokens_per_batch=0` must be at least 1"),
         ({"logps_dtype": "int8"}, "`logps_dtype='int8'`"),
         ({"dtype": "int8"}, "`dtype='int8'`"),
@@ -191,19 +188,19 @@ def test_broken_rollouts_are_named(rollouts, teacher, tmp_path):
 )
 def test_settings(rollouts, teacher, tmp_path, no_model, settings, message):
     with pytest.raises(ConfigError, match=message):
-        score_rollouts(rollouts, teacher, tmp_path / "store", **{"show_progress": False, **settings})
+        score(rollouts, teacher, tmp_path / "store", **{**settings})
     assert not (tmp_path / "store").exists()
 
 
 def test_where_scores_may_not_go(rollouts, teacher, no_model):
     for folder in (rollouts.folder, rollouts.folder / "scored"):
         with pytest.raises(ConfigError, match="is the store that is read, or in it"):
-            score_rollouts(rollouts, teacher, folder, **SCORE)
+            score(rollouts, teacher, folder, **SCORE)
 
 
 def test_what_may_be_scored(finished, teacher, tmp_path, no_model):
     with pytest.raises(StoreError, match="has the teacher's log-probs already"):
-        score_rollouts(str(finished.folder), teacher, tmp_path / "store", **SCORE)
+        score(str(finished.folder), teacher, tmp_path / "store", **SCORE)
 
 
 def test_a_teacher_with_other_tokens(rollouts, tmp_path, no_model):
@@ -211,18 +208,18 @@ def test_a_teacher_with_other_tokens(rollouts, tmp_path, no_model):
     tokenizer.add_tokens(["<extra>"])
     other = save_model(tmp_path / "other", seed=1, tokenizer=tokenizer, vocab_size=65)
     with pytest.raises(TokenizerMismatchError, match="map other tokens to the same ids"):
-        score_rollouts(rollouts, other, tmp_path / "store", **SCORE)
+        score(rollouts, other, tmp_path / "store", **SCORE)
 
 
 def test_a_vocabulary_that_is_too_small(rollouts, tmp_path):
     other = save_model(tmp_path / "other", seed=1, vocab_size=40)
     with pytest.raises(TokenizerMismatchError, match="holds token id .* but the model has the 40 tokens"):
-        score_rollouts(rollouts, other, tmp_path / "store", **SCORE)
+        score(rollouts, other, tmp_path / "store", **SCORE)
 
 
 def test_an_unreadable_teacher(rollouts, tmp_path):
     with pytest.raises(ConfigError, match="`teacher='nowhere/at-all'` is neither a folder"):
-        score_rollouts(rollouts, "nowhere/at-all", tmp_path / "store", **SCORE)
+        score(rollouts, "nowhere/at-all", tmp_path / "store", **SCORE)
 
 
 # -------------------- with a server
@@ -232,7 +229,7 @@ def test_a_server_gives_the_same_store(rollouts, teacher, finished, tmp_path, no
     fake = FakeVllm(tiny_model("llama", seed=1), name=teacher)
     fake.failures = [503]
     with serving(fake) as url:
-        store = score_rollouts(rollouts, teacher, tmp_path / "store", top_k=5, vllm_server_url=url, **SCORE)
+        store = score(rollouts, teacher, tmp_path / "store", top_k=5, vllm_server_base_url=url, **SCORE)
     assert store.manifest.engine == {"name": "vllm-server", "vllm": "0.fake"}
     assert store.manifest.teacher == finished.manifest.teacher
     for remote, local in zip(rows_of(store), rows_of(finished), strict=True):
@@ -247,17 +244,17 @@ def test_a_server_that_fails_and_comes_back(rollouts, teacher, tmp_path):
     with serving(fake) as url:
         fake.failures = [None] * 6 + [400]
         with pytest.raises(EngineError, match="injected 400"):
-            score_rollouts(rollouts, teacher, tmp_path / "store", vllm_server_url=url, **options)
+            score(rollouts, teacher, tmp_path / "store", vllm_server_base_url=url, **options)
         seen = len(fake.requests)
-        store = score_rollouts(rollouts, teacher, tmp_path / "store", vllm_server_url=url, **options)
+        store = score(rollouts, teacher, tmp_path / "store", vllm_server_base_url=url, **options)
     assert len(fake.requests) - seen == 6  # the four rows of the first shard were not asked for again
     assert len(rows_of(store)) == 10
 
 
 def test_an_identity_that_cannot_be_had(rollouts, tmp_path):
     with serving(FakeVllm(tiny_model("llama", seed=1), name="org/only-there")) as url:
-        options = {"vllm_server_url": url, **SCORE}
+        options = {"vllm_server_base_url": url, **SCORE}
         with pytest.raises(ConfigError, match="identity of `teacher='org/only-there'`.*--no_identify"):
-            score_rollouts(rollouts, "org/only-there", tmp_path / "store", **options)
-        store = score_rollouts(rollouts, "org/only-there", tmp_path / "store", identify=False, **options)
+            score(rollouts, "org/only-there", tmp_path / "store", **options)
+        store = score(rollouts, "org/only-there", tmp_path / "store", identify=False, **options)
     assert store.manifest.teacher is None

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollouts.collecting import rows_of, save_model, save_prompts
-from trl_blend.rollouts.collect import collect_rollouts
-from trl_blend.rollouts.score import score_rollouts
+from tests.rollouts.collecting import collect, rows_of, save_model, save_prompts, score
 from trl_blend.rollouts.store import RolloutStore
 
 
@@ -46,11 +44,11 @@ def test_each_process_writes_its_shards(launched):
 
 
 def test_the_stores_are_those_of_one_process(folder, launched, tmp_path):
-    settings = {"max_new_tokens": 6, "rows_per_shard": 2, "show_progress": False}
-    one = collect_rollouts(str(folder / "student"), str(folder / "prompts.jsonl"), tmp_path / "rollouts", **settings)
+    settings = {"max_completion_length": 6, "rows_per_shard": 2}
+    one = collect(str(folder / "student"), str(folder / "prompts.jsonl"), tmp_path / "rollouts", **settings)
     two = RolloutStore.open(folder / "rollouts", verify=True)
     assert rows_of(two) == rows_of(one) and two.digest == one.digest and len(rows_of(two)) == 9
-    scored_by_one = score_rollouts(one, str(folder / "teacher"), tmp_path / "scored", show_progress=False)
+    scored_by_one = score(one, str(folder / "teacher"), tmp_path / "scored")
     scored = RolloutStore.open(folder / "scored", verify=True)
     assert rows_of(scored) == rows_of(scored_by_one) and scored.digest == scored_by_one.digest
 

@@ -20,10 +20,10 @@ def run(folder):
 
     ShardWriter.write = noted
     inputs = ["--model_name_or_path", f"{folder}/student", "--dataset_name", f"{folder}/prompts.jsonl"]
-    settings = ["--max_new_tokens", "6", "--rows_per_shard", "2", "--quiet"]
+    settings = ["--max_completion_length", "6", "--rows_per_shard", "2", "--disable_tqdm"]
     rollouts = ["rollouts", *inputs, "--output_dir", f"{folder}/rollouts", *settings]
     teacher = ["--teacher_model_name_or_path", f"{folder}/teacher", "--rollouts", f"{folder}/rollouts"]
-    score = ["score", *teacher, "--output_dir", f"{folder}/scored", "--quiet"]
+    score = ["score", *teacher, "--output_dir", f"{folder}/scored", "--disable_tqdm"]
     statuses = [main(rollouts), main(score)]
     # Found by the main process, said by all of them, and nobody waits for ever
     statuses.append(main([*rollouts, "--seed", "7"]))

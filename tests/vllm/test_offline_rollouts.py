@@ -12,11 +12,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from testbed import task
-from tests.rollouts.collecting import assert_logps, ends_well, rows_of
+from tests.rollouts.collecting import assert_logps, collect, ends_well, rows_of, score
 from trl_blend.errors import ConfigError
-from trl_blend.rollouts.collect import collect_rollouts
 from trl_blend.rollouts.engines.local import score_sequences
-from trl_blend.rollouts.score import score_rollouts
 
 
 pytestmark = pytest.mark.vllm
@@ -26,11 +24,11 @@ SAMPLING = {
     "temperature": 0.8,
     "top_p": 0.9,
     "top_k": 30,
-    "max_new_tokens": 40,
+    "max_completion_length": 40,
     "num_rollouts_per_prompt": 2,
     "seed": 3,
 }
-EXACT = {"logps_dtype": "float32", "dtype": "float32", "show_progress": False}
+EXACT = {"logps_dtype": "float32", "dtype": "float32"}
 SHARDS = {"rows_per_shard": 8}
 
 
@@ -74,7 +72,7 @@ def server():
 @pytest.fixture(scope="module")
 def collected(server, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts") / "store"
-    return collect_rollouts(STUDENT, prompts, folder, vllm_server_url=server, **SAMPLING, **EXACT, **SHARDS)
+    return collect(STUDENT, prompts, folder, vllm_server_base_url=server, **SAMPLING, **EXACT, **SHARDS)
 
 
 def assert_rows(model, store):
@@ -85,7 +83,7 @@ def assert_rows(model, store):
     for row in rows:
         ids = row["prompt_ids"], row["completion_ids"]
         assert_logps(model, *ids, row["rollout_logps"], row["student_logps"], atol=1e-4, **settings)
-        assert ends_well(row["completion_ids"], row["truncated"], SAMPLING["max_new_tokens"], eos)
+        assert ends_well(row["completion_ids"], row["truncated"], SAMPLING["max_completion_length"], eos)
     assert {row["truncated"] for row in rows} == {False, True}
 
 
@@ -97,8 +95,8 @@ def test_rollouts_of_a_server(model, collected):
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_server_and_local_scores_agree(server, collected, tmp_path, top_k):
     options = {"top_k": top_k, **EXACT}
-    remote = rows_of(score_rollouts(collected, STUDENT, tmp_path / "remote", vllm_server_url=server, **options))
-    local = rows_of(score_rollouts(collected, STUDENT, tmp_path / "local", **options))
+    remote = rows_of(score(collected, STUDENT, tmp_path / "remote", vllm_server_base_url=server, **options))
+    local = rows_of(score(collected, STUDENT, tmp_path / "local", **options))
     for one, other in zip(remote, local, strict=True):
         assert one["key"] == other["key"]
         np.testing.assert_allclose(one["teacher_logps"], other["teacher_logps"], rtol=0, atol=1e-4)
@@ -112,10 +110,10 @@ def test_server_and_local_scores_agree(server, collected, tmp_path, top_k):
 def test_a_server_continues_what_was_interrupted(server, prompts, collected, tmp_path):
     folder = tmp_path / "store"
     call = (STUDENT, prompts, folder)
-    options = {"vllm_server_url": server, **SAMPLING, **EXACT, **SHARDS}
-    collect_rollouts(*call, **options)
+    options = {"vllm_server_base_url": server, **SAMPLING, **EXACT, **SHARDS}
+    collect(*call, **options)
     (folder / "data" / "part-00001.parquet").unlink()
-    again = collect_rollouts(*call, repair=True, **options)
+    again = collect(*call, repair=True, **options)
     ids = [[row["completion_ids"] for row in rows_of(store)] for store in (again, collected)]
     assert ids[0] == ids[1]
 
@@ -135,8 +133,8 @@ def test_a_server_of_other_log_probabilities_is_refused(prompts, tmp_path):
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(1)
         with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
-            collect_rollouts(
-                STUDENT, prompts, tmp_path / "x", vllm_server_url=f"http://127.0.0.1:{port}", **SAMPLING, **EXACT
+            collect(
+                STUDENT, prompts, tmp_path / "x", vllm_server_base_url=f"http://127.0.0.1:{port}", **SAMPLING, **EXACT
             )
     finally:
         process.terminate()
@@ -146,9 +144,7 @@ def test_a_server_of_other_log_probabilities_is_refused(prompts, tmp_path):
 def test_rollouts_of_an_engine_in_this_process(model, prompts, tmp_path):
     engine = {"max_model_len": 128, "enforce_eager": True}
     folder = tmp_path / "store"
-    store = collect_rollouts(
-        STUDENT, prompts, folder, use_vllm=True, vllm_kwargs=engine, **SAMPLING, **EXACT, **SHARDS
-    )
+    store = collect(STUDENT, prompts, folder, use_vllm=True, vllm_kwargs=engine, **SAMPLING, **EXACT, **SHARDS)
     assert store.manifest.engine["name"] == "vllm"
     assert_rows(model, store)
     row = rows_of(store)[0]

@@ -39,10 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given and given[0] in training.COMMANDS:
             return training.run(given[0], given[1:])
+        if given and given[0] in teacher_data.COMMANDS:
+            return teacher_data.run(given[0], given[1:])
         return _run(given)
     except KeyboardInterrupt:
         kept = " What is written is kept: run the same command again to go on."
-        say(f"Interrupted.{kept if given[:1] in (['rollouts'], ['score']) else ''}")
+        say(f"Interrupted.{kept if given and given[0] in teacher_data.COMMANDS else ''}")
         return EXIT_INTERRUPTED
     except (TrlBlendError, OSError) as error:
         say(f"error: {error}")
@@ -119,6 +121,8 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
 
     for name, script in training.COMMANDS.items():  # they are run before this parser is asked
         commands[name] = subparsers.add_parser(name, help=script.summary, add_help=False)
+    for name, (_, summary) in teacher_data.COMMANDS.items():
+        commands[name] = subparsers.add_parser(name, help=summary, add_help=False)
     teacher_data.add_commands(command)
     export.add_command(command)
     env.add_command(command)

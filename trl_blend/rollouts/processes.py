@@ -7,19 +7,21 @@ at the files: one that waited in a collective for hours would run into its timeo
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
-from trl_blend.errors import ConfigError, StoreError
+from trl_blend.errors import ConfigError
+from trl_blend.rollouts.config import StoreConfig
 from trl_blend.rollouts.folder_lock import LOCK_NAME
-from trl_blend.rollouts.format import LOGPS_DTYPES, MANIFEST_NAME, Manifest
+from trl_blend.rollouts.format import MANIFEST_NAME, Manifest
 from trl_blend.rollouts.shard import DATA_FOLDER, shard_index, shards_on_disk
+from trl_blend.rollouts.store import RolloutStore
 from trl_blend.rollouts.writer import ShardWriter
 
 
@@ -56,31 +58,65 @@ def on_main_process(state: PartialState, compute: Callable[[], Value]) -> Value:
     return answer[0]
 
 
-def open_writer(state: PartialState, folder: str | os.PathLike[str], manifest: Manifest, repair: bool) -> ShardWriter:
+def write_store(
+    state: PartialState,
+    args: StoreConfig,
+    manifest: Manifest,
+    digests: Sequence[str],
+    rows: Sequence[int],
+    load: Callable[[], object],
+    make: Callable[[int, Callable[[int], object]], Mapping[str, Sequence[Any]]],
+) -> RolloutStore:
+    """
+    Write the shards of a store that are not there yet, and wait until those of all processes are.
+
+    Args:
+        state ([`~accelerate.PartialState`]):
+            The processes.
+        args ([`~trl_blend.rollouts.config.StoreConfig`]):
+            Where, whether to repair what is bad, and whether to show a progress bar.
+        manifest ([`~trl_blend.rollouts.format.Manifest`]):
+            What is going to be written.
+        digests (`Sequence[str]`):
+            Digest of what each shard is made from.
+        rows (`Sequence[int]`):
+            Number of rows of each shard.
+        load (`Callable`):
+            Called before the first shard, if there is any left to make.
+        make (`Callable`):
+            Takes the index of a shard and a function to call with numbers of rows that are done; returns its columns.
+    """
+    writer = _open_writer(state, args, manifest)
+    own = range(state.process_index, len(digests), state.num_processes)
+    todo = [index for index in own if not writer.done(index, digests[index])]
+    if todo:
+        load()
+        total, left = (sum(rows[index] for index in indices) for indices in (own, todo))
+        silent = args.disable_tqdm or not state.is_main_process
+        with tqdm(total=total, initial=total - left, desc=manifest.kind, unit=" rows", disable=silent) as bar:
+            for index in todo:
+                writer.write(index, make(index, bar.update), digests[index])
+                writer.update_manifest()
+    if state.is_main_process:
+        _wait(lambda: set(range(len(digests))) <= shards_on_disk(writer.folder).keys())
+        writer.update_manifest(complete=True)
+    else:
+        _wait(lambda: Manifest.load(writer.folder).complete)
+    return RolloutStore.open(args.output_dir)
+
+
+def _open_writer(state: PartialState, args: StoreConfig, manifest: Manifest) -> ShardWriter:
     """A writer per process, the main one's first: it removes leftovers and finds what is broken."""
     made: list[ShardWriter] = []
 
     def make() -> None:
-        made.append(ShardWriter(folder, manifest, is_main_process=state.is_main_process, repair=repair))
+        writer = ShardWriter(args.output_dir, manifest, is_main_process=state.is_main_process, repair=args.repair)
+        made.append(writer)
 
     on_main_process(state, make)
     if not state.is_main_process:
         make()
     return made[0]
-
-
-def own_shards(state: PartialState, count: int) -> range:
-    """Shards of this process."""
-    return range(state.process_index, count, state.num_processes)
-
-
-def finish(writer: ShardWriter, count: int) -> None:
-    """Wait until the shards of all processes are on disk and the manifest says so."""
-    if writer.is_main_process:
-        _wait(lambda: set(range(count)) <= shards_on_disk(writer.folder).keys())
-        writer.update_manifest(complete=True)
-    else:
-        _wait(lambda: Manifest.load(writer.folder).complete)
 
 
 def _wait(condition: Callable[[], bool]) -> None:
@@ -90,16 +126,10 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 def check_output_dir(folder: str | os.PathLike[str], others: Sequence[Path] = ()) -> None:
     """
-    Refuse to write into a folder that holds something else than a store.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The folder; it need not exist.
-        others (`Sequence[pathlib.Path]`, *optional*):
-            Folders of stores that are read, which it may not be or lie in.
+    Refuse to write into a folder that holds something else than a store, or that is one of `others` or lies in it.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If there are other files in it, or it is one of `others`.
+        [`~trl_blend.errors.ConfigError`]: With what is there.
     """
     path = Path(folder)
     for other in others:
@@ -110,69 +140,13 @@ def check_output_dir(folder: str | os.PathLike[str], others: Sequence[Path] = ()
     if not path.is_dir() or (path / MANIFEST_NAME).exists():
         return
     # What a process killed before its first manifest leaves behind
-    foreign = sorted({entry.name for entry in path.iterdir()} - {DATA_FOLDER, LOCK_NAME})
-    foreign = [name for name in foreign if not (name.startswith(".") and name.endswith(".tmp"))]
-    if not foreign and (path / DATA_FOLDER).is_dir():
-        foreign = [f"{DATA_FOLDER}/{name}" for name in _foreign_data(os.listdir(path / DATA_FOLDER))]
+    names = {entry.name for entry in path.iterdir()} - {LOCK_NAME}
+    if (path / DATA_FOLDER).is_dir():
+        names.remove(DATA_FOLDER)
+        names |= {f"{DATA_FOLDER}/{name}" for name in os.listdir(path / DATA_FOLDER) if shard_index(name) is None}
+    foreign = sorted(name for name in names if not name.endswith(".tmp"))
     if foreign:
         raise ConfigError(
             f"`output_dir={str(folder)!r}` is not empty and no store of rollouts: it holds {foreign[:3]}. Choose a "
             "new or empty folder, or one that the same command has begun."
         )
-
-
-def _foreign_data(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if shard_index(name) is None and not name.endswith(".tmp"))
-
-
-def engine_versions(name: str) -> dict[str, Any]:
-    """What the manifest says about an engine in this process; nothing is imported."""
-    packages = ["vllm"] if name == "vllm" else ["transformers", "torch"]
-    return {"name": name, **{package: version(package) for package in packages}}
-
-
-def identity_settings(role: str, identity: dict[str, Any] | None, model: Any) -> dict[str, Any]:
-    """What of a model's identity has to be the same at a second start, as flat settings."""
-    name = {f"{role}_name": model if isinstance(model, str) else type(model).__name__}
-    if identity is None:
-        return name
-    weights, adapter, tokenizer = (identity.get(part) or {} for part in ("weights", "adapter", "tokenizer"))
-    settings = {
-        f"{role}_weights": weights.get("sha256"),
-        f"{role}_adapter": (adapter.get("weights") or {}).get("sha256"),
-        f"{role}_tokenizer": tokenizer.get("sha256"),
-    }
-    return settings if weights else settings | name
-
-
-def identify(model: Any, argument: str, *, tokenizer: Any = None, revision: str | None = None) -> dict[str, Any]:
-    """
-    Identity of a model as a dictionary.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: If it cannot be had; the message says how to go on without.
-    """
-    from trl_blend.models.fingerprint import identify_model
-
-    try:
-        return identify_model(model, tokenizer=tokenizer, revision=revision).to_dict()
-    except (ConfigError, StoreError, OSError) as error:
-        raise ConfigError(
-            f"The identity of `{argument}={model if isinstance(model, str) else type(model).__name__!r}` cannot be "
-            f"recorded: {error} To go on without, set `identify=False` (`--no_identify`); the consistency of the "
-            "teacher can then not be verified."
-        ) from error
-
-
-def check_numbers(logps_dtype: str, **numbers: int) -> None:
-    """
-    Refuse numbers below 1 and unknown dtypes of stored log-probs.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: At the first one.
-    """
-    if logps_dtype not in LOGPS_DTYPES:
-        raise ConfigError(f"`logps_dtype={logps_dtype!r}` is unknown. Choose one of {', '.join(LOGPS_DTYPES)}.")
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"`{name}={value}` must be at least 1.")

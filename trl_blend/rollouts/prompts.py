@@ -2,13 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, load_dataset
 
 from trl_blend.errors import ConfigError
 
@@ -16,7 +15,9 @@ from trl_blend.errors import ConfigError
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_prompts(prompts: Any, *, column: str = "prompt", config: str | None = None, split: str = "train") -> Dataset:
+def load_prompts(
+    prompts: Any, argument: str = "prompts", column: str = "prompt", config: str | None = None, split: str = "train"
+) -> Dataset:
     """
     A dataset with a column of prompts.
 
@@ -24,6 +25,8 @@ def load_prompts(prompts: Any, *, column: str = "prompt", config: str | None = N
         prompts ([`~datasets.Dataset`], `list` or `str`):
             A dataset; a list of prompts or of dictionaries; a `.json`, `.jsonl`, `.parquet` or `.csv` file; a folder
             or Hub id that `load_dataset` reads.
+        argument (`str`, *optional*, defaults to `"prompts"`):
+            Name of the argument that holds them, for the error messages.
         column (`str`, *optional*, defaults to `"prompt"`):
             Column of the prompts.
         config (`str`, *optional*):
@@ -35,18 +38,16 @@ def load_prompts(prompts: Any, *, column: str = "prompt", config: str | None = N
         [`~trl_blend.errors.ConfigError`]: If there is no such dataset, it is empty, or the column is missing.
     """
     if isinstance(prompts, str | os.PathLike):
-        dataset = _read(str(prompts), config, split)
+        dataset = _read(str(prompts), argument, config, split)
     elif isinstance(prompts, Dataset):
         dataset = prompts
     elif isinstance(prompts, list | tuple):
         rows = [row if isinstance(row, dict) and "role" not in row else {column: row} for row in prompts]
         dataset = Dataset.from_list(rows)
     else:
-        kind = type(prompts).__name__
-        wrong = isinstance(prompts, IterableDataset | DatasetDict | IterableDatasetDict)
-        remedy = "Pass one split" if isinstance(prompts, dict) else "Pass a `Dataset`" if wrong else "Pass a dataset"
         raise ConfigError(
-            f"`prompts` is a {kind}, whose rows cannot be read by their number. {remedy}, a list or a path."
+            f"`{argument}` is a {type(prompts).__name__}, whose rows cannot be read by their number. Pass one split "
+            "of a `Dataset` that is not streamed, a list or a path."
         )
     if column not in dataset.column_names:
         raise ConfigError(
@@ -54,7 +55,7 @@ def load_prompts(prompts: Any, *, column: str = "prompt", config: str | None = N
             "`prompt_column`."
         )
     if len(dataset) == 0:
-        raise ConfigError("`prompts` is empty. Pass at least one prompt.")
+        raise ConfigError(f"`{argument}` is empty. Pass at least one prompt.")
     return dataset
 
 
@@ -65,25 +66,22 @@ def describe_dataset(prompts: Any) -> str:
     return f"{type(prompts).__name__} of {len(prompts)} rows"
 
 
-def _read(name: str, config: str | None, split: str) -> Dataset:
-    suffix = Path(name).suffix.lower()
+def _read(name: str, argument: str, config: str | None, split: str) -> Dataset:
+    kind = _FORMATS.get(Path(name).suffix.lower())
+    if kind is not None and not Path(name).is_file():
+        raise ConfigError(f"`{argument}={name!r}`: there is no such file. Correct the path.")
+    if kind is not None and not Path(name).stat().st_size:
+        raise ConfigError(f"`{argument}={name!r}` is empty. Write one prompt per line.")
     try:
-        if suffix in _FORMATS:
-            if not Path(name).is_file():
-                raise ConfigError(f"`prompts={name!r}`: there is no such file. Correct the path.")
-            if not Path(name).stat().st_size:
-                raise ConfigError(f"`prompts={name!r}` is empty. Write one prompt per line.")
-            return load_dataset(_FORMATS[suffix], data_files=name, split=split)
+        if kind is not None:
+            return load_dataset(kind, data_files=name, split=split)
         return load_dataset(name, config, split=split)
-    except ConfigError:
-        raise
     except Exception as error:  # its exceptions are many, and not of one family
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"`prompts={name!r}` (split {split!r}) cannot be read: {first}") from error
+        raise ConfigError(f"`{argument}={name!r}` (split {split!r}) cannot be read: {first}") from error
 
 
-@dataclass(frozen=True)
-class PromptScan:
+class PromptScan(NamedTuple):
     """
     What one pass over all prompts found.
 
@@ -92,10 +90,8 @@ class PromptScan:
             SHA-256 of the token ids of each shard's prompts.
         digest (`str`):
             SHA-256 of those.
-        longest (`int`):
-            Number of tokens of the longest prompt.
-        longest_row (`int`):
-            Its row.
+        longest, longest_row (`int`):
+            Number of tokens of the longest prompt, and its row.
     """
 
     digests: list[str]
@@ -145,17 +141,17 @@ class PromptTokens:
             [`~trl_blend.errors.ConfigError`]: If a prompt is neither text nor messages, or has no tokens.
         """
         rows = self._dataset[start:stop][self._column]
-        return [self._encode(prompt, start + index) for index, prompt in enumerate(rows)]
+        return [self._encode(prompt, row) for row, prompt in enumerate(rows, start)]
 
-    def scan(self, prompts_per_shard: int) -> PromptScan:
-        """One pass over all prompts, a shard at a time."""
+    def scan(self, bounds: Iterable[tuple[int, int]]) -> PromptScan:
+        """One pass over all prompts, a shard at a time: `bounds` are those of [`shard_bounds`]."""
         digests, longest, longest_row = [], 0, 0
-        for start, stop in shard_bounds(len(self), prompts_per_shard):
+        for start, stop in bounds:
             shard = self.ids(start, stop)
             digests.append(_digest(shard))
-            for index, ids in enumerate(shard):
+            for row, ids in enumerate(shard, start):
                 if len(ids) > longest:
-                    longest, longest_row = len(ids), start + index
+                    longest, longest_row = len(ids), row
         return PromptScan(digests, hashlib.sha256("".join(digests).encode()).hexdigest(), longest, longest_row)
 
     def _encode(self, prompt: Any, row: int) -> list[int]:

@@ -199,7 +199,7 @@ def launch_options() -> set[str]:
     return option_names(launch_parser()) - {"help"} | {ACCELERATE_CONFIG}
 
 
-def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
+def parse_script(parser: Any, arguments: Sequence[str], launched: bool = True) -> tuple[Any, ...]:
     """
     The dataclasses of a training script, from its own arguments.
 
@@ -210,6 +210,8 @@ def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
             Parser of the script.
         arguments (`Sequence[str]`):
             Arguments of the script.
+        launched (`bool`, *optional*, defaults to `True`):
+            Whether keys of `accelerate launch` are among those of the YAML file.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: With what to change.
@@ -221,7 +223,7 @@ def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
         values, variables = read_script_config(file)
         os.environ.update(variables)
         others = apply_config(parser, values, file)
-        known = launch_options() if others else set()
+        known = launch_options() if others and launched else set()
         for name in others:
             if name not in known:
                 raise unknown_key(name, option_names(parser) | known, file)
@@ -230,6 +232,13 @@ def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
     if unknown:
         raise unknown_options(unknown, option_names(parser), parser.prog)
     return tuple(outputs)
+
+
+def parse_config(config: type, arguments: Sequence[str], prog: str) -> Any:
+    """One dataclass of a command that is no training script, from its arguments."""
+    from trl import TrlParser
+
+    return parse_script(TrlParser((config,), prog=prog), arguments, launched=False)[0]
 
 
 def _check_processes(wanted: Any, file: str) -> None:

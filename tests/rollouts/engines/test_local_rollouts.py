@@ -1,4 +1,4 @@
-"""Log-probabilities that `LocalRolloutEngine` records, against a teacher-forced recomputation in float64."""
+"""Log-probabilities that `LocalEngine` records, against a teacher-forced recomputation in float64."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from tests.ops.test_mixed_head_memory import Recorder
 from tests.rollouts.collecting import assert_logps, ends_well
 from tests.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model
 from trl_blend.errors import UnsupportedError
+from trl_blend.rollouts.config import RolloutConfig
 from trl_blend.rollouts.engines.base import SamplingSettings
-from trl_blend.rollouts.engines.local import LocalRolloutEngine
+from trl_blend.rollouts.engines.local import LocalEngine
 
 
 PROMPTS = [[5, 9, 22, 7], [31], [8, 8, 40, 41, 12, 60, 13], [17, 50]] * 3
@@ -27,8 +28,13 @@ SAMPLINGS = [
 ]
 
 
-def sampling_of(**settings):
-    return SamplingSettings(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": MAX_NEW, **settings})
+def engine_of(model, eos=(EOS_ID,), pad=PAD_ID, **settings):
+    """An engine that is ready to draw."""
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "max_new_tokens": MAX_NEW}
+    engine = LocalEngine(model, "model", RolloutConfig(output_dir=""))
+    counts = {"num_rollouts_per_prompt": 1, "seed": 0}
+    engine.load(None, SamplingSettings(**plain | counts | settings, eos_token_ids=list(eos), pad_token_id=pad))
+    return engine
 
 
 def assert_correct(model, rollouts, prompts=PROMPTS, eos=(EOS_ID,), **settings):
@@ -40,7 +46,7 @@ def assert_correct(model, rollouts, prompts=PROMPTS, eos=(EOS_ID,), **settings):
 @pytest.mark.parametrize("settings", SAMPLINGS, ids=lambda settings: "-".join(settings) or "plain")
 def test_logps_are_those_of_what_was_sampled_from_and_of_the_model(settings):
     model = tiny_model()
-    rollouts = LocalRolloutEngine(model, sampling_of(**settings), EOS_IDS, PAD_ID).sample(PROMPTS, SEEDS)
+    rollouts = engine_of(model, EOS_IDS, **settings).sample(PROMPTS, SEEDS)
     assert_correct(model, rollouts, eos=EOS_IDS, **settings)
     # Rows that ended beside rows that went on
     assert {rollout.truncated for rollout in rollouts} == {True, False}
@@ -51,7 +57,7 @@ def test_logps_are_those_of_what_was_sampled_from_and_of_the_model(settings):
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3", "gpt2", "llama"])
 def test_every_architecture(arch):
     model, settings = tiny_model(arch), SAMPLINGS[1]
-    engine = LocalRolloutEngine(model, sampling_of(**settings), [EOS_ID], PAD_ID)
+    engine = engine_of(model, **settings)
     # Float rounding of these models' cached attention is larger than that of the others
     for prompt, rollout in zip(PROMPTS, engine.sample(PROMPTS, SEEDS), strict=True):
         assert_logps(model, prompt, *rollout[:3], atol=1e-4, **settings)
@@ -59,7 +65,7 @@ def test_every_architecture(arch):
 
 def test_several_end_tokens_and_padding_with_one_of_them():
     model = tiny_model()
-    rollouts = LocalRolloutEngine(model, sampling_of(), EOS_IDS, pad_token_id=EOS_IDS[1]).sample(PROMPTS, SEEDS)
+    rollouts = engine_of(model, EOS_IDS, pad=EOS_IDS[1]).sample(PROMPTS, SEEDS)
     assert_correct(model, rollouts, eos=EOS_IDS)
     assert len({rollout.completion_ids[-1] for rollout in rollouts if not rollout.truncated}) > 1
 
@@ -70,17 +76,17 @@ def test_the_checkpoints_own_generation_settings_are_left_out(caplog):
         repetition_penalty=3.0, top_k=1, temperature=0.1, suppress_tokens=[11], min_new_tokens=5, eos_token_id=EOS_ID
     )
     settings = SAMPLINGS[1]
-    rollouts = LocalRolloutEngine(model, sampling_of(**settings), [EOS_ID], PAD_ID).sample(PROMPTS, SEEDS)
+    rollouts = engine_of(model, **settings).sample(PROMPTS, SEEDS)
     assert_correct(model, rollouts, **settings)
     assert "['min_new_tokens', 'repetition_penalty', 'suppress_tokens']" in caplog.text
     assert model.generation_config is own
-    plain = LocalRolloutEngine(tiny_model(), sampling_of(**settings), [EOS_ID], PAD_ID).sample(PROMPTS, SEEDS)
+    plain = engine_of(tiny_model(), **settings).sample(PROMPTS, SEEDS)
     assert rollouts == plain
 
 
 def test_the_first_seed_decides_and_the_global_state_is_left_alone():
     model = tiny_model(attention_dropout=0.5).train()
-    engine = LocalRolloutEngine(model, sampling_of(), [EOS_ID], PAD_ID)
+    engine = engine_of(model)
     state = torch.get_rng_state()
     first = engine.sample(PROMPTS, SEEDS)
     assert torch.equal(torch.get_rng_state(), state) and model.training
@@ -92,12 +98,12 @@ def test_the_first_seed_decides_and_the_global_state_is_left_alone():
 
 def test_an_adapter_takes_part():
     model = tiny_lora(tiny_model())
-    rollouts = LocalRolloutEngine(model, sampling_of(), [EOS_ID], PAD_ID).sample(PROMPTS, SEEDS)
+    rollouts = engine_of(model).sample(PROMPTS, SEEDS)
     assert_correct(model.merge_and_unload(), rollouts, atol=1e-4)
 
 
 def test_one_token():
-    engine = LocalRolloutEngine(tiny_model(), sampling_of(max_new_tokens=1), [EOS_ID], PAD_ID)
+    engine = engine_of(tiny_model(), max_new_tokens=1)
     (rollout,) = engine.sample([[5]], [0])
     assert len(rollout.completion_ids) == 1
     assert_logps(engine.model, [5], *rollout[:3])
@@ -105,7 +111,7 @@ def test_one_token():
 
 def test_logits_of_a_batch_are_never_built():
     batch, length, vocab = 8, 60, 5000
-    engine = LocalRolloutEngine(tiny_model(vocab_size=vocab), sampling_of(top_p=0.9), [EOS_ID], PAD_ID)
+    engine = engine_of(tiny_model(vocab_size=vocab), top_p=0.9)
     recorder = Recorder()
     with recorder:
         engine.sample([[5 + row] * length for row in range(batch)], list(range(batch)))
@@ -114,11 +120,10 @@ def test_logits_of_a_batch_are_never_built():
 
 def test_progress_is_reported():
     seen = []
-    engine = LocalRolloutEngine(tiny_model(), sampling_of(), [EOS_ID], PAD_ID)
-    rollouts = engine.sample(PROMPTS, SEEDS, lambda *done: seen.append(done))
-    assert seen == [(len(PROMPTS), sum(len(rollout.completion_ids) for rollout in rollouts))]
+    engine_of(tiny_model()).sample(PROMPTS, SEEDS, seen.append)
+    assert seen == [len(PROMPTS)]
 
 
 def test_a_model_without_generate():
     with pytest.raises(UnsupportedError, match="`model` is a Linear"):
-        LocalRolloutEngine(torch.nn.Linear(2, 2), sampling_of(), [EOS_ID], PAD_ID)
+        engine_of(torch.nn.Linear(2, 2))

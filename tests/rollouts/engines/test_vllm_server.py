@@ -1,6 +1,9 @@
 """Scores and rollouts from a server that speaks vLLM's protocol, and every way in which it can fail."""
 
 import math
+import os
+import signal
+import threading
 import time
 
 import numpy as np
@@ -12,13 +15,13 @@ from tests.rollouts.engines.test_local_scores import random_rows
 from tests.rollouts.vllm_fake import FakeVllm, serving
 from tests.tiny import EOS_ID, tiny_model
 from trl_blend.errors import ConfigError, EngineError
+from trl_blend.rollouts.config import RolloutConfig
+from trl_blend.rollouts.engines import vllm_server
 from trl_blend.rollouts.engines.base import SamplingSettings
 from trl_blend.rollouts.engines.local import score_sequences
-from trl_blend.rollouts.engines.vllm import check_vllm_kwargs
-from trl_blend.rollouts.engines.vllm_server import VllmClient, VllmServer, scores_of_prompt_logprobs
+from trl_blend.rollouts.engines.vllm_server import VllmServerEngine, scores_of_prompt_logprobs
 
 
-FAST = {"backoff": 0.01, "timeout": 20.0}
 ONE = ([[5, 6, 7]], [[8, 9]])
 
 
@@ -38,12 +41,25 @@ def url(fake):
         yield url
 
 
-def server_at(url, model="teacher", **options):
-    return VllmServer(url, model, argument="teacher", client=FAST, **options)
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that were to be waited between attempts."""
+    seen = []
+
+    async def sleep(seconds):
+        seen.append(seconds)
+
+    monkeypatch.setattr(vllm_server.anyio, "sleep", sleep)
+    return seen
+
+
+def engine_at(url, model="teacher", concurrency=64):
+    args = RolloutConfig(output_dir="", vllm_server_base_url=url, vllm_concurrency=concurrency)
+    return VllmServerEngine(model, "teacher", args)
 
 
 def score(url, rows=ONE, top_k=None, **options):
-    return server_at(url, **options).scoring_engine().score(*rows, top_k, lambda *done: None)
+    return engine_at(url, **options).score(*rows, top_k)
 
 
 # -------------------- scores
@@ -53,8 +69,7 @@ def score(url, rows=ONE, top_k=None, **options):
 def test_server_and_local_scores_agree(model, fake, url, top_k):
     rows = random_rows()
     seen = []
-    engine = server_at(url, concurrency=3).scoring_engine()
-    scores = engine.score(*rows, top_k, lambda *done: seen.append(done))
+    scores = engine_at(url, concurrency=3).score(*rows, top_k, seen.append)
     for remote, local in zip(scores, score_sequences(model, *rows, top_k=top_k), strict=True):
         np.testing.assert_allclose(remote.logps, local.logps, rtol=0, atol=1e-4)
         if top_k is None:
@@ -63,7 +78,7 @@ def test_server_and_local_scores_agree(model, fake, url, top_k):
         np.testing.assert_array_equal(remote.topk_ids, local.topk_ids)
         np.testing.assert_allclose(remote.topk_logps, local.topk_logps, rtol=0, atol=1e-4)
         np.testing.assert_allclose(remote.tail_logmass, local.tail_logmass, rtol=0, atol=1e-4)
-    assert sorted(seen) == sorted((1, len(completion)) for completion in rows[1])
+    assert seen == [1] * len(rows[0])
     assert 1 < fake.most_at_once <= 3
     # Ids go in, one token comes out, and the temperature is the one that scores are at
     request = fake.scoring_requests[0]
@@ -76,24 +91,16 @@ def test_the_tail_is_never_minus_infinity():
     assert scores.topk_ids.tolist() == [[3, 5]] and scores.tail_logmass[0] == pytest.approx(-24 * math.log(2))
 
 
-@pytest.mark.parametrize("failures", [[503, 429, 500], ["drop", "drop"], [502, "drop", 408]])
-def test_what_passes_is_tried_again(model, fake, url, failures):
+@pytest.mark.parametrize("failures", [[503, 429, 500, 503], ["drop", "drop"], [502, "drop", 408]])
+def test_what_passes_is_tried_again(model, fake, url, waits, failures):
     fake.failures = list(failures)
     (result,) = score(url)
     np.testing.assert_allclose(result.logps, score_sequences(model, *ONE)[0].logps, rtol=0, atol=1e-4)
     assert len(fake.scoring_requests) == len(failures) + 1
+    assert waits == [0.5, 1.0, 2.0, 4.0][: len(failures)]
 
 
-def test_waiting_times_double(monkeypatch, fake, url):
-    waits = []
-    client = VllmClient(url, **FAST)
-    monkeypatch.setattr(client._stop, "wait", lambda seconds: waits.append(seconds))
-    fake.failures = [503] * 4
-    client.post("/v1/completions", {"prompt": [5, 6], "max_tokens": 1, "temperature": 1.0})
-    assert waits == [0.01, 0.02, 0.04, 0.08]
-
-
-def test_what_does_not_pass_is_given_up(fake, url):
+def test_what_does_not_pass_is_given_up(fake, url, waits):
     fake.failures = [503] * 100
     with pytest.raises(
         EngineError, match=r"does not answer \(7 attempts; the last: HTTP 503: injected 503\).*is kept"
@@ -126,42 +133,52 @@ def test_what_hangs_is_broken_off_with_the_first_error(fake, url):
     start = time.perf_counter()
     with pytest.raises(EngineError, match="injected 400"):
         score(url, random_rows([(3, 3)] * 3), concurrency=3)
-    assert time.perf_counter() - start < 10  # a request may take 20 seconds here, and the fake one takes 60
+    assert time.perf_counter() - start < 10  # the fake one hangs for 60 seconds
 
 
-def test_an_unreachable_server():
-    with pytest.raises(
-        EngineError, match="http://127.0.0.1:9 does not answer.*ConnectionRefusedError.*Check that it runs"
-    ):
-        server_at("http://127.0.0.1:9")
+def test_ctrl_c_breaks_off_what_hangs(fake, url):
+    fake.failures = ["hang"] * 3
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    start = time.perf_counter()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        score(url, random_rows([(3, 3)] * 3))
+    assert time.perf_counter() - start < 10
+    assert len(fake.requests) == 3
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", ""])
+def test_an_unreachable_server(waits):
+    with pytest.raises(EngineError, match="http://127.0.0.1:9 does not answer.*ConnectError.*Check that it runs"):
+        engine_at("http://127.0.0.1:9")
+    assert len(waits) == 2
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "", "http://host:port"])
 def test_what_is_no_url(url):
     with pytest.raises(ConfigError, match="is no URL"):
-        server_at(url)
+        engine_at(url)
 
 
 def test_the_url_may_end_in_v1(url):
-    assert server_at(f"{url}/v1/").client.url == url
+    assert engine_at(f"{url}/v1/").client.url == url
 
 
 def test_the_wrong_model(url):
     with pytest.raises(
         ConfigError, match=r"`teacher='other'` is not what .* serves: \['teacher'\].*--served-model-name"
     ):
-        server_at(url, model="other")
-    assert server_at(url, model="/weights/teacher").model_id == "teacher"  # what it was loaded from
+        engine_at(url, model="other")
+    assert engine_at(url, model="/weights/teacher").model_id == "teacher"  # what it was loaded from
 
 
 def test_a_loaded_model_has_no_name(model):
-    with pytest.raises(ConfigError, match="needs the name of the served model, but `teacher` is a loaded Qwen3"):
-        server_at("http://host:1", model=model)
+    with pytest.raises(ConfigError, match="vLLM has models by name, but `teacher` is a loaded Qwen3"):
+        engine_at("http://host:1", model=model)
 
 
 def test_the_key_is_sent_along(monkeypatch, fake, url):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    server_at(url)
+    engine_at(url)
     assert fake.headers[0]["Authorization"] == "Bearer secret"
 
 
@@ -218,19 +235,27 @@ def test_fewer_log_probabilities_than_asked_for():
 # -------------------- rollouts
 
 
-SAMPLING = SamplingSettings(temperature=0.7, top_p=0.9, top_k=20, min_p=0.02, max_new_tokens=6)
 EOS_IDS = [EOS_ID, *range(20, 30)]
+SAMPLING = SamplingSettings(
+    0.7, 0.9, 20, 0.02, max_new_tokens=6, num_rollouts_per_prompt=1, seed=0, eos_token_ids=EOS_IDS
+)
+
+
+def drawing(url):
+    engine = engine_at(url)
+    engine.load(None, SAMPLING)
+    return engine
 
 
 def test_rollouts_and_their_log_probabilities(model, fake, url):
     prompts = [[5, 6], [7], [8, 9, 10], [11]]
-    engine = server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+    engine = drawing(url)
     seen = []
-    rollouts = engine.sample(prompts, [1, 2, 3, 4], lambda *done: seen.append(done))
+    rollouts = engine.sample(prompts, [1, 2, 3, 4], seen.append)
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         assert_logps(model, prompt, *rollout[:3], temperature=0.7, top_p=0.9, top_k=20, min_p=0.02)
         assert ends_well(rollout.completion_ids, rollout.truncated, 6, EOS_IDS)
-    assert sorted(seen) == sorted((1, len(rollout.completion_ids)) for rollout in rollouts)
+    assert seen == [1] * 4
     assert engine.sample(prompts, [1, 2, 3, 4]) == rollouts
     assert engine.sample(prompts, [5, 6, 7, 8]) != rollouts
     # What is not in the request the server would take from the checkpoint
@@ -241,7 +266,7 @@ def test_rollouts_and_their_log_probabilities(model, fake, url):
 def test_log_probabilities_of_another_distribution_are_refused(fake, url):
     fake.logprobs_mode = "raw_logprobs"
     with pytest.raises(ConfigError, match="Start it with `--logprobs-mode processed_logprobs`"):
-        server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+        drawing(url)
     assert len(fake.requests) == 1  # a probe, nothing was sampled
 
 
@@ -251,14 +276,14 @@ def test_a_certain_model_does_not_hide_the_mode(url, fake):
         fake.model.lm_head.weight.mul_(30)
     # The token that is sampled has log-prob 0 in either mode
     assert max(log_softmax(forced_logits(fake.model, [EOS_ID], [0])[0])) > -1e-4
-    server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+    drawing(url)
     fake.logprobs_mode = "raw_logprobs"
     with pytest.raises(ConfigError, match="--logprobs-mode"):
-        server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+        drawing(url)
 
 
 def test_a_completion_without_log_probabilities(fake, url):
-    engine = server_at(url).rollout_engine(SAMPLING, EOS_IDS)
+    engine = drawing(url)
 
     def change(answer):
         answer["choices"][0]["logprobs"] = None
@@ -267,9 +292,3 @@ def test_a_completion_without_log_probabilities(fake, url):
     fake.change = change
     with pytest.raises(EngineError, match="without the log-probability of every token"):
         engine.sample([[5]], [0])
-
-
-def test_arguments_of_the_engine_that_are_ours():
-    check_vllm_kwargs({"max_model_len": 100})
-    with pytest.raises(ConfigError, match="`vllm_kwargs` holds logprobs_mode='raw_logprobs'"):
-        check_vllm_kwargs({"logprobs_mode": "raw_logprobs"})

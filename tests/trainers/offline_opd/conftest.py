@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
+from tests.rollouts.collecting import collect, score
 from tests.trainers import scored
 from tests.trainers.runs import PROMPTS
-from trl_blend import collect_rollouts, score_rollouts
 from trl_blend.consistency.provenance import record_teacher
 
 
@@ -38,12 +38,10 @@ def folder(models, tmp_path_factory):
     shutil.copytree(folder / "student", folder / "unrecorded")
     record_teacher(folder / "student", str(folder / "teacher"))
     prompts = [{"prompt": prompt} for prompt in PROMPTS]
-    options = {"show_progress": False, "dtype": "float32"}
-    collect_rollouts(
-        str(folder / "student"), prompts, folder / "rollouts", max_new_tokens=8, rows_per_shard=3, **options
-    )
+    options = {"max_completion_length": 8, "rows_per_shard": 3, "dtype": "float32"}
+    collect(str(folder / "student"), prompts, folder / "rollouts", **options)
     for name in ("teacher", "second"):
-        score_rollouts(folder / "rollouts", str(folder / name), folder / f"scored_{name}", top_k=4, **options)
+        score(folder / "rollouts", str(folder / name), folder / f"scored_{name}", top_k=4, dtype="float32")
     return folder
 
 

@@ -1,15 +1,27 @@
-"""How rollouts are drawn, and what every engine hands back for one of them."""
+"""How completions are drawn and scored: what goes in, what every engine hands back, and which engines there are."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
-from trl_blend.errors import ConfigError
+import numpy as np
+import torch
+
+from trl_blend.models.loading import LoadOptions
+from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 
 
-OnRows = Callable[[int, int], object]
-"""Called with the number of rows that are done, and of their completion tokens."""
+ENGINES = {
+    "transformers": "trl_blend.rollouts.engines.local:LocalEngine",
+    "vllm": "trl_blend.rollouts.engines.vllm:VllmEngine",
+    "vllm-server": "trl_blend.rollouts.engines.vllm_server:VllmServerEngine",
+}
+"""Engines by the name that a manifest has for them. A new one is a file with a class, and a line here."""
+
+OnRows = Callable[[int], object]
+"""Called with the number of rows that are done."""
 
 
 class Rollout(NamedTuple):
@@ -33,10 +45,97 @@ class Rollout(NamedTuple):
     truncated: bool
 
 
-class RolloutEngine(Protocol):
-    """Draws completions. `max_batch` is the number of rows that it wants at once, `None` for all of a shard."""
+@dataclass(frozen=True)
+class TokenScores:
+    """
+    What a model thinks of one completion: log-probabilities in nats, at temperature 1, over its whole vocabulary.
 
+    Args:
+        logps (`numpy.ndarray` of shape `(T,)`):
+            Log-probability of every completion token.
+        topk_ids (`numpy.ndarray` of shape `(T, K)`, *optional*):
+            The `K` most probable tokens, the last one replaced by the sampled token where that is not among them.
+        topk_logps (`numpy.ndarray` of shape `(T, K)`, *optional*):
+            Their log-probabilities.
+        tail_logmass (`numpy.ndarray` of shape `(T,)`, *optional*):
+            Logarithm of the probability of all other tokens together.
+    """
+
+    logps: np.ndarray
+    topk_ids: np.ndarray | None = None
+    topk_logps: np.ndarray | None = None
+    tail_logmass: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """
+    What is sampled, under the names of a manifest. The ranges are those of [`~trl_blend.rollouts.config.RolloutConfig`].
+
+    Args:
+        temperature, top_p, top_k, min_p:
+            The distribution: temperature first, then top-k, top-p and min-p.
+        max_new_tokens (`int`):
+            Length limit of a completion.
+        num_rollouts_per_prompt, seed (`int`):
+            How often, and from which random numbers.
+        eos_token_ids (`list[int]`):
+            Tokens that end a completion.
+        pad_token_id (`int`, *optional*):
+            Token to pad with; the first of `eos_token_ids` by default.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float | None
+    max_new_tokens: int
+    num_rollouts_per_prompt: int
+    seed: int
+    eos_token_ids: list[int]
+    pad_token_id: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a manifest records."""
+        return {name: value for name, value in asdict(self).items() if name != "pad_token_id"}
+
+
+class Engine(Protocol):
+    """
+    A model in an engine. `Engine(model, argument, args)` refuses what it cannot do, and loads nothing.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or `peft.PeftModel`):
+            The model.
+        argument (`str`):
+            Name of the argument that holds it, for the error messages.
+        args ([`~trl_blend.rollouts.config.RolloutConfig`] or [`~trl_blend.rollouts.config.ScoringConfig`]):
+            The configuration.
+
+    Attributes:
+        description (`dict[str, str]`): Its name and versions, for the manifest.
+    """
+
+    description: dict[str, str]
+
+    def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
+        """Make ready for scoring, or for drawing as `sampling` says."""
+        ...
+
+
+class RolloutEngine(Engine, Protocol):
+    """
+    Draws completions.
+
+    Attributes:
+        settings (`dict[str, Any]`): What else decides the rows, so that a store has to be continued with it.
+        max_batch (`int`, *optional*): Number of rows that it wants at once, `None` for all of a shard.
+        max_length (`int`, *optional*): Most tokens of a prompt and its completion, where that is known.
+    """
+
+    settings: dict[str, Any]
     max_batch: int | None
+    max_length: int | None
 
     def sample(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
@@ -45,58 +144,38 @@ class RolloutEngine(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
+class ScoringEngine(Engine, Protocol):
     """
-    What is sampled, with the defaults of the paper.
+    Scores completions that exist.
 
-    Args:
-        temperature (`float`, *optional*, defaults to `0.7`):
-            Sampling temperature, more than 0.
-        top_p (`float`, *optional*, defaults to `0.9`):
-            Mass of the nucleus, in `(0, 1]`.
-        top_k (`int`, *optional*, defaults to `0`):
-            Number of most probable tokens to sample from, 0 for all.
-        min_p (`float`, *optional*):
-            Smallest probability relative to the most probable token, in `[0, 1]`.
-        max_new_tokens (`int`, *optional*, defaults to `4096`):
-            Length limit of a completion.
-        num_rollouts_per_prompt (`int`, *optional*, defaults to `1`):
-            Completions of every prompt.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: If a value is outside its range.
+    Attributes:
+        vocab_size (`int`, *optional*): Size of the model's vocabulary, where that is known.
+        dtype (`str`): What it computes in, as far as that is known.
     """
 
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float | None = None
-    max_new_tokens: int = 4096
-    num_rollouts_per_prompt: int = 1
-    seed: int = 0
+    vocab_size: int | None
+    dtype: str
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < float("inf"):
-            raise ConfigError(
-                f"`temperature={self.temperature}` must be more than 0: a greedy completion is no sample of the "
-                "policy. Use a low temperature such as 0.1."
-            )
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"`top_p={self.top_p}` must be in (0, 1]. Use 1.0 to sample from all tokens.")
-        if self.top_k < 0:
-            raise ConfigError(f"`top_k={self.top_k}` must be at least 0. Use 0 to sample from all tokens.")
-        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
-            raise ConfigError(f"`min_p={self.min_p}` must be in [0, 1]. Use None to leave it off.")
-        for name in ("max_new_tokens", "num_rollouts_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}={getattr(self, name)}` must be at least 1.")
+    def score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        top_k: int | None,
+        on_rows: OnRows | None = None,
+    ) -> list[TokenScores]:
+        """Scores of the rows, in order."""
+        ...
 
-    def to_dict(self) -> dict[str, Any]:
-        """Dictionary of JSON values."""
-        return asdict(self)
+
+def make_engine(model: Any, argument: str, args: RolloutConfig | ScoringConfig) -> Any:
+    """The engine that the configuration asks for."""
+    module, _, name = ENGINES[args.engine].partition(":")
+    return getattr(import_module(module), name)(model, argument, args)
+
+
+def load_options(args: RolloutConfig | ScoringConfig) -> LoadOptions:
+    """How the configuration has the model loaded."""
+    return LoadOptions(args.revision, args.dtype, args.load_in_4bit, args.trust_remote_code)
 
 
 def nucleus_settings(sampling: Mapping[str, Any]) -> dict[str, Any]:

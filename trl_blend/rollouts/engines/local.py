@@ -1,14 +1,14 @@
 """
-Log-probabilities that a model in this process gives to tokens that exist already.
+A model in this process: what it draws with transformers, and log-probabilities that it gives to tokens that exist.
 
-Hidden states are taken from the backbone and projected in tiles ([`~trl_blend.ops.score_tokens`]), so that
+For those, hidden states are taken from the backbone and projected in tiles ([`~trl_blend.ops.score_tokens`]), so that
 `(B, T, V)` logits are never built.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,33 +24,13 @@ from transformers.generation.logits_process import (
 
 from trl_blend import _compat
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.models.loading import find_config, load_model
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.scores import TokenLogProbs, score_tokens
 from trl_blend.ops.policies import log_normalizer
-from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, cut_at_eos
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """
-    What a model thinks of one completion: log-probabilities in nats, at temperature 1, over its whole vocabulary.
-
-    Args:
-        logps (`numpy.ndarray` of shape `(T,)`):
-            Log-probability of every completion token.
-        topk_ids (`numpy.ndarray` of shape `(T, K)`, *optional*):
-            The `K` most probable tokens, the last one replaced by the sampled token where that is not among them.
-        topk_logps (`numpy.ndarray` of shape `(T, K)`, *optional*):
-            Their log-probabilities.
-        tail_logmass (`numpy.ndarray` of shape `(T,)`, *optional*):
-            Logarithm of the probability of all other tokens together.
-    """
-
-    logps: np.ndarray
-    topk_ids: np.ndarray | None = None
-    topk_logps: np.ndarray | None = None
-    tail_logmass: np.ndarray | None = None
+from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
+from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, TokenScores, cut_at_eos, load_options
 
 
 def score_sequences(
@@ -79,8 +59,8 @@ def score_sequences(
             Number of token ids to keep at every position, see [`~trl_blend.ops.score_tokens`].
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Budget of one forward pass.
-        on_rows (`Callable[[int, int], object]`, *optional*):
-            Called after every forward pass with its number of rows and of completion tokens.
+        on_rows (`Callable[[int], object]`, *optional*):
+            Called after every forward pass with its number of rows.
 
     Returns:
         `list[TokenScores]`: One per row, in the order given, in float32 (float64 for a float64 model).
@@ -104,7 +84,7 @@ def score_sequences(
             starts = [len(prompt_ids[index]) for index in batch]
             scores.update(zip(batch, _score_batch(inner, rows, starts, top_k), strict=True))
             if on_rows is not None:
-                on_rows(len(batch), sum(len(completion_ids[index]) for index in batch))
+                on_rows(len(batch))
     return [scores[index] for index in range(len(lengths))]
 
 
@@ -251,49 +231,70 @@ _LEFT_OUT = {
 }
 
 
-class LocalRolloutEngine:
+class LocalEngine:
     """
-    Samples completions in batches of left-padded prompts.
+    Draws in batches of left-padded prompts, and scores as [`score_sequences`] does.
 
     The distribution is the model's own after temperature, top-k, top-p and min-p, in transformers' order, and nothing
     else: what the checkpoint's `generation_config.json` would add (a repetition penalty, suppressed tokens, ...) is
-    left out, with a warning that names it. The global random state is left as it was.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
-            Causal language model. It runs in evaluation mode and is left as it was.
-        sampling ([`SamplingSettings`]):
-            What is sampled.
-        eos_token_ids (`Sequence[int]`):
-            Tokens that end a completion.
-        pad_token_id (`int`):
-            Token to pad with; may be one of `eos_token_ids`.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Number of completions drawn at once.
+    left out, with a warning that names it. The model runs in evaluation mode and is left as it was, and so is the
+    global random state. See [`~trl_blend.rollouts.engines.base.Engine`] for the arguments.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]: If `model` is not a decoder-only model with `generate`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sampling: SamplingSettings,
-        eos_token_ids: Sequence[int],
-        pad_token_id: int,
-        batch_size: int = 32,
-    ) -> None:
-        self.model: Any = innermost_model(model, "model")
+    def __init__(self, model: str | PreTrainedModel, argument: str, args: RolloutConfig | ScoringConfig) -> None:
+        self._source, self._argument, self._args = model, argument, args
+        self._options = load_options(args)
+        config = find_config(model, argument, **self._options.hub)
+        self.max_length = context_length(config)
+        self.vocab_size: int | None = config.get_text_config().vocab_size
+        packages = ("transformers", "torch")
+        self.description = {"name": "transformers", **{package: version(package) for package in packages}}
+        stored = getattr(config, "dtype", None)
+        known = self._options.weights != "auto" or stored is None
+        self.dtype = self._options.weights if known else str(stored).removeprefix("torch.")
+
+    @property
+    def max_batch(self) -> int | None:
+        """All of them are one batch."""
+        return self._args.batch_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The batch decides which random numbers a row gets."""
+        return {"batch_size": self._args.batch_size}
+
+    def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
+        """Load the model, whole on one device."""
+        loaded = load_model(self._source, self._argument, self._options, device)
+        self.model: Any = innermost_model(loaded, self._argument)
+        if sampling is None:
+            return
         self.sampling = sampling
-        self.eos_token_ids = list(eos_token_ids)
-        self.pad_token_id = pad_token_id
-        self.max_batch: int | None = batch_size
+        self.eos_token_ids = sampling.eos_token_ids
+        pad = sampling.pad_token_id
+        self.pad_token_id = self.eos_token_ids[0] if pad is None else pad
         left_out = sorted(name for name in self.model.generation_config.to_diff_dict() if name in _LEFT_OUT)
         if left_out:
             logger.warning(
                 f"The checkpoint's generation_config.json sets {left_out}, which rollouts leave out: they are drawn "
                 "from the model's own distribution after temperature, top-k, top-p and min-p only."
             )
+
+    def score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        top_k: int | None,
+        on_rows: OnRows | None = None,
+    ) -> list[TokenScores]:
+        """Scores of the rows, in order."""
+        budget = self._args.tokens_per_batch
+        return score_sequences(
+            self.model, prompt_ids, completion_ids, top_k=top_k, tokens_per_batch=budget, on_rows=on_rows
+        )
 
     def sample(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
@@ -326,7 +327,7 @@ class LocalRolloutEngine:
                 Rollout(completion[:end], rollout_logps[row][:end], student_logps[row][:end], truncated=not ended)
             )
         if on_rows is not None:
-            on_rows(len(rollouts), sum(len(rollout.completion_ids) for rollout in rollouts))
+            on_rows(len(rollouts))
         return rollouts
 
     @contextmanager

@@ -1,12 +1,19 @@
 """Rollouts with a vLLM engine in this process."""
 
+import importlib.util
+import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from trl_blend.errors import ConfigError
-from trl_blend.models.loading import LoadOptions
-from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, cut_at_eos
-from trl_blend.rollouts.engines.vllm_server import request_settings, scores_of_prompt_logprobs
+from trl_blend.models.loading import find_config
+from trl_blend.rollouts.config import RolloutConfig
+from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, cut_at_eos, load_options
+from trl_blend.rollouts.engines.local import context_length
+from trl_blend.rollouts.engines.vllm_server import check_by_name, request_settings, scores_of_prompt_logprobs
 
 
 _OURS = (
@@ -20,54 +27,62 @@ _OURS = (
 )
 
 
-class VllmRolloutEngine:
+class VllmEngine:
     """
-    Samples whole shards: one pass draws the completions, a second one, a prefill of prompt and completion, gives
+    Draws whole shards: one pass draws the completions, a second one, a prefill of prompt and completion, gives
     `student_logps`. Every row has its own seed.
 
-    Rows do not depend on each other but for rounding: the engine's kernels may round otherwise in another batch.
-
-    Args:
-        model (`str`):
-            Folder or Hub id.
-        sampling ([`~trl_blend.rollouts.engines.base.SamplingSettings`]):
-            What is sampled.
-        eos_token_ids (`Sequence[int]`):
-            Tokens that end a completion.
-        options ([`~trl_blend.models.loading.LoadOptions`]):
-            How to load it.
-        vllm_kwargs (`dict[str, Any]`):
-            Further arguments of `vllm.LLM`.
+    Rows do not depend on each other but for rounding: the engine's kernels may round otherwise in another batch. See
+    [`~trl_blend.rollouts.engines.base.Engine`] for the arguments.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If `vllm_kwargs` holds one that is set here.
+        [`~trl_blend.errors.ConfigError`]: If vLLM is not installed, in several processes, for a loaded model or 4-bit
+            weights, or if `vllm_kwargs` holds what is set here.
     """
 
     max_batch: int | None = None
 
-    def __init__(
-        self,
-        model: str,
-        sampling: SamplingSettings,
-        eos_token_ids: Sequence[int],
-        options: LoadOptions,
-        vllm_kwargs: dict[str, Any],
-    ) -> None:
-        check_vllm_kwargs(vllm_kwargs)
+    def __init__(self, model: str, argument: str, args: RolloutConfig) -> None:
+        self._options = load_options(args)
+        check_by_name(model, argument, self._options)
+        self._model, self._kwargs = model, args.vllm_kwargs or {}
+        for name in _OURS:
+            if name in self._kwargs:
+                raise ConfigError(
+                    f"`vllm_kwargs` holds {name}={self._kwargs[name]!r}, which follows from the other settings. Drop "
+                    "it."
+                )
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError("`use_vllm=True` needs vLLM, which is not installed. Run `pip install trl_blend[vllm]`.")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1:
+            raise ConfigError(
+                f"`use_vllm=True` in {processes} processes: vLLM starts its own. Start one process, with "
+                "`vllm_kwargs={'tensor_parallel_size': ...}`, or use a server (`vllm_server_base_url`)."
+            )
+        context = self._kwargs.get("max_model_len") or context_length(
+            find_config(model, argument, **self._options.hub)
+        )
+        # The prefill that scores a completion generates a token
+        self.max_length = None if context is None else context - 1
+        self.description = {"name": "vllm", "vllm": version("vllm")}
+        self.settings: dict[str, Any] = {}
+
+    def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
+        """Start the engine; vLLM chooses the devices."""
         from vllm import LLM
 
         self.sampling = sampling
-        self.eos_token_ids = list(eos_token_ids)
         self.llm = LLM(
-            model=model,
-            revision=options.revision,
-            dtype=options.dtype,
-            trust_remote_code=options.trust_remote_code,
+            model=self._model,
+            revision=self._options.revision,
+            dtype=self._options.dtype,
+            trust_remote_code=self._options.trust_remote_code,
             # Log-probs of what was sampled from; a cached prefix would leave out prompt log-probs
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=False,
             generation_config="vllm",
-            **vllm_kwargs,
+            **self._kwargs,
         )
 
     def sample(
@@ -76,51 +91,30 @@ class VllmRolloutEngine:
         """One rollout per prompt, in order, each with its own seed."""
         from vllm import SamplingParams
 
-        drawing = [
-            SamplingParams(
-                seed=seed,
-                logprobs=0,
-                stop_token_ids=self.eos_token_ids,
-                detokenize=False,
-                **request_settings(self.sampling),
-            )
-            for seed in seeds
-        ]
-        outputs = self._generate(prompt_ids, drawing)
+        settings = {"logprobs": 0, "detokenize": False, **request_settings(self.sampling)}
+        drawing = [SamplingParams(seed=seed, **settings) for seed in seeds]
         drawn = []
-        for output in outputs:
+        for result in self._generate(prompt_ids, drawing):
+            output = result.outputs[0]
             tokens = list(output.token_ids)
-            end, ended = cut_at_eos(tokens, self.eos_token_ids)
+            end, ended = cut_at_eos(tokens, self.sampling.eos_token_ids)
             logps = [row[token].logprob for row, token in zip(output.logprobs, tokens, strict=True)]
             drawn.append((tokens[:end], [min(float(z), 0.0) for z in logps[:end]], ended))
         prefill = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         sequences = [[*prompt, *tokens] for prompt, (tokens, _, _) in zip(prompt_ids, drawn, strict=True)]
-        results = self.llm.generate([{"prompt_token_ids": ids} for ids in sequences], prefill, use_tqdm=False)
         rollouts = []
-        for prompt, (tokens, logps, ended), result in zip(prompt_ids, drawn, results, strict=True):
+        for prompt, (tokens, logps, ended), result in zip(
+            prompt_ids, drawn, self._generate(sequences, prefill), strict=True
+        ):
             rows = [
                 {token: entry.logprob for token, entry in row.items()} for row in result.prompt_logprobs[len(prompt) :]
             ]
             own = scores_of_prompt_logprobs(rows, tokens, None).logps.tolist()
             rollouts.append(Rollout(tokens, logps, own, truncated=not ended))
         if on_rows is not None:
-            on_rows(len(rollouts), sum(len(rollout.completion_ids) for rollout in rollouts))
+            on_rows(len(rollouts))
         return rollouts
 
     def _generate(self, prompt_ids: Sequence[Sequence[int]], params: Any) -> list[Any]:
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-        return [result.outputs[0] for result in self.llm.generate(prompts, params, use_tqdm=False)]
-
-
-def check_vllm_kwargs(vllm_kwargs: dict[str, Any]) -> None:
-    """
-    Refuse arguments of `vllm.LLM` that are set here.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: At the first one.
-    """
-    for name in _OURS:
-        if name in vllm_kwargs:
-            raise ConfigError(
-                f"`vllm_kwargs` holds {name}={vllm_kwargs[name]!r}, which follows from the other settings. Drop it."
-            )
+        return self.llm.generate(prompts, params, use_tqdm=False)

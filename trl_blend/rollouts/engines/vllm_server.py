@@ -1,64 +1,54 @@
 """Rollouts and scores from a running vLLM server, through `/v1/completions` with token ids: no text in between."""
 
-import contextlib
-import http.client
-import json
 import math
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import anyio
+import httpx2
 import numpy as np
+import torch
+from anyio.from_thread import start_blocking_portal
 
 from trl_blend.errors import ConfigError, EngineError
-from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, cut_at_eos
-from trl_blend.rollouts.engines.local import TokenScores
+from trl_blend.models.loading import LoadOptions
+from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
+from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, TokenScores, cut_at_eos, load_options
 
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _COMPLETIONS = "/v1/completions"
 # What the server writes for -inf
 _EXCLUDED = -1000.0
 _SMALLEST_TAIL = 2.0**-24
+_RETRIED = {408, 409, 425, 429}  # and every 5xx
 
 
-class VllmServer:
+class VllmServerEngine:
     """
-    One model of a running vLLM server.
-
-    Args:
-        url (`str`):
-            Root URL of the server.
-        model (`str`):
-            The model that it has to serve, under this name or loaded from it.
-        argument (`str`):
-            Name of the argument that holds the model, for the error messages.
-        concurrency (`int`, *optional*, defaults to `64`):
-            Requests at once.
-        client (`dict[str, Any]`, *optional*):
-            Further arguments of [`~trl_blend.rollouts.engines.vllm_server.VllmClient`].
+    One model of a running vLLM server: a request per row scores a completion, two draw one (the second, a prefill,
+    gives `student_logps`). See [`~trl_blend.rollouts.engines.base.Engine`] for the arguments.
 
     Attributes:
-        engine (`dict[str, Any]`): What the manifest says about the engine.
-        max_model_len (`int`, *optional*): Context of the served model.
+        model_id (`str`): Name under which the server has the model.
+        max_model_len (`int`, *optional*): Its context there.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If `url` is no URL, or the server serves another model.
+        [`~trl_blend.errors.ConfigError`]: If the URL is none, the server has another model, or the model is loaded or
+            to be quantized.
         [`~trl_blend.errors.EngineError`]: If the server cannot be reached.
     """
 
-    def __init__(
-        self, url: str, model: Any, *, argument: str, concurrency: int = 64, client: dict[str, Any] | None = None
-    ) -> None:
-        if not isinstance(model, str):
-            raise ConfigError(
-                f"`vllm_server_url={url!r}` needs the name of the served model, but `{argument}` is a loaded "
-                f"{type(model).__name__}. Pass its folder or Hub id."
-            )
-        self.client = VllmClient(url, concurrency=concurrency, **(client or {}))
+    max_batch: int | None = None
+    vocab_size: int | None = None
+
+    def __init__(self, model: str, argument: str, args: RolloutConfig | ScoringConfig) -> None:
+        options = load_options(args)
+        check_by_name(model, argument, options)
+        self.client = VllmClient(args.vllm_server_base_url, concurrency=args.vllm_concurrency)
         served = self._served()
         found = [entry for entry in served if model in (entry.get("id"), entry.get("root"))]
         found = found or [entry for entry in served if _same_folder(model, entry.get("root"))]
@@ -68,29 +58,91 @@ class VllmServer:
                 f"{[entry.get('id') for entry in served]}. Pass the name of the served model, or start the server "
                 f"with `--served-model-name {model}` if it is the same one."
             )
-        self.model_id = found[0]["id"]
+        self.model_id: str = found[0]["id"]
         self.max_model_len: int | None = found[0].get("max_model_len")
-        self.engine = {"name": "vllm-server", "vllm": self._version()}
+        # The prefill that scores a completion generates a token
+        self.max_length = None if self.max_model_len is None else self.max_model_len - 1
+        self.description = {"name": "vllm-server", "vllm": self._version()}
+        self.settings: dict[str, Any] = {}
+        self.dtype = options.weights
 
-    def rollout_engine(self, sampling: SamplingSettings, eos_token_ids: Sequence[int]) -> "VllmServerRolloutEngine":
-        """Draws completions; checks first that the server returns what is needed."""
-        return VllmServerRolloutEngine(self, sampling, list(eos_token_ids))
-
-    def scoring_engine(self) -> "VllmServerScoringEngine":
-        """Scores completions."""
-        return VllmServerScoringEngine(self)
-
-    def complete(self, prompt_ids: Sequence[int], **settings: Any) -> dict[str, Any]:
+    def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
         """
-        One completion of one prompt of token ids, with the token ids of both.
+        Nothing is loaded; for drawing, the server's log-probs have to be those of what it samples from.
 
         Raises:
-            [`~trl_blend.errors.EngineError`]: If the server read other ids than it was sent.
+            [`~trl_blend.errors.ConfigError`]: If they are not.
         """
+        if sampling is not None:
+            self.sampling = sampling
+            self._check_processed_logprobs(sampling.eos_token_ids[:1])
+
+    def sample(
+        self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
+    ) -> list[Rollout]:
+        """One rollout per prompt, in order, each with its own seed."""
+        return self.client.map(self._sample_one, list(zip(prompt_ids, seeds, strict=True)), on_rows)
+
+    def score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        top_k: int | None,
+        on_rows: OnRows | None = None,
+    ) -> list[TokenScores]:
+        """Scores of the rows, in order."""
+        rows = [(*row, top_k) for row in zip(prompt_ids, completion_ids, strict=True)]
+        return self.client.map(self._score_one, rows, on_rows)
+
+    async def _sample_one(self, prompt_ids: Sequence[int], seed: int) -> Rollout:
+        choice = await self._complete(
+            prompt_ids,
+            seed=seed,
+            logprobs=0,
+            return_tokens_as_token_ids=True,
+            skip_special_tokens=False,
+            **request_settings(self.sampling),
+        )
+        tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not tokens or not logps or len(tokens) != len(logps) or None in logps:
+            raise EngineError(
+                f"The vLLM server at {self.client.url} answered without the log-probability of every token. It must "
+                "be one of vLLM, started with `--logprobs-mode processed_logprobs`."
+            )
+        end, ended = cut_at_eos(tokens, self.sampling.eos_token_ids)
+        own = (await self._score_one(prompt_ids, tokens[:end], None)).logps
+        return Rollout(tokens[:end], [min(float(z), 0.0) for z in logps[:end]], own.tolist(), truncated=not ended)
+
+    async def _score_one(
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top_k: int | None
+    ) -> TokenScores:
+        """A prefill of prompt and completion, at temperature 1."""
+        limit, ids = self.max_model_len, [*prompt_ids, *completion_ids]
+        if limit is not None and len(ids) + 1 > limit:
+            raise ConfigError(
+                f"A row has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens; the vLLM server at "
+                f"{self.client.url} takes {limit - 1} (`max_model_len={limit}`, one token is generated). Start it "
+                f"with `--max-model-len {len(ids) + 1}` or more, or drop the row."
+            )
+        answer = await self._complete(ids, max_tokens=1, temperature=1.0, prompt_logprobs=top_k or 0)
+        entries = answer.get("prompt_logprobs")
+        if not entries or len(entries) != len(ids) or None in entries[1:]:
+            state = "without" if not entries else "with incomplete"
+            raise EngineError(
+                f"The vLLM server at {self.client.url} answered {state} `prompt_logprobs`. It must be one of vLLM, "
+                "started with `--no-enable-prefix-caching`."
+            )
+        rows = [
+            {int(token): float(entry["logprob"]) for token, entry in row.items()} for row in entries[len(prompt_ids) :]
+        ]
+        return scores_of_prompt_logprobs(rows, completion_ids, top_k)
+
+    async def _complete(self, prompt_ids: Sequence[int], **settings: Any) -> dict[str, Any]:
+        """One completion of one prompt of token ids, with the token ids of both."""
         ids = list(prompt_ids)
         body = {"model": self.model_id, "prompt": ids, "return_token_ids": True, **settings}
         try:
-            choice: dict[str, Any] = self.client.post(_COMPLETIONS, body)["choices"][0]
+            choice: dict[str, Any] = (await self.client.post(_COMPLETIONS, body))["choices"][0]
         except (KeyError, IndexError, TypeError):
             raise EngineError(
                 f"The vLLM server at {self.client.url} answered without `choices`. Check that it is one of vLLM."
@@ -103,29 +155,21 @@ class VllmServer:
             )
         return choice
 
-    def prompt_scores(
-        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top_k: int | None
-    ) -> TokenScores:
-        """Scores of one completion: a prefill of prompt and completion, at temperature 1."""
-        limit, ids = self.max_model_len, [*prompt_ids, *completion_ids]
-        if limit is not None and len(ids) + 1 > limit:
+    def _check_processed_logprobs(self, prompt_ids: Sequence[int]) -> None:
+        # With a nucleus of one token, the distribution sampled from gives it 1, and 0 to the one after it
+        settings = {"max_tokens": 1, "temperature": 1.0, "top_p": 1e-6}
+
+        async def probe() -> dict[str, Any]:
+            return await self._complete(prompt_ids, logprobs=2, return_tokens_as_token_ids=True, **settings)
+
+        (choice,) = self.client.map(probe, [()])
+        logprobs = choice.get("logprobs") or {}
+        sampled, top = (logprobs.get("token_logprobs") or [None])[0], (logprobs.get("top_logprobs") or [None])[0]
+        if sampled is None or not top or abs(sampled) > 1e-3 or min(top.values()) > _EXCLUDED:
             raise ConfigError(
-                f"A row has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens; the vLLM server at "
-                f"{self.client.url} takes {limit - 1} (`max_model_len={limit}`, one token is generated). Start it "
-                f"with `--max-model-len {len(ids) + 1}` or more, or drop the row."
+                f"The vLLM server at {self.client.url} returns log-probabilities of another distribution than the one "
+                "it samples from. Start it with `--logprobs-mode processed_logprobs`."
             )
-        answer = self.complete(ids, max_tokens=1, temperature=1.0, prompt_logprobs=top_k or 0)
-        entries = answer.get("prompt_logprobs")
-        if not entries or len(entries) != len(ids) or None in entries[1:]:
-            state = "without" if not entries else "with incomplete"
-            raise EngineError(
-                f"The vLLM server at {self.client.url} answered {state} `prompt_logprobs`. It must be one of vLLM, "
-                "started with `--no-enable-prefix-caching`."
-            )
-        rows = [
-            {int(token): float(entry["logprob"]) for token, entry in row.items()} for row in entries[len(prompt_ids) :]
-        ]
-        return scores_of_prompt_logprobs(rows, completion_ids, top_k)
 
     def _served(self) -> list[dict[str, Any]]:
         answer = self.client.get("/v1/models")
@@ -141,106 +185,19 @@ class VllmServer:
             return "unknown"
 
 
-@dataclass
-class VllmServerScoringEngine:
+def check_by_name(model: Any, argument: str, options: LoadOptions) -> None:
     """
-    Scores with a server, a row per request.
-
-    Args:
-        server ([`VllmServer`]):
-            The server.
-    """
-
-    server: VllmServer
-
-    def score(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]],
-        top_k: int | None,
-        on_rows: OnRows,
-    ) -> list[TokenScores]:
-        """Scores of the rows, in order."""
-        return self.server.client.map(
-            lambda row: self.server.prompt_scores(*row, top_k),
-            list(zip(prompt_ids, completion_ids, strict=True)),
-            lambda scores: on_rows(1, len(scores.logps)),
-        )
-
-
-@dataclass
-class VllmServerRolloutEngine:
-    """
-    Samples with a server: one request draws the completion, a second one, a prefill, gives `student_logps`.
-
-    Args:
-        server ([`VllmServer`]):
-            The server, started with `--logprobs-mode processed_logprobs`.
-        sampling ([`~trl_blend.rollouts.engines.base.SamplingSettings`]):
-            What is sampled.
-        eos_token_ids (`list[int]`):
-            Tokens that end a completion.
+    Refuse what vLLM cannot load by name.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If the server's log-probs are not those of the distribution that it samples
-            from.
+        [`~trl_blend.errors.ConfigError`]: For a loaded model, or weights to be quantized.
     """
-
-    server: VllmServer
-    sampling: SamplingSettings
-    eos_token_ids: list[int]
-    max_batch: int | None = None
-
-    def __post_init__(self) -> None:
-        self._check_processed_logprobs()
-
-    def sample(
-        self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
-    ) -> list[Rollout]:
-        """One rollout per prompt, in order, each with its own seed."""
-        return self.server.client.map(
-            lambda row: self._sample_one(*row),
-            list(zip(prompt_ids, seeds, strict=True)),
-            lambda rollout: on_rows(1, len(rollout.completion_ids)) if on_rows is not None else None,
+    if not isinstance(model, str):
+        raise ConfigError(
+            f"vLLM has models by name, but `{argument}` is a loaded {type(model).__name__}. Pass its folder or Hub id."
         )
-
-    def _sample_one(self, prompt_ids: Sequence[int], seed: int) -> Rollout:
-        choice = self.server.complete(
-            prompt_ids,
-            seed=seed,
-            logprobs=0,
-            return_tokens_as_token_ids=True,
-            skip_special_tokens=False,
-            stop_token_ids=self.eos_token_ids,
-            **request_settings(self.sampling),
-        )
-        tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not tokens or not logps or len(tokens) != len(logps) or None in logps:
-            raise EngineError(
-                f"The vLLM server at {self.server.client.url} answered without the log-probability of every token. It "
-                "must be one of vLLM, started with `--logprobs-mode processed_logprobs`."
-            )
-        end, ended = cut_at_eos(tokens, self.eos_token_ids)
-        own = self.server.prompt_scores(prompt_ids, tokens[:end], None).logps
-        return Rollout(tokens[:end], [min(float(z), 0.0) for z in logps[:end]], own.tolist(), truncated=not ended)
-
-    def _check_processed_logprobs(self) -> None:
-        # With a nucleus of one token, the distribution sampled from gives it 1, and 0 to the one after it
-        choice = self.server.complete(
-            self.eos_token_ids[:1],
-            max_tokens=1,
-            temperature=1.0,
-            top_p=1e-6,
-            logprobs=2,
-            return_tokens_as_token_ids=True,
-        )
-        logprobs = choice.get("logprobs") or {}
-        sampled, top = (logprobs.get("token_logprobs") or [None])[0], (logprobs.get("top_logprobs") or [None])[0]
-        if sampled is None or not top or abs(sampled) > 1e-3 or min(top.values()) > _EXCLUDED:
-            raise ConfigError(
-                f"The vLLM server at {self.server.client.url} returns log-probabilities of another distribution than "
-                "the one it samples from. Start it with `--logprobs-mode processed_logprobs`."
-            )
+    if options.load_in_4bit:
+        raise ConfigError("`load_in_4bit=True` is for transformers. Give vLLM a quantized checkpoint instead.")
 
 
 def request_settings(sampling: SamplingSettings) -> dict[str, Any]:
@@ -251,6 +208,7 @@ def request_settings(sampling: SamplingSettings) -> dict[str, Any]:
         "top_k": sampling.top_k or -1,
         "min_p": sampling.min_p or 0.0,
         "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": sampling.eos_token_ids,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
@@ -308,17 +266,12 @@ def _same_folder(model: str, root: str | None) -> bool:
     return root is not None and os.path.isdir(model) and os.path.isdir(root) and os.path.samefile(model, root)
 
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-_RETRIED = {408, 409, 425, 429}  # and every 5xx
-
-
 class VllmClient:
     """
     Talks to one server. A connection that fails, a 429 and a 5xx are tried again; any other answer is final.
 
-    The key in the environment variable `VLLM_API_KEY`, if there is one, is sent along.
+    The key in the environment variable `VLLM_API_KEY`, if there is one, is sent along. huggingface_hub's `http_backoff`
+    is for the Hub: it refuses to talk to a server with `HF_HUB_OFFLINE=1`, and its waiting cannot be interrupted.
 
     Args:
         url (`str`):
@@ -337,127 +290,111 @@ class VllmClient:
     """
 
     def __init__(
-        self,
-        url: str,
-        *,
-        concurrency: int = 64,
-        timeout: float = 900.0,
-        max_attempts: int = 7,
-        backoff: float = 0.5,
+        self, url: str, *, concurrency: int = 64, timeout: float = 900.0, max_attempts: int = 7, backoff: float = 0.5
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"`vllm_server_url={url!r}` is no URL. Give the root of the server, `http://host:8000`.")
+        try:
+            parts = httpx2.URL(url)
+        except httpx2.InvalidURL:
+            parts = httpx2.URL()
+        if parts.scheme not in ("http", "https") or not parts.host:
+            raise ConfigError(
+                f"`vllm_server_base_url={url!r}` is no URL. Give the root of the server, `http://host:8000`."
+            )
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.concurrency = concurrency
-        self._secure, self._host = parts.scheme == "https", parts.netloc.rpartition("@")[2]
-        self._prefix = urlsplit(self.url).path
-        self._timeout, self._max_attempts, self._backoff = timeout, max_attempts, backoff
-        self._open: set[http.client.HTTPConnection] = set()
-        self._stop = threading.Event()
+        self.concurrency, self.timeout = concurrency, timeout
+        self.max_attempts, self.backoff = max_attempts, backoff
 
     def get(self, path: str) -> Any:
         """JSON of a GET request. It asks what the server is, so a server that is not there is found out soon."""
-        return self._request("GET", path, None, min(self._max_attempts, 3))
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """JSON of a POST request."""
-        return self._request("POST", path, json.dumps(body).encode(), self._max_attempts)
+        async def ask() -> Any:
+            return await self._request("GET", path, None, min(self.max_attempts, 3))
+
+        return self.map(ask, [()])[0]
+
+    async def post(self, path: str, body: dict[str, Any]) -> Any:
+        """JSON of a POST request, inside of [`VllmClient.map`]."""
+        return await self._request("POST", path, body, self.max_attempts)
 
     def map(
         self,
-        function: Callable[[Item], Result],
-        items: Sequence[Item],
-        on_result: Callable[[Result], object] | None = None,
+        function: Callable[..., Awaitable[Result]],
+        items: Sequence[tuple[Any, ...]],
+        on_rows: OnRows | None = None,
     ) -> list[Result]:
         """
-        `[function(item) for item in items]` with up to `concurrency` calls at once.
+        `[function(*item) for item in items]` with up to `concurrency` calls at once.
 
         After the first error, or Ctrl-C, what is running is broken off.
         """
         results: dict[int, Result] = {}
-        pool = ThreadPoolExecutor(min(self.concurrency, max(len(items), 1)), "vllm")
-        futures = {pool.submit(function, item): index for index, item in enumerate(items)}
+        limiter = anyio.CapacityLimiter(self.concurrency)
+
+        async def one(index: int) -> None:
+            async with limiter:
+                results[index] = await function(*items[index])
+            if on_rows is not None:
+                on_rows(1)
+
+        async def run() -> None:
+            key = os.environ.get("VLLM_API_KEY")
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            limits = httpx2.Limits(max_connections=self.concurrency)
+            # A proxy is for the world outside, not for a node beside this one
+            client = httpx2.AsyncClient(headers=headers, timeout=self.timeout, limits=limits, trust_env=False)
+            async with client as self._http, anyio.create_task_group() as group:
+                for index in range(len(items)):
+                    group.start_soon(one, index)
+
         try:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                if on_result is not None:
-                    on_result(results[futures[future]])
-        except BaseException:
-            self._stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for connection in list(self._open):
-                _break_off(connection)
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            self._stop.clear()
+            # In a thread of its own: a notebook has a loop already, and Ctrl-C ends the wait for it
+            with start_blocking_portal() as portal:
+                portal.call(run)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
         return [results[index] for index in range(len(items))]
 
-    def _request(self, method: str, path: str, body: bytes | None, max_attempts: int) -> Any:
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, max_attempts: int) -> Any:
         problem = ""
         for attempt in range(max_attempts):
-            if attempt and self._stop.wait(self._backoff * 2 ** (attempt - 1)):
-                break
+            if attempt:
+                await anyio.sleep(self.backoff * 2 ** (attempt - 1))
             try:
-                status, text = self._send(method, path, body)
-            except (OSError, http.client.HTTPException) as error:
+                response = await self._http.request(method, self.url + path, json=body)
+            except httpx2.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            if status == 200:
+            if response.status_code == 200:
                 try:
-                    return json.loads(text)
+                    return response.json()
                 except ValueError as error:
                     raise EngineError(
                         f"{self.url}{path} answered with something that is not JSON ({error})."
                     ) from error
-            problem = f"HTTP {status}: {_message(text)}"
-            if status not in _RETRIED and status < 500:
-                self._refuse(status, path, problem)
+            problem = f"HTTP {response.status_code}: {_message(response)}"
+            if response.status_code not in _RETRIED and response.status_code < 500:
+                raise self._refusal(response.status_code, path, problem)
         raise EngineError(
             f"The vLLM server at {self.url} does not answer ({max_attempts} attempts; the last: {problem}). "
             "Check that it runs and can be reached from here, then run the same command again: what is written is "
             "kept."
         )
 
-    def _refuse(self, status: int, path: str, problem: str) -> NoReturn:
+    def _refusal(self, status: int, path: str, problem: str) -> EngineError:
         remedy = "The request is wrong, so it is not repeated."
         if status in (401, 403):
             remedy = "Set the server's key in the environment variable VLLM_API_KEY."
         elif status == 404:
             remedy = "Check the URL, and that the server is one of vLLM."
-        raise EngineError(f"The vLLM server at {self.url} refused {path} ({problem}). {remedy}")
-
-    def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, str]:
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, timeout=self._timeout)
-        self._open.add(connection)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        try:
-            connection.request(method, self._prefix + path, body, headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode("utf-8", "replace")
-        finally:
-            self._open.discard(connection)
-            connection.close()
+        return EngineError(f"The vLLM server at {self.url} refused {path} ({problem}). {remedy}")
 
 
-def _break_off(connection: http.client.HTTPConnection) -> None:
-    import socket
-
-    if connection.sock is not None:
-        with contextlib.suppress(OSError):  # it may have ended by itself
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
-
-def _message(text: str) -> str:
+def _message(response: httpx2.Response) -> str:
     """What an answer says about the error, in one line."""
     try:
-        value = json.loads(text)
+        value = response.json()
         value = value.get("error", value)
         value = value.get("message", value) if isinstance(value, dict) else value
     except (ValueError, AttributeError):
-        value = text
+        value = response.text
     return " ".join(str(value).split())[:300] or "no message"

@@ -1,0 +1,273 @@
+"""Configurations of the two commands that make a store: sampling its rollouts, and scoring them."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_blend.errors import ConfigError
+
+
+@dataclass
+class StoreConfig:
+    """
+    What collecting and scoring have in common: the folder, how a model is loaded, and how the command runs.
+
+    Args:
+        output_dir (`str`):
+            Folder of the store: new, empty, or begun with the same settings, which is then continued.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` (the checkpoint's), `"bfloat16"`, `"float16"` or `"float32"`.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to quantize the weights with bitsandbytes.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the checkpoint.
+        vllm_server_base_url (`str`, *optional*):
+            Root URL of a running vLLM server of the model. For rollouts it has to be started with
+            `--logprobs-mode processed_logprobs`.
+        vllm_concurrency (`int`, *optional*, defaults to `64`):
+            Requests at once.
+        logps_dtype (`str`, *optional*):
+            `"float16"` or `"float32"`, for the stored log-probabilities. Defaults to `"float16"`, and when scoring to
+            that of the rollouts.
+        identify (`bool`, *optional*, defaults to `True`):
+            Whether to record which model it is (its weights are read once). Without, the teacher's consistency cannot
+            be verified.
+        repair (`bool`, *optional*, defaults to `False`):
+            Whether to verify what is there and redo what is bad.
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to show no progress bar.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a value is outside its range, or contradicts another.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder of the store: new, empty, or to be continued."})
+    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), bfloat16, float16 or float32."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights with bitsandbytes."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "Running vLLM server of the model, such as http://host:8000."}
+    )
+    vllm_concurrency: int = field(default=64, metadata={"help": "Requests at once."})
+    logps_dtype: str | None = field(
+        default=None, metadata={"help": "float16 (as it is for rollouts where not given) or float32, as stored."}
+    )
+    identify: bool = field(default=True, metadata={"help": "Record which model it is; --no_identify does not."})
+    repair: bool = field(default=False, metadata={"help": "Verify what is there and redo what is bad."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
+
+    def __post_init__(self) -> None:
+        self._check_positive("vllm_concurrency")
+        if self.logps_dtype not in (None, "float16", "float32"):
+            raise ConfigError(f"`logps_dtype={self.logps_dtype!r}` is unknown. Choose float16 or float32.")
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine, one of [`~trl_blend.rollouts.engines.base.ENGINES`]."""
+        return "transformers" if self.vllm_server_base_url is None else "vllm-server"
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"`{name}={getattr(self, name)}` must be at least 1.")
+
+    def _read_json(self, name: str) -> None:
+        """A mapping may be given as text, which is how the command line has it."""
+        text = getattr(self, name)
+        if not isinstance(text, str):
+            return
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"`{name}={text!r}` is not JSON: {error}.") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f"`{name}={text!r}` is not a JSON object. Write '{{\"name\": value}}'.")
+        setattr(self, name, value)
+
+
+@dataclass
+class RolloutConfig(StoreConfig):
+    """
+    Configuration of [`~trl_blend.collect_rollouts`]: which prompts, and what is sampled, with the paper's defaults.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line. It has the arguments of [`~trl_blend.rollouts.config.StoreConfig`], and these.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            The student, where no model is passed: folder or Hub id.
+        model_revision (`str`, *optional*):
+            Branch, tag or commit of the student on the Hub.
+        dataset_name (`str`, *optional*):
+            Prompts, where none are passed: a `.json`, `.jsonl`, `.parquet` or `.csv` file, folder or Hub id.
+        dataset_config (`str`, *optional*):
+            Configuration of a dataset on the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split of a dataset that is read by name.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompts, text or messages.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template.
+        temperature (`float`, *optional*, defaults to `0.7`):
+            Sampling temperature, more than 0.
+        top_p (`float`, *optional*, defaults to `0.9`):
+            Mass of the nucleus, in `(0, 1]`.
+        top_k (`int`, *optional*, defaults to `0`):
+            Number of most probable tokens to sample from, 0 for all.
+        min_p (`float`, *optional*):
+            Smallest probability relative to the most probable token, in `[0, 1]`.
+        max_completion_length (`int`, *optional*, defaults to `4096`):
+            Length limit of a completion in tokens.
+        num_rollouts_per_prompt (`int`, *optional*, defaults to `1`):
+            Completions of every prompt.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Completions drawn at once by transformers. It decides which random numbers a row gets, so it has to stay
+            the same when a collection is continued.
+        rows_per_shard (`int`, *optional*, defaults to `256`):
+            Rows of a file; what a kill can cost at most, per process.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to sample with a vLLM engine in this process.
+        vllm_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Student: folder or Hub id.", "required": True}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the student on the Hub."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: .json, .jsonl, .parquet or .csv file, folder, or Hub id.", "required": True},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the chat template, as JSON."}
+    )
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=0.9, metadata={"help": "Mass of the nucleus."})
+    top_k: int = field(default=0, metadata={"help": "Number of tokens to sample from, 0 for all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Smallest probability relative to the most probable token."}
+    )
+    max_completion_length: int = field(default=4096, metadata={"help": "Length limit of a completion in tokens."})
+    num_rollouts_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws."})
+    batch_size: int = field(
+        default=32,
+        metadata={"help": "Completions drawn at once by transformers; a store is continued with the same one."},
+    )
+    rows_per_shard: int = field(default=256, metadata={"help": "Rows of a file, what a kill can cost."})
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with a vLLM engine in this process."})
+    vllm_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of vllm.LLM, as JSON: '{\"max_model_len\": 8192}'."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.temperature < float("inf"):
+            raise ConfigError(
+                f"`temperature={self.temperature}` must be more than 0: a greedy completion is no sample of the "
+                "policy. Use a low temperature such as 0.1."
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"`top_p={self.top_p}` must be in (0, 1]. Use 1.0 to sample from all tokens.")
+        if self.top_k < 0:
+            raise ConfigError(f"`top_k={self.top_k}` must be at least 0. Use 0 to sample from all tokens.")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise ConfigError(f"`min_p={self.min_p}` must be in [0, 1]. Use None to leave it off.")
+        self._check_positive("max_completion_length", "num_rollouts_per_prompt", "batch_size", "rows_per_shard")
+        self._read_json("chat_template_kwargs")
+        self._read_json("vllm_kwargs")
+        if self.use_vllm and self.vllm_server_base_url is not None:
+            raise ConfigError(
+                "`use_vllm=True` samples in this process and "
+                f"`vllm_server_base_url={self.vllm_server_base_url!r}` on a server. Set one."
+            )
+        if self.vllm_kwargs and not self.use_vllm:
+            raise ConfigError(
+                "`vllm_kwargs` are arguments of the engine in this process. Set `use_vllm=True`, or drop them."
+            )
+
+    @property
+    def engine(self) -> str:
+        return "vllm" if self.use_vllm else super().engine
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of the model that the engine runs."""
+        return self.model_revision
+
+
+@dataclass
+class ScoringConfig(StoreConfig):
+    """
+    Configuration of [`~trl_blend.score_rollouts`]: which rollouts, which teacher, and how much of it is kept.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line. It has the arguments of [`~trl_blend.rollouts.config.StoreConfig`], and these.
+
+    Args:
+        rollouts (`str`, *optional*):
+            The rollouts, where none are passed: folder, or dataset repository on the Hub.
+        rollouts_revision (`str`, *optional*):
+            Branch, tag or commit of the rollouts on the Hub.
+        teacher_model_name_or_path (`str`, *optional*):
+            The teacher, where no model is passed: folder or Hub id. With a server, it only has to be readable for its
+            identity.
+        teacher_model_revision (`str`, *optional*):
+            Branch, tag or commit of the teacher on the Hub.
+        top_k (`int`, *optional*):
+            Number of teacher tokens to keep at every position, with the mass of the rest; the sampled token is always
+            one of them. Only the sampled token is scored by default.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Padded tokens of one forward pass. Changes nothing but rounding, and may change when scoring is continued.
+    """
+
+    rollouts: str | None = field(
+        default=None, metadata={"help": "Output of `trl-blend rollouts`, or a dataset repository.", "required": True}
+    )
+    rollouts_revision: str | None = field(default=None, metadata={"help": "Revision of the rollouts on the Hub."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher: folder or Hub id.", "required": True}
+    )
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Teacher tokens to keep per position; the sampled one only where not given."}
+    )
+    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a forward pass."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("tokens_per_batch")
+        if self.top_k is not None:
+            self._check_positive("top_k")
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of the model that the engine runs."""
+        return self.teacher_model_revision
+
+
+def passed_or_named(passed: Any, argument: str, args: Any, option: str) -> tuple[Any, str]:
+    """
+    What was passed to a function, or else what its configuration names, and what to call it in an error.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it is both or neither.
+    """
+    named = getattr(args, option)
+    if passed is not None and named is not None:
+        raise ConfigError(f"`{argument}` was passed, and `{option}={named!r}` names another. Drop one of them.")
+    if passed is None and named is None:
+        raise ConfigError(f"`{option}` is missing. Set it, or pass `{argument}`.")
+    return (passed, argument) if named is None else (named, option)
