@@ -420,8 +420,8 @@ def report(runs: Runs, folder: Path) -> str:
     return "\n".join([
         "# Logit mixing on the add3cot task",
         "",
-        f"{'-'.join(map(str, seeds))} seeds per arm, {found.steps} optimizer steps of 128 completions (16 prompts x 8),"
-        " learning rate 3e-5, temperature 1, the same prompts in every arm of a seed. Greedy on the same "
+        f"{'-'.join(map(str, seeds))} seeds per arm, {found.steps} optimizer steps of 128 completions (16 prompts x "
+        "8), learning rate 3e-5, temperature 1, the same prompts in every arm of a seed. Greedy on the same "
         f"{found.start['n_test']} test prompts, mean ± SE over seeds. *solve* = right and in the format (the reward), "
         "*answer* = right in any format. Bold: the policy that the objective is written on. Times are means per run "
         "without the test-set evaluation, on two shared cores: wall seconds depend on the load, CPU seconds less so.",

@@ -86,12 +86,12 @@ class Arm:
     learning_rate: float = LEARNING_RATE
 
 
-def _live(label: str, style: study.Style, loss: str = "sampled", data: Data = Data(), **settings: Any) -> Arm:
-    return Arm(label, style, loss, data, **settings)
+def _live(label: str, style: study.Style, loss: str = "sampled", **settings: Any) -> Arm:
+    return Arm(label, style, loss, **settings)
 
 
-def _offline(label: str, style: study.Style, loss: str = "sampled", data: Data = Data(), **settings: Any) -> Arm:
-    return Arm(label, style, loss, data, offline=True, **settings)
+def _offline(label: str, style: study.Style, loss: str = "sampled", **settings: Any) -> Arm:
+    return Arm(label, style, loss, offline=True, **settings)
 
 
 _PAPER = {"temperature": 0.7, "top_p": 0.9}
@@ -113,10 +113,12 @@ ARMS = {
     "offline_second": _offline(
         "offline, sampled token, second teacher", (study.RED, "D", ":"), data=_SECOND, probed=True
     ),
-    "offline_topk_second": _offline(f"offline, {_TOP}, second teacher", (study.GREEN, "P", ":"), "top_k", _SECOND),
+    "offline_topk_second": _offline(
+        f"offline, {_TOP}, second teacher", (study.GREEN, "P", ":"), "top_k", data=_SECOND
+    ),
     "late_live": _live("late student: live, sampled token", (study.BLUE, "s", "--"), data=_LATE),
     "late_offline": _offline("late student: offline, sampled token", (study.RED, "D", "--"), data=_LATE, probed=True),
-    "late_offline_topk": _offline(f"late student: offline, {_TOP}", (study.GREEN, "P", "--"), "top_k", _LATE),
+    "late_offline_topk": _offline(f"late student: offline, {_TOP}", (study.GREEN, "P", "--"), "top_k", data=_LATE),
     "gentle_live": _live(
         "late student, rate 5e-6: live, sampled token", (study.BLUE, "o", "-."), data=_LATE, learning_rate=5e-6
     ),
@@ -645,8 +647,8 @@ def _accuracy(found: Results) -> list[str]:
     return [
         "## Accuracy",
         "",
-        f"Seeds {'; '.join(', '.join(map(str, values)) for values in seeds)}; {found.steps} optimizer steps of {BATCH} "
-        f"rollouts, learning rate {LEARNING_RATE:g} (constant) unless said otherwise, the same optimizer in every "
+        f"Seeds {'; '.join(', '.join(map(str, values)) for values in seeds)}; {found.steps} optimizer steps of "
+        f"{BATCH} rollouts, learning rate {LEARNING_RATE:g} (constant) unless said otherwise, the same optimizer in every "
         "arm. Both students were trained on the first teacher's own samples, with one recipe: the early one is the "
         "`sft_student` of the test-bed, the late one was stopped later. Arms without another name start from the "
         "early one. The second "

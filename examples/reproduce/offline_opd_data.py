@@ -60,7 +60,7 @@ class Models(NamedTuple):
 
 
 def models(folder: Path) -> Models:
-    """Where the models are. Those that are not shipped are below `folder`, trained if need be: 10 minutes of a core."""
+    """Where the models are. Those that are not shipped are trained into `folder` if need be, for 10 minutes."""
     found = Models(CHECKPOINTS / "sft_student", folder / "late_student", CHECKPOINTS / "teacher", folder / "second")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "models.lock"):
