@@ -134,41 +134,37 @@ def test_the_speeds_on_the_offline_page_are_those_of_the_benchmarks(said, batch,
     assert list(re.search(said, " ".join(read(OFFLINE_PAGE).split())).groups()) == sorted(ratios)
 
 
-def test_runs_have_three_seeds_each():
+@pytest.mark.parametrize(("study", "arms"), [("logit_mixing", 11), ("trust_region", 10), ("offline_opd", 15 + 6)])
+def test_runs_have_three_seeds_each(study, arms):
     seeds = {}
-    for path in (ROOT / RESULTS / "runs").glob("*-seed*.json"):
-        run = json.loads(path.read_text())
-        seeds.setdefault(run["arm"], set()).add(run["seed"])
-    assert len(seeds) == 11 and all(len(found) >= 3 for found in seeds.values())
-    seeds = {}
-    for path in (ROOT / RESULTS / "trust_region_runs").glob("*-seed*.json"):
-        name, seed = path.stem.split("-seed")
-        seeds.setdefault(name, set()).add(seed)
-    assert len(seeds) == 10 and all(len(found) >= 3 for found in seeds.values())
-    seeds = {}
-    for path in (ROOT / RESULTS / "offline_opd_runs").glob("*-seed*.json"):
-        name, seed = path.stem.split("-seed")
-        seeds.setdefault(name, set()).add(seed)
-    assert len(seeds) == 15 + 6 and all(len(found) >= 3 for found in seeds.values())
+    for key in runs_of(study):
+        name, is_seeded, seed = key.partition("-seed")
+        if is_seeded:
+            seeds.setdefault(name, set()).add(seed)
+    assert len(seeds) == arms and all(len(found) >= 3 for found in seeds.values())
+
+
+def runs_of(study):
+    return json.loads(read(f"{RESULTS}/{study}_runs.json"))
 
 
 @pytest.mark.parametrize(
-    ("run", "study", "metric"),
+    ("run", "study", "arm", "metric"),
     [
-        ("logit_mix_grpo-mixed__weight_0.3", "runs/mixed_0.3-seed0", "reward"),
-        ("logit_mix_grpo-mixed__adaptive_weight", "runs/adaptive-seed0", "reward"),
-        ("logit_mix_grpo-student__0.5_to_0", "runs/decay_0.5-seed0", "reward"),
-        ("trust_region_opd-trust_region_0.01__annealed", "trust_region_runs/trust_0.01-seed0", "blend/teacher_logp"),
-        ("trust_region_opd-speculative_KD", "trust_region_runs/skd-seed0", "blend/replaced_share"),
-        ("offline_opd-sampled_token__forgets_the_task_", "offline_opd_runs/offline-seed0", "offline/drift_kl"),
-        ("offline_opd-sampled_token__with_the_ratio", "offline_opd_runs/offline_ratio-seed0", "offline/drift_kl"),
-        ("offline_opd-top_16_reverse_KL", "offline_opd_runs/offline_topk-seed0", "offline/drift_kl"),
+        ("logit_mix_grpo: mixed, weight 0.3", "logit_mixing", "mixed_0.3", "reward"),
+        ("logit_mix_grpo: mixed, adaptive weight", "logit_mixing", "adaptive", "reward"),
+        ("logit_mix_grpo: student, 0.5 to 0", "logit_mixing", "decay_0.5", "reward"),
+        ("trust_region_opd: trust region 0.01, annealed", "trust_region", "trust_0.01", "blend/teacher_logp"),
+        ("trust_region_opd: speculative KD", "trust_region", "skd", "blend/replaced_share"),
+        ("offline_opd: sampled token (forgets the task)", "offline_opd", "offline", "offline/drift_kl"),
+        ("offline_opd: sampled token, with the ratio", "offline_opd", "offline_ratio", "offline/drift_kl"),
+        ("offline_opd: top-16 reverse KL", "offline_opd", "offline_topk", "offline/drift_kl"),
     ],
 )
-def test_runs_of_the_metric_ranges_are_those_of_the_studies(run, study, metric):
+def test_runs_of_the_metric_ranges_are_those_of_the_studies(run, study, arm, metric):
     """They are the same arms with the same seed, so what both have kept is equal, step by step."""
-    kept = json.loads(read(f"{RESULTS}/metric_runs/{run}.json"))["metrics"][metric]
-    study = json.loads(read(f"{RESULTS}/{study}.json"))
-    expected = study["rollout_reward"] if metric == "reward" else study["metrics"][metric]
+    kept = runs_of("metric_ranges")[run]["metrics"][metric]
+    finished = runs_of(study)[f"{arm}-seed0"]
+    expected = finished["rollout_reward"] if metric == "reward" else finished["metrics"][metric]
     assert len(kept) == len(expected) >= 30
     assert list(kept.values()) == pytest.approx(expected, rel=1e-3, abs=6e-4)

@@ -4,17 +4,13 @@ like those of the other studies, seed 0, with every metric kept.
 
 ```sh
 python examples/reproduce/metric_ranges.py           # what is missing (10 minutes on one core), then the report
-python examples/reproduce/metric_ranges.py --report  # only rebuild results/metric_ranges.md from results/metric_runs
+python examples/reproduce/metric_ranges.py --report  # only rebuild results/metric_ranges.md
 ```
 
-Remove a file of `results/metric_runs` to repeat its run. The pages of the trainers quote the report.
+The runs are in `results/metric_ranges_runs.json`. The pages of the trainers quote the report.
 """
 
-import argparse
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,15 @@ from typing import Any
 
 if __name__ == "__main__":  # run as a file: make the packages of `examples` importable
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-for _name, _value in (("TRL_EXPERIMENTAL_SILENCE", "1"), ("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
-    os.environ.setdefault(_name, _value)
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from reproduce import study
+
+
+# isort: split
+from reproduce import logit_mixing, offline_opd, trust_region
+from testbed.evaluate import CHECKPOINTS
+
+
 GRPO_STEPS = 30
 OPD_STEPS = 40
 PREFIXES = ("mixing/", "importance/", "adaptive/", "blend/", "offline/", "rewards/", "reward")
@@ -40,90 +39,57 @@ TITLES = {
 }
 
 
-def grpo_run(name: str) -> Callable[[str], Any]:
-    """Builder of a trainer of `logit_mixing.py`."""
-
-    def build(scratch: str) -> Any:
-        from reproduce.arms import make_arms, make_trainer
-
-        return make_trainer(make_arms(GRPO_STEPS)[name], 0, GRPO_STEPS, scratch)
-
-    return build
+def _grpo(name: str) -> Callable[[str], Any]:
+    return lambda scratch: logit_mixing.make_trainer(logit_mixing.make_arms(GRPO_STEPS)[name], 0, GRPO_STEPS, scratch)
 
 
-def opd_run(**settings: Any) -> Callable[[str], Any]:
-    """Builder of a trainer of `trust_region.py` with other settings."""
-
-    def build(scratch: str) -> Any:
-        from reproduce.trust_region_arms import Arm, make_trainer, training_prompts
-        from testbed.evaluate import CHECKPOINTS
-
-        prompts = training_prompts(0, OPD_STEPS)
-        return make_trainer(Arm("", settings), CHECKPOINTS / "student", prompts, 0, OPD_STEPS, scratch)
-
-    return build
+def _opd(**settings: Any) -> Callable[[str], Any]:
+    arm, student = trust_region.Arm("", ("", None, ""), settings), CHECKPOINTS / "student"
+    return lambda scratch: trust_region.make_trainer(
+        arm, student, trust_region.training_prompts(0, OPD_STEPS), 0, OPD_STEPS, scratch
+    )
 
 
-def offline_run(name: str) -> Callable[[str], Any]:
-    """Builder of a trainer of `offline_opd.py`; the first one draws and scores the rollouts."""
-
-    def build(scratch: str) -> Any:
-        from reproduce.offline_opd_arms import ARMS, make_trainer
-
-        return make_trainer(ARMS[name], Path(scratch), 0, OPD_STEPS, scratch)
-
-    return build
+def _offline(name: str) -> Callable[[str], Any]:
+    return lambda scratch: offline_opd.make_trainer(offline_opd.ARMS[name], Path(scratch), 0, OPD_STEPS, scratch)
 
 
-# (trainer, run) -> what it is and how its trainer is made
-RUNS: dict[tuple[str, str], Callable[[str], Any]] = {
-    ("logit_mix_grpo", "mixed, weight 0.3"): grpo_run("mixed_0.3"),
-    ("logit_mix_grpo", "mixed, adaptive weight"): grpo_run("adaptive"),
-    ("logit_mix_grpo", "student, 0.5 to 0"): grpo_run("decay_0.5"),
-    ("trust_region_opd", "trust region 0.01, annealed"): opd_run(
+# "trainer: run" -> how its trainer is made
+RUNS: dict[str, Callable[[str], Any]] = {
+    "logit_mix_grpo: mixed, weight 0.3": _grpo("mixed_0.3"),
+    "logit_mix_grpo: mixed, adaptive weight": _grpo("adaptive"),
+    "logit_mix_grpo: student, 0.5 to 0": _grpo("decay_0.5"),
+    "trust_region_opd: trust region 0.01, annealed": _opd(
         rollout_policy="trust_region", kl_budget=0.01, blend_warmup_steps=15
     ),
-    ("trust_region_opd", "student rollouts, top-16 loss"): opd_run(
-        rollout_policy="student", kl_support="student_top_k"
-    ),
-    ("trust_region_opd", "speculative KD"): opd_run(rollout_policy="speculative_kd"),
-    ("offline_opd", "sampled token (forgets the task)"): offline_run("offline"),
-    ("offline_opd", "sampled token, with the ratio"): offline_run("offline_ratio"),
-    ("offline_opd", "top-16 reverse KL"): offline_run("offline_topk"),
+    "trust_region_opd: student rollouts, top-16 loss": _opd(rollout_policy="student", kl_support="student_top_k"),
+    "trust_region_opd: speculative KD": _opd(rollout_policy="speculative_kd"),
+    "offline_opd: sampled token (forgets the task)": _offline("offline"),
+    "offline_opd: sampled token, with the ratio": _offline("offline_ratio"),
+    "offline_opd: top-16 reverse KL": _offline("offline_topk"),
 }
 
 
-def path_of(trainer: str, run: str) -> Path:
-    """File of a finished run."""
-    slug = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in run)
-    return RESULTS / "metric_runs" / f"{trainer}-{slug}.json"
-
-
-def train(trainer_name: str, run: str, scratch: str) -> None:
-    """One run; writes its metrics, step by step."""
-    from reproduce.jobs import be_quiet, machine, write_json
-
-    be_quiet()
-    trainer = RUNS[trainer_name, run](scratch)
+def work(name: str, seed: int | None, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
+    """One run; returns its metrics, step by step."""
+    trainer = RUNS[name](scratch)
     trainer.train()
     metrics: dict[str, dict[int, float]] = {}
     for entry in trainer.state.log_history:
-        for name, value in entry.items():
-            if name.startswith(PREFIXES) and not name.endswith(_MACHINE):
-                metrics.setdefault(name, {})[entry["step"]] = float(f"{value:.4g}")
+        for metric, value in entry.items():
+            if metric.startswith(PREFIXES) and not metric.endswith(_MACHINE):
+                metrics.setdefault(metric, {})[entry["step"]] = float(f"{value:.4g}")
+    trainer_name, run = name.split(": ")
     result = {"trainer": trainer_name, "run": run, "seed": 0, "steps": trainer.state.global_step}
-    write_json(path_of(trainer_name, run), result | {"machine": machine(), "metrics": metrics})
+    return result | {"machine": study.machine(), "metrics": metrics}
 
 
-def rows(trainer: str) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(metric, run, values by step) of a trainer's finished runs, sorted by metric."""
-    found = []
-    for order, (name, run) in enumerate(RUNS):
-        if name == trainer:
-            metrics = json.loads(path_of(name, run).read_text(encoding="utf-8"))["metrics"]
-            found += [(metric, order, run, values) for metric, values in metrics.items()]
-    for metric, _, run, values in sorted(found, key=lambda row: row[:2]):
-        yield metric, run, values
+def rows(runs: study.Runs, trainer: str) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(metric, run, values by step) of a trainer's runs, sorted by metric."""
+    found = [runs.results[name] for name in RUNS if name in runs.results]
+    measured = [(metric, run) for run in found if run["trainer"] == trainer for metric in run["metrics"]]
+    for metric, run in sorted(measured, key=lambda pair: pair[0]):
+        yield metric, run["run"], run["metrics"][metric]
 
 
 def number(value: float) -> str:
@@ -133,7 +99,7 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 0.001 else f"{round(value, 4):g}"
 
 
-def report() -> str:
+def report(runs: study.Runs, folder: Path) -> str:
     """The Markdown of the report."""
     lines = [
         "# What the metrics look like",
@@ -144,32 +110,17 @@ def report() -> str:
         "Every step was logged; *last 5* is the mean of the last five. One seed, one task: an example, not a norm.",
     ]
     for trainer, title in TITLES.items():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| metric | run | first | lowest | highest | last 5 |",
-            "|---|---|---|---|---|---|",
-        ]
-        for metric, run, values in rows(trainer):
+        cells = []
+        for metric, run, values in rows(runs, trainer):
             series = [values[step] for step in sorted(values, key=int)]
-            numbers = " | ".join(map(number, (series[0], min(series), max(series), sum(series[-5:]) / 5)))
-            lines.append(f"| `{metric}` | {run} | {numbers} |")
+            numbers = map(number, (series[0], min(series), max(series), sum(series[-5:]) / 5))
+            cells.append([f"`{metric}`", run, *numbers])
+        header = ["metric", "run", "first", "lowest", "highest", "last 5"]
+        lines += ["", f"## {title}", "", study.markdown_table(header, cells)]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--report", action="store_true", help="only rebuild the report")
-    if not parser.parse_args().report:
-        missing = [key for key in RUNS if not path_of(*key).exists()]
-        with tempfile.TemporaryDirectory() as scratch:
-            for number_, key in enumerate(missing, 1):
-                print(f"{number_} of {len(missing)}: {': '.join(key)}", flush=True)
-                path_of(*key).parent.mkdir(parents=True, exist_ok=True)
-                train(*key, scratch)
-    (RESULTS / "metric_ranges.md").write_text(report(), encoding="utf-8")
-
+STUDY = study.Study("metric_ranges", options={}, arms=lambda settings: (), work=work, report=report, once=tuple(RUNS))
 
 if __name__ == "__main__":
-    main()
+    STUDY.main(__doc__)

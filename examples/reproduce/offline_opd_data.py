@@ -1,18 +1,100 @@
-"""The one-time work of offline distillation in `offline_opd.py`: rollouts of a student and a teacher's scores."""
+"""
+What `offline_opd.py` trains on: models, and rollouts that a teacher has scored.
 
+The test-bed ships a teacher and an early student; two models are trained when they are missing. The *second teacher*
+is the test-bed's, fine-tuned to the same task in another style. Its chain of thought puts the carry first and divides
+the columns by semicolons:
+
+    first teacher     <think>3+6+0=09,2+5+0=07,1+4+0=05</think>\\boxed{579}
+    second teacher    <think>0:3+6=09;0:2+5=07;0:1+4=05</think>\\boxed{579}
+
+The *late student* is the test-bed's `sft_student` with the same recipe, the same samples of the first teacher and the
+same seed, stopped later.
+"""
+
+import os
+import random
+import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from reproduce.jobs import machine
-from reproduce.offline_opd_models import models
-from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
-from trl_blend import RolloutConfig, RolloutStore, ScoringConfig, collect_rollouts, score_rollouts
+from datasets import Dataset
+from filelock import FileLock
+
+from reproduce.study import machine
+from testbed.evaluate import CHECKPOINTS, load_checkpoint
+from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset, chain_of_thought, prompt_text, sample_operands
+from testbed.tokenizer import build_tokenizer
+from testbed.train import BATCH_SIZE, LARGE, RECIPES, Recipe, build_model, build_training_data, fit
+from trl_blend import (
+    RolloutConfig,
+    RolloutStore,
+    ScoringConfig,
+    TeacherProvenanceCallback,
+    collect_rollouts,
+    score_rollouts,
+)
 
 
 BATCH = 64  # rollouts of an optimizer step, and of a batch of `generate`
 TOP_K = 16
+SECOND_TEACHER = Recipe(**LARGE, learning_rate=5e-4, max_steps=150, eval_every=50, warmup_steps=10, seed=1)
+LATE_STUDENT = replace(RECIPES["sft_student"], stop_at=0.8, eval_every=20)
+_COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d)")
+
+
+# Models
+
+
+class Models(NamedTuple):
+    """Folders of the models: students before distillation, and teachers."""
+
+    early: Path
+    late: Path
+    first: Path
+    second: Path
+
+
+def models(folder: Path) -> Models:
+    """Where the models are. Those that are not shipped are trained into `folder` if need be, for 10 minutes."""
+    found = Models(CHECKPOINTS / "sft_student", folder / "late_student", CHECKPOINTS / "teacher", folder / "second")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "models.lock"):
+        if not (found.second / "model.safetensors").exists():
+            model, _ = load_checkpoint(found.first)
+            data = restyled_dataset(SECOND_TEACHER.max_steps * BATCH_SIZE, SECOND_TEACHER.seed)
+            fit(model.train(), SECOND_TEACHER, data, found.second, SECOND_TEACHER.seed)
+        if not (found.late / "model.safetensors").exists():
+            recipe = LATE_STUDENT
+            callback = TeacherProvenanceCallback(os.path.relpath(found.first))
+            model = build_model(recipe, build_tokenizer(), recipe.seed)
+            fit(model, recipe, build_training_data(recipe, recipe.seed), found.late, recipe.seed, [callback])
+    return found
+
+
+def restyle(chain: str) -> str:
+    """The chain of thought of the first teacher in the style of the second."""
+    return ";".join(_COLUMN.sub(r"\3:\1+\2=\4", column) for column in chain.split(","))
+
+
+def restyled_dataset(n: int, seed: int) -> Dataset:
+    """Prompts and reference completions in the second style."""
+    pairs = sample_operands("train", n, seed)
+    random.Random(seed).shuffle(pairs)
+    answers = [rf"<think>{restyle(chain_of_thought(a, b))}</think>\boxed{{{a + b}}}" for a, b in pairs]
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": prompt_text(a, b)}] for a, b in pairs],
+            "completion": [[{"role": "assistant", "content": answer}] for answer in answers],
+        }
+    )
+
+
+# Rollouts
 
 
 @dataclass(frozen=True)
@@ -22,7 +104,7 @@ class Data:
 
     Args:
         student, teacher (`str`):
-            Fields of [`~reproduce.offline_opd_models.Models`].
+            Fields of [`Models`].
         rollouts_per_prompt (`int`, *optional*, defaults to `1`):
             With more rollouts there are as many fewer prompts.
         temperature, top_p (`float`, *optional*, default to `1.0`):
@@ -45,47 +127,46 @@ class Data:
 
 def collect(data: Data, work: Path, seed: int, steps: int) -> RolloutStore:
     """Rollouts for `steps` optimizer steps. Returns at once where they are there already."""
-    args = RolloutConfig(
-        output_dir=data.folder(work, seed) / "rollouts",
-        num_rollouts_per_prompt=data.rollouts_per_prompt,
-        temperature=data.temperature,
-        top_p=data.top_p,
-        max_completion_length=MAX_NEW_TOKENS,
-        batch_size=BATCH,
-        seed=seed,
-        dtype="float32",
-        disable_tqdm=True,
+    return collect_rollouts(
+        str(getattr(models(work), data.student)),
+        build_prompt_dataset("train", steps * BATCH // data.rollouts_per_prompt, seed),
+        RolloutConfig(
+            output_dir=str(data.folder(work, seed) / "rollouts"),
+            num_rollouts_per_prompt=data.rollouts_per_prompt,
+            temperature=data.temperature,
+            top_p=data.top_p,
+            max_completion_length=MAX_NEW_TOKENS,
+            batch_size=BATCH,
+            seed=seed,
+            dtype="float32",
+            disable_tqdm=True,
+        ),
     )
-    prompts = build_prompt_dataset("train", steps * BATCH // data.rollouts_per_prompt, seed)
-    return collect_rollouts(str(getattr(models(work), data.student)), prompts, args)
 
 
 def score(data: Data, rollouts: RolloutStore, work: Path, seed: int, top_k: int | None) -> RolloutStore:
     """The teacher's scores of the rollouts. Returns at once where they are there already."""
-    name = f"{data.teacher}-top{top_k}" if top_k else data.teacher
-    output_dir = data.folder(work, seed) / name
-    args = ScoringConfig(output_dir=output_dir, top_k=top_k, dtype="float32", disable_tqdm=True)
+    folder = data.folder(work, seed) / (f"{data.teacher}-top{top_k}" if top_k else data.teacher)
+    args = ScoringConfig(output_dir=str(folder), top_k=top_k, dtype="float32", disable_tqdm=True)
     return score_rollouts(rollouts, str(getattr(models(work), data.teacher)), args)
 
 
 def make_data(data: Data, work: Path, seed: int, steps: int, with_top_k: bool) -> dict[str, Any]:
     """Collect and score, and return what both cost; with and without the teacher's top tokens where asked for."""
     result: dict[str, Any] = {"data": asdict(data), "seed": seed, "steps": steps, "machine": machine()}
-    started = _clocks()
-    rollouts = collect(data, work, seed, steps)
-    result |= _since(started, "collect") | {"tokens": rollouts.manifest.num_completion_tokens}
+    with _timed(result, "collect"):
+        rollouts = collect(data, work, seed, steps)
+    result["tokens"] = rollouts.manifest.num_completion_tokens
     for top_k in (None, TOP_K) if with_top_k else (None,):
-        started = _clocks()
-        scored = score(data, rollouts, work, seed, top_k)
-        result |= _since(started, "score_top_k" if top_k else "score")
+        with _timed(result, "score_top_k" if top_k else "score"):
+            scored = score(data, rollouts, work, seed, top_k)
         result["bytes_per_token_top_k" if top_k else "bytes_per_token"] = round(scored.bytes_per_token, 2)
     return result
 
 
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def _since(started: tuple[float, float], name: str) -> dict[str, float]:
-    wall, cpu = _clocks()
-    return {f"{name}_seconds": round(wall - started[0], 2), f"{name}_cpu_seconds": round(cpu - started[1], 2)}
+@contextmanager
+def _timed(result: dict[str, Any], name: str) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    result[f"{name}_seconds"] = round(time.perf_counter() - wall, 2)
+    result[f"{name}_cpu_seconds"] = round(time.process_time() - cpu, 2)

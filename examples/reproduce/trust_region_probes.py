@@ -7,13 +7,17 @@ The probes of `trust_region.py`: rollouts of the untrained student under budgets
   A rollout that ended within its first `t` tokens has nothing to continue and counts as it is.
 """
 
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from reproduce.jobs import machine
+from reproduce import study
+from reproduce.study import HELD, NOT_HELD, REVERSE, Claim, Estimate, over_seeds, verdict
 from testbed.evaluate import load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset, format_and_answer_reward
 from trl_blend.generation import TrustRegion, blended_generation
@@ -26,6 +30,10 @@ PREFIX_BUDGETS = (0.0, 0.01, 0.05)
 LENGTHS = (5, 10, 15, 20, 25)
 ROLLOUTS = 2  # per prompt
 BATCH = 250
+SUPPORT = (
+    *("teacher_logp", "reward", "auroc", "teacher_entropy", "teacher_weight", "teacher_feasible"),
+    "kl_behavior_student",
+)
 
 
 class Rollouts(NamedTuple):
@@ -46,6 +54,25 @@ class Rollouts(NamedTuple):
     completions: Tensor
     mask: Tensor
     statistics: dict[str, float]
+
+
+def left_padded(tokenizer: Any, prompts: list[Any]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of conversations, `(N, P)`."""
+    inputs = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+        tokenizer_kwargs={"padding_side": "left"},
+    )
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
+    """Completions at temperature 1 from the full vocabulary."""
+    output = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens)
+    return output[:, ids.size(1) :]
 
 
 def completion_mask(completions: Tensor, eos_token_id: int) -> Tensor:
@@ -94,26 +121,13 @@ class Prober:
         self.student, self.tokenizer = load_checkpoint("student")
         self.teacher, _ = load_checkpoint(TEACHER)
         rows = build_prompt_dataset("train", n, seed)
-        inputs = self.tokenizer.apply_chat_template(
-            list(rows["prompt"]) * ROLLOUTS,
-            add_generation_prompt=True,
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-            tokenizer_kwargs={"padding_side": "left"},
-        )
-        self.prompts, self.prompt_mask = inputs["input_ids"], inputs["attention_mask"]
+        self.prompts, self.prompt_mask = left_padded(self.tokenizer, list(rows["prompt"]) * ROLLOUTS)
         self.answers = list(rows["answer"]) * ROLLOUTS
 
     def reward(self, completions: Tensor) -> list[float]:
         """1 for a completion that is right and in the format, given the completions of all prompts."""
-        return format_and_answer_reward(
-            self.tokenizer.batch_decode(completions, skip_special_tokens=True), self.answers
-        )
-
-    def _generate(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
-        output = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens)
-        return output[:, ids.size(1) :]
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return format_and_answer_reward(texts, self.answers)
 
     def rollouts(self, budget: float | str) -> Rollouts:
         """Rollouts at temperature 1 of the student (budget 0), of the trust region, or of the teacher."""
@@ -123,11 +137,11 @@ class Prober:
             ids, mask = self.prompts[start : start + BATCH], self.prompt_mask[start : start + BATCH]
             if budget in (TEACHER, 0.0):
                 model = self.teacher if budget == TEACHER else self.student
-                drawn, recorded = self._generate(model, ids, mask, MAX_NEW_TOKENS), {}
+                drawn, recorded = generate(model, ids, mask, MAX_NEW_TOKENS), {}
             else:
                 rule = TrustRegion(float(budget))
                 with blended_generation(self.student, self.teacher, rule, record=True) as session:
-                    drawn = self._generate(self.student, ids, mask, MAX_NEW_TOKENS)
+                    drawn = generate(self.student, ids, mask, MAX_NEW_TOKENS)
                 recorded = session.records[0].statistics
             completions.append(padded(drawn, self.tokenizer.pad_token_id))
             statistics.append({name: padded(values, 0) for name, values in recorded.items()})
@@ -139,7 +153,7 @@ class Prober:
         }
         return Rollouts(self.prompts, self.prompt_mask, tokens, mask, means)
 
-    def logps(self, model: PreTrainedModel, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    def logps(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Log-probability of the completions' tokens and entropy at their prefixes, both `(N, T)`, in nats."""
         parts = []
         for start in range(0, len(rollouts.prompts), BATCH):
@@ -148,11 +162,9 @@ class Prober:
             ids = torch.cat([rollouts.prompts[rows], completions], dim=1)
             mask = torch.cat([rollouts.prompt_mask[rows], rollouts.mask[rows]], dim=1)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            length = completions.size(1)
-            logits = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=length + 1
-            ).logits[:, :-1]
-            logprobs = logits.log_softmax(dim=-1)
+            kept = completions.size(1) + 1
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept).logits
+            logprobs = logits[:, :-1].log_softmax(dim=-1)
             entropy = torch.special.entr(logprobs.exp()).sum(dim=-1)
             parts.append((logprobs.gather(-1, completions.unsqueeze(-1)).squeeze(-1), entropy))
         return torch.cat([logps for logps, _ in parts]), torch.cat([entropy for _, entropy in parts])
@@ -172,14 +184,14 @@ class Prober:
             **rollouts.statistics,
         }
 
-    def continued(self, rollouts: Rollouts, length: int, model: PreTrainedModel) -> str:
+    def continued(self, rollouts: Rollouts, length: int, model: Any) -> str:
         """Right rollouts of each prompt, one digit each, when `model` continues their first `length` tokens."""
         torch.manual_seed(10_000 * (self.seed + 1) + length)
         ids, mask, rows = truncate(rollouts, length)
         completions = rollouts.completions.clone()
         for start in range(0, len(ids), BATCH):
             some = slice(start, start + BATCH)
-            drawn = self._generate(model, ids[some], mask[some], MAX_NEW_TOKENS - length)
+            drawn = generate(model, ids[some], mask[some], MAX_NEW_TOKENS - length)
             whole = torch.cat([rollouts.completions[rows[some], :length], drawn], dim=1)
             completions[rows[some]] = padded(whole, self.tokenizer.pad_token_id)
         rewards = torch.tensor(self.reward(completions)).view(ROLLOUTS, -1)
@@ -187,31 +199,224 @@ class Prober:
 
 
 @torch.no_grad()
-def run_probe(seed: int, n: int) -> dict[str, Any]:
-    """Both probes with one sampling seed; returns what is written to its JSON file."""
+def run(seed: int, n: int) -> dict[str, Any]:
+    """Both probes with one sampling seed."""
     prober = Prober(seed, n)
-    support: dict[str, dict[str, float]] = {}
-    prefixes: dict[str, dict[str, dict[str, str]]] = {}
-    ended: dict[str, dict[str, int]] = {}
+    result: dict[str, Any] = {"seed": seed, "n_probe": n, "rollouts_per_prompt": ROLLOUTS, "machine": study.machine()}
+    result |= {"support": {}, "prefixes": {}, "ended": {}}
     for budget in (*BUDGETS, TEACHER):
         rollouts = prober.rollouts(budget)
-        support[f"{budget}"] = {name: float(f"{value:.6g}") for name, value in prober.support(rollouts).items()}
+        measured = prober.support(rollouts)
+        result["support"][f"{budget}"] = {name: float(f"{value:.6g}") for name, value in measured.items()}
         if budget in PREFIX_BUDGETS:
             models = {"teacher": prober.teacher, "student": prober.student}
-            prefixes[f"{budget}"] = {
+            result["prefixes"][f"{budget}"] = {
                 name: {str(length): prober.continued(rollouts, length, model) for length in LENGTHS}
                 for name, model in models.items()
             }
-            ended[f"{budget}"] = {str(length): n * ROLLOUTS - len(truncate(rollouts, length)[2]) for length in LENGTHS}
-    return {
-        "seed": seed,
-        "n_probe": n,
-        "rollouts_per_prompt": ROLLOUTS,
-        "machine": machine(),
-        "support": support,
-        "prefixes": prefixes,
-        "ended": ended,
+            ended = {str(length): n * ROLLOUTS - len(truncate(rollouts, length)[2]) for length in LENGTHS}
+            result["ended"][f"{budget}"] = ended
+    return result
+
+
+# Reading: a list of probes, one per seed
+
+
+def support(probes: list[dict[str, Any]], policy: str, key: str) -> list[float]:
+    """A quantity of the support probe, by seed; NaN where it was not measured."""
+    return [probe["support"][policy].get(key, math.nan) for probe in probes]
+
+
+def support_gap(probes: list[dict[str, Any]], first: str, second: str, key: str) -> Estimate:
+    """A quantity of the support probe, one policy minus another, paired by seed."""
+    return over_seeds(np.subtract(support(probes, first, key), support(probes, second, key)))
+
+
+def success(probes: list[dict[str, Any]], policy: str, model: str, length: int) -> np.ndarray:
+    """Success rate when `model` continues the prefixes of each prompt: prompts of all seeds, `(S * N,)`."""
+    digits = "".join(probe["prefixes"][policy][model][str(length)] for probe in probes)
+    return np.array([int(digit) for digit in digits]) / probes[0]["rollouts_per_prompt"]
+
+
+def gain(probes: list[dict[str, Any]], policy: str, model: str, length: int) -> Estimate:
+    """Success of a policy's prefixes minus that of the student's own, paired by prompt."""
+    gaps = success(probes, policy, model, length) - success(probes, "0.0", model, length)
+    return Estimate(float(gaps.mean()), float(gaps.std(ddof=1) / math.sqrt(gaps.size)))
+
+
+def _budgets(probes: list[dict[str, Any]]) -> list[str]:
+    return [policy for policy in probes[0]["support"] if policy != TEACHER]
+
+
+def _cut(probes: list[dict[str, Any]]) -> tuple[list[str], list[int]]:
+    """Budgets whose prefixes were continued, without the student's own, and the lengths."""
+    prefixes = probes[0]["prefixes"]
+    return [policy for policy in prefixes if policy != "0.0"], [int(length) for length in prefixes["0.0"]["teacher"]]
+
+
+# The paper's claims
+
+
+def trend(gaps: list[Estimate], overall: Estimate, sign: int = 1) -> str:
+    """Verdict of a claim that a quantity rises (with `sign=-1`: falls): overall, and with no step back."""
+    if verdict(overall, sign) == HELD and any(verdict(gap, sign) == REVERSE for gap in gaps):
+        return f"{NOT_HELD}: it {'rises' if sign > 0 else 'falls'} overall but not at every step"
+    return verdict(overall, sign)
+
+
+def claims(probes: list[dict[str, Any]]) -> Iterator[Claim]:
+    """Verdicts on Figures 7 and 4."""
+    budgets, (policies, lengths) = _budgets(probes), _cut(probes)
+    quantities = {
+        "teacher_logp": ("The teacher's log-probability of the rollouts rises with the budget (Figure 7).", 1),
+        "reward": ("The reward of the rollouts rises with the budget (Figure 7).", 1),
+        "auroc": ("The AUROC of the teacher's support score falls as the budget rises (Figure 7).", -1),
     }
+    for key, (claim, sign) in quantities.items():
+        steps = [support_gap(probes, b, a, key) for a, b in zip(budgets, budgets[1:], strict=False)]
+        overall = support_gap(probes, budgets[-1], budgets[0], key)
+        values = "; ".join(f"{budget} {over_seeds(support(probes, budget, key))}" for budget in budgets)
+        yield (
+            claim,
+            trend(steps, overall, sign),
+            f"By budget: {values}; from the first to the last {overall.signed()}. The teacher's own rollouts: "
+            f"{over_seeds(support(probes, TEACHER, key))}.",
+        )
+    for model in ("teacher", "student"):
+        gains = {(policy, n): gain(probes, policy, model, n) for policy in policies for n in lengths}
+        numbers = ". ".join(
+            f"Budget {policy}: " + ", ".join(f"{n} tokens {gains[policy, n].signed()}" for n in lengths)
+            for policy in policies
+        )
+        yield (
+            f"Trust-region prefixes give higher success than vanilla ones at all lengths when the {model} continues "
+            "them (Figure 4).",
+            study.all_of([verdict(one) for one in gains.values()]),
+            f"{numbers}.",
+        )
 
 
-__all__ = ["BUDGETS", "LENGTHS", "PREFIX_BUDGETS", "TEACHER", "Prober", "Rollouts", "run_probe", "truncate"]
+# Report
+
+
+def report(probes: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Write two CSV files and two figures; returns Markdown lines."""
+    policies, lengths = _cut(probes)
+    all_policies = list(probes[0]["support"])
+    study.write_csv(
+        folder / "trust_region_support.csv",
+        [
+            {"policy": policy, "seed": probe["seed"]} | {key: probe["support"][policy].get(key, "") for key in SUPPORT}
+            for policy in all_policies
+            for probe in probes
+        ],
+    )
+    study.write_csv(folder / "trust_region_prefixes.csv", list(_prefix_rows(probes)))
+    _plot_support(probes, folder / "trust_region_support.png")
+    _plot_prefixes(probes, folder / "trust_region_prefixes.png")
+    n, per_prompt = probes[0]["n_probe"], probes[0]["rollouts_per_prompt"]
+    longest = str(max(lengths))
+    ended = [sum(probe["ended"][policy][longest] for probe in probes) for policy in probes[0]["ended"]]
+    header = ["policy", "teacher log-prob", "reward", "AUROC", "teacher entropy", "mean β*", "teacher feasible", "KL"]
+    rows = [
+        [_shown(policy), *(str(over_seeds(support(probes, policy, key))).replace("nan", "") for key in SUPPORT)]
+        for policy in all_policies
+    ]
+    prefixes = [
+        [
+            model,
+            length,
+            f"{success(probes, '0.0', model, length).mean():.3f}",
+            *(gain(probes, policy, model, length).signed() for policy in policies),
+        ]
+        for model in ("teacher", "student")
+        for length in lengths
+    ]
+    return [
+        "## Rollouts at step 0 (Figure 7), without training",
+        "",
+        f"Sampling seeds {', '.join(str(probe['seed']) for probe in probes)}, each with its own {n} training "
+        f"prompts and {per_prompt} rollouts of each at temperature 1, the same prompts for every policy; mean ± SE "
+        "over seeds. Log-probabilities (under the teacher, per token of the rollout), entropies and KL (of the "
+        "rollout policy to the student) in nats. AUROC: of `mean_t(log p_T - log p_S)`, right against wrong rollouts.",
+        "",
+        study.markdown_table(header, rows),
+        "",
+        "![teacher support of the rollouts](trust_region_support.png)",
+        "",
+        "## Prefixes at step 0 (Figure 4), without training",
+        "",
+        "The same rollouts, cut after t tokens and continued at temperature 1. A rollout that ended within t tokens "
+        f"has nothing to continue and counts as it is (at t = {longest}, {min(ended)} to {max(ended)} of "
+        f"{n * per_prompt * len(probes)}). Differences are paired by prompt, ± SE over the {n * len(probes)} prompts "
+        "of all seeds.",
+        "",
+        study.markdown_table(
+            ["continued by", "t", "vanilla prefixes", *(f"{_shown(policy)}: difference" for policy in policies)],
+            prefixes,
+        ),
+        "",
+        "![success of prefixes](trust_region_prefixes.png)",
+        "",
+    ]
+
+
+def _shown(policy: str) -> str:
+    return "teacher alone" if policy == TEACHER else "student (ε = 0)" if policy == "0.0" else f"ε = {policy}"
+
+
+def _prefix_rows(probes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    policies, lengths = _cut(probes)
+    for policy in ("0.0", *policies):
+        for model in ("teacher", "student"):
+            for length in lengths:
+                scores, gained = success(probes, policy, model, length), gain(probes, policy, model, length)
+                yield {
+                    "budget": float(policy),
+                    "continued_by": model,
+                    "length": length,
+                    "success": float(scores.mean()),
+                    "gain": gained.value,
+                    "gain_se": gained.error,
+                    "ended_before": sum(probe["ended"][policy][str(length)] for probe in probes),
+                    "prompts": scores.size,
+                }
+
+
+def _plot_support(probes: list[dict[str, Any]], path: Path) -> None:
+    """The paper's Figure 7."""
+    figure, (axis,) = study.panels(1, width=6.4)
+    budgets = _budgets(probes)
+    x, y, color = (
+        [over_seeds(support(probes, b, key)) for b in budgets] for key in ("teacher_logp", "auroc", "reward")
+    )
+    bars = [e.error for e in y], [e.error for e in x]
+    axis.errorbar([e.value for e in x], [e.value for e in y], *bars, color=study.GRAY, lw=1, capsize=2, zorder=1)
+    points = axis.scatter([e.value for e in x], [e.value for e in y], c=[e.value for e in color], s=70, zorder=2)
+    for budget, first, second in zip(budgets, x, y, strict=True):
+        axis.annotate(f"ε = {float(budget):g}", (first.value, second.value), xytext=(6, 6), textcoords="offset points")
+    figure.colorbar(points, label="mean reward")
+    axis.margins(0.14)
+    axis.locator_params(axis="x", nbins=6)
+    axis.set_title("Rollouts of the untrained student (bars: ±1 SE over seeds)")
+    axis.set(xlabel="mean log-probability per token under the teacher", ylabel="AUROC of the teacher's support")
+    study.save(figure, path)
+
+
+def _plot_prefixes(probes: list[dict[str, Any]], path: Path) -> None:
+    """The paper's Figure 4, in differences of success."""
+    figure, axes = study.panels(2)
+    policies, lengths = _cut(probes)
+    width = 0.8 / len(policies)
+    for axis, model in zip(axes, ("teacher", "student"), strict=True):
+        for index, (policy, color) in enumerate(zip(policies, (study.BLUE, study.PURPLE, study.SKY), strict=False)):
+            gains = [gain(probes, policy, model, length) for length in lengths]
+            places = np.arange(len(gains)) + (index + 0.5) * width - 0.4
+            values, errors = [one.value for one in gains], [one.error for one in gains]
+            axis.bar(places, values, width, yerr=errors, color=color, capsize=2, label=f"ε = {float(policy):g}")
+        axis.set_xticks(range(len(lengths)), lengths)
+        axis.axhline(0, color=study.BLACK, linewidth=0.8)
+        axis.set(title=f"continued by the {model}", xlabel="length of the prefix in tokens")
+    axes[0].set_ylabel("success minus that of vanilla prefixes (bars: ±1 SE)")
+    axes[0].legend(frameon=False)
+    study.save(figure, path)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import trl_blend
-from reproduce.metric_ranges import report
+from reproduce import metric_ranges
+from reproduce.study import RESULTS, Runs
 from tests.docs.markdown import ROOT, TRAINER_PAGES, read, section, table
 from tests.trainers.documented_metrics import is_among, table_metrics
 
@@ -79,7 +80,9 @@ def test_metrics_of_the_code_are_documented(page, trainer, prefixes):
 
 
 def test_the_report_is_that_of_the_runs():
-    assert read("examples/reproduce/results/metric_ranges.md") == report()
+    assert read("examples/reproduce/results/metric_ranges.md") == metric_ranges.report(
+        Runs(RESULTS / "metric_ranges_runs.json"), RESULTS
+    )
 
 
 @pytest.mark.parametrize(("page", "trainer", "prefixes"), PAGES)

@@ -5,15 +5,20 @@ import re
 
 import pytest
 
-from reproduce.jobs import write_json
-from reproduce.offline_opd_arms import ARMS
-from reproduce.offline_opd_claims import claims, not_worse, ours, worse
+from reproduce.offline_opd import ARMS, STUDY, Results, claims, ours, plan
 from reproduce.offline_opd_data import Data
-from reproduce.offline_opd_report import write_report
-from reproduce.offline_opd_runs import Runs, load_runs
-from reproduce.runs import Estimate
-from reproduce.trust_region_arms import SAMPLES
-from reproduce.trust_region_claims import HELD, NOT_HELD, REVERSE, UNTESTABLE
+from reproduce.study import (
+    HELD,
+    NOT_HELD,
+    REVERSE,
+    SAMPLES,
+    UNTESTABLE,
+    Estimate,
+    Runs,
+    not_worse,
+    worse,
+    write_report,
+)
 from testbed.evaluate import CHECKPOINTS
 
 
@@ -55,25 +60,24 @@ def make_run(name, seed, rate, **changes):
     return run | changes
 
 
-def write_runs(folder, rates, change=lambda name, run: run):
-    runs = folder / "offline_opd_runs"
-    runs.mkdir(parents=True)
-    for name, rate in rates.items():
-        for seed in SEEDS:
-            write_json(runs / f"{name}-seed{seed}.json", change(name, make_run(name, seed, rate)))
+def make_runs(folder, rates, change=lambda name, run: run):
+    runs = Runs(folder / "offline_opd_runs.json")
     start = {model: scores(rate) for model, rate in (("early", 0.4), ("late", 0.8), ("first", 0.99), ("second", 0.9))}
     start |= {key: {"kl_to_teacher": 0.4} for key in ("early_first", "early_second", "late_first")} | {"n_test": N}
-    write_json(runs / "start.json", start)
-    for data in {ARMS[name].data for name in rates}:
-        for seed in SEEDS:
+    runs.results = {"start": start, "memory": {"live": {"weights": 2**23, "resident": 2**28}}}
+    for seed in SEEDS:
+        for name, rate in rates.items():
+            runs.results[f"{name}-seed{seed}"] = change(name, make_run(name, seed, rate))
+        for data in {ARMS[name].data for name in rates}:
             made = {"collect_cpu_seconds": 7.0, "score_cpu_seconds": 3.0, "score_top_k_cpu_seconds": 5.0, "seed": seed}
             made |= {"bytes_per_token": 6.5, "bytes_per_token_top_k": 45.0}
-            write_json(runs / f"data_{data.name()}-seed{seed}.json", made)
-    write_json(runs / "memory.json", {"live": {"weights": 2**23, "resident": 2**28}})
+            runs.results[f"data_{data.name()}-seed{seed}"] = made
+    return runs
 
 
-def verdicts(runs: Runs):
-    return {claim: (word, numbers) for triples in (claims(runs), ours(runs)) for claim, word, numbers in triples}
+def verdicts(runs):
+    found = Results(runs)
+    return {claim: (word, numbers) for triples in (claims(found), ours(found)) for claim, word, numbers in triples}
 
 
 def find(found, start):
@@ -83,8 +87,7 @@ def find(found, start):
 
 
 def test_verdicts_of_made_up_runs(tmp_path):
-    write_runs(tmp_path, RATES)
-    found = verdicts(load_runs(tmp_path / "offline_opd_runs"))
+    found = verdicts(make_runs(tmp_path, RATES))
     like = "With a consistent teacher, offline distillation performs like live distillation: "
     assert find(found, f"{like}early") == HELD and find(found, f"{like}late student.") == NOT_HELD
     assert find(found, f"{like}late student, a tenth") == HELD
@@ -115,8 +118,7 @@ def test_verdicts_of_runs_that_went_the_other_way(tmp_path):
         "live_second": 0.0,
         "offline_topk": 0.1,
     }
-    write_runs(tmp_path, rates, change)
-    found = verdicts(load_runs(tmp_path / "offline_opd_runs"))
+    found = verdicts(make_runs(tmp_path, rates, change))
     assert (
         find(found, "With a consistent teacher, offline distillation performs like live distillation: e") == NOT_HELD
     )
@@ -141,23 +143,20 @@ def test_verdict_of_a_gap(gap, is_not_worse, is_worse):
 
 
 def test_throughput_with_and_without_what_falls_once(tmp_path):
-    write_runs(tmp_path, RATES)
-    runs = load_runs(tmp_path / "offline_opd_runs")
-    assert runs.throughput("offline") == {seed: (1000 + seed) / 10.0 for seed in SEEDS}
-    assert runs.throughput("offline", one_time=True) == {seed: (1000 + seed) / 20.0 for seed in SEEDS}
-    assert runs.throughput("offline_topk", one_time=True)[0] == pytest.approx(1000 / 22.0)
-    assert runs.throughput("live", one_time=True)[0] == runs.throughput("live")[0] == 25.0
-    assert runs.throughput("offline", clock="")[0] == 50.0
-    assert runs.speedup("offline", "live").value == pytest.approx(4.0)
+    runs = make_runs(tmp_path, RATES)
+    found = Results(runs)
+    assert found.throughput("offline") == {seed: (1000 + seed) / 10.0 for seed in SEEDS}
+    assert found.throughput("offline", one_time=True) == {seed: (1000 + seed) / 20.0 for seed in SEEDS}
+    assert found.throughput("offline_topk", one_time=True)[0] == pytest.approx(1000 / 22.0)
+    assert found.throughput("live", one_time=True)[0] == found.throughput("live")[0] == 25.0
+    assert found.speedup("offline", "live").value == pytest.approx(4.0)
     # The second teacher scores what was collected for the first
-    (runs.data[Data(teacher="second").name()][0])["collect_cpu_seconds"] = 0.0
-    assert runs.one_time("offline_second", 0) == (7.0, 3.0)
+    runs.results[f"data_{Data(teacher='second').name()}-seed0"]["collect_cpu_seconds"] = 0.0
+    assert found.one_time("offline_second", 0) == (7.0, 3.0)
 
 
 def test_the_report_shows_the_runs(tmp_path):
-    write_runs(tmp_path, RATES)
-    text = write_report(tmp_path)
-    assert text == (tmp_path / "offline_opd.md").read_text(encoding="utf-8")
+    text = write_report(STUDY, make_runs(tmp_path, RATES), tmp_path)
     with open(tmp_path / "offline_opd.csv", newline="") as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
     assert list(rows) == list(ARMS)
@@ -170,7 +169,12 @@ def test_the_report_shows_the_runs(tmp_path):
 
 
 def test_a_report_of_unfinished_runs(tmp_path):
-    with pytest.raises(SystemExit, match="No finished runs"):
-        load_runs(tmp_path)
-    write_runs(tmp_path, {name: RATES[name] for name in ("live", "offline")})
-    assert "offline, sampled token" in write_report(tmp_path)
+    runs = make_runs(tmp_path, {name: RATES[name] for name in ("live", "offline")})
+    assert "offline, sampled token" in write_report(STUDY, runs, tmp_path)
+
+
+def test_rollouts_are_collected_once_and_scored_by_each_teacher():
+    first, second, arms = plan(["live", "offline", "offline_second", "offline_4"], {})
+    assert first == ["data_early_first_1x_1_1", "data_early_first_4x_1_1"]
+    assert second == ["data_early_second_1x_1_1"]
+    assert arms == ["live", "offline", "offline_second", "offline_4"]

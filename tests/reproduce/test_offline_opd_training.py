@@ -8,14 +8,13 @@ from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 
 from reproduce import offline_opd_policies as policies
-from reproduce.offline_opd_arms import ARMS, METRICS, make_trainer
-from reproduce.offline_opd_data import make_data
-from reproduce.offline_opd_models import restyle, restyled_dataset
+from reproduce.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
+from reproduce.offline_opd import ARMS, METRICS, make_trainer
+from reproduce.offline_opd_data import make_data, restyle, restyled_dataset
 from reproduce.offline_opd_policies import Rollouts, completion_logprobs, gradient_discrepancy, mean_kl, roll_out
 from testbed.evaluate import CHECKPOINTS, load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
 from tests.tiny import tiny_model, tiny_tokenizer
-from trl_blend.scripts.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 
 
 STUDENT, TEACHER = CHECKPOINTS / "sft_student", CHECKPOINTS / "teacher"
@@ -180,7 +179,12 @@ def test_the_second_style_is_the_same_addition():
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("work")
+    """Folder of the data of arms which need none of the models that take minutes to train."""
+    folder = tmp_path_factory.mktemp("work")
+    for name in ("second", "late_student"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").touch()
+    return folder
 
 
 @pytest.mark.parametrize("name", ["offline", "offline_ratio", "offline_topk", "offline_4"])

@@ -7,33 +7,35 @@ import numpy as np
 import pytest
 import torch
 
-from reproduce.jobs import Job, unfinished, write_json
-from reproduce.runs import Estimate
-from reproduce.trust_region_arms import (
-    METRICS,
-    SAMPLES,
-    make_arms,
-    make_trainer,
-    measure,
-    training_prompts,
-    until_eos,
-    warmup_steps,
-)
-from reproduce.trust_region_claims import (
+from reproduce.study import (
     HELD,
     NO_DIFFERENCE,
     NOT_HELD,
     REVERSE,
+    SAMPLES,
     UNTESTABLE,
+    Estimate,
+    Runs,
     all_of,
-    claims,
-    trend,
+    as_rates,
+    difference,
+    measure_student,
     verdict,
+    write_report,
 )
-from reproduce.trust_region_probes import Prober, Rollouts, completion_mask, padded, truncate
-from reproduce.trust_region_report import write_report
-from reproduce.trust_region_runs import Runs, as_rates, load_runs, paired_over_prompts
-from testbed.evaluate import load_checkpoint
+from reproduce.trust_region import (
+    METRICS,
+    STUDY,
+    Results,
+    claims,
+    make_arms,
+    make_trainer,
+    training_prompts,
+    until_eos,
+    warmup_steps,
+)
+from reproduce.trust_region_probes import Prober, Rollouts, completion_mask, padded, trend, truncate
+from testbed.evaluate import CHECKPOINTS, load_checkpoint
 from testbed.task import build_prompt_dataset
 from trl_blend.generation import TrustRegion, blended_generation
 
@@ -101,18 +103,24 @@ RISING = {"0.0": (-0.6, 0.1, 0.9), "0.01": (-0.4, 0.2, 0.8), "0.05": (-0.3, 0.3,
 PREFIXES = {"0.0": (0.4, 0.2), "0.01": (0.6, 0.2), "0.05": (0.7, 0.1)}
 
 
-def make_runs(arms, entropies=None, values=RISING, prefixes=PREFIXES):
-    entropies = entropies or {}
-    by_arm = {
-        arm: [make_run(arm, seed, rates, entropies.get(arm, (0.03, 0.03))) for seed in SEEDS]
-        for arm, rates in arms.items()
-    }
-    start = {"n_test": N, "student": point(0.1, 0.4), "teacher": point(0.9, 1.0)}
-    return Runs(start, by_arm, [make_probe(seed, values, prefixes) for seed in SEEDS])
+@pytest.fixture
+def make_runs(tmp_path):
+    def make(arms, entropies=None, values=RISING, prefixes=PREFIXES):
+        entropies = entropies or {}
+        runs = Runs(tmp_path / "trust_region_runs.json")
+        runs.results = {"start": {"n_test": N, "student": point(0.1, 0.4), "teacher": point(0.9, 1.0)}}
+        for seed in SEEDS:
+            for arm, rates in arms.items():
+                run = make_run(arm, seed, rates, entropies.get(arm, (0.03, 0.03)))
+                runs.results[f"{arm}-seed{seed}"] = run
+            runs.results[f"probe-seed{seed}"] = make_probe(seed, values, prefixes)
+        return runs
+
+    return make
 
 
 def verdicts(runs):
-    return {claim: word for claim, word, _ in claims(runs)}
+    return {claim: word for claim, word, _ in claims(Results(runs))}
 
 
 def of(found, part):
@@ -128,29 +136,38 @@ def test_rates_count_each_digit_once():
     assert as_rates("0120", "sampled").tolist() == [0, 0.5, 1, 0]
 
 
-def test_paired_over_prompts_is_the_mean_gap_and_its_standard_error():
-    gap = paired_over_prompts(np.array([1.0, 0.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.0]))
+def test_a_difference_is_paired_by_prompt():
+    gap = difference(np.array([[1.0, 0.0, 1.0, 1.0]]), np.array([[0.0, 0.0, 1.0, 0.0]]))
     assert gap.value == 0.5
     assert gap.error == pytest.approx(math.sqrt((4 * 0.25) / 3 / 4))
 
 
-def test_the_best_checkpoint_is_the_step_of_the_highest_mean_over_seeds():
-    runs = make_runs({"vanilla": (0.5, 0.3), "trust_0.01": (0.3, 0.6), "sft": (0.05, 0.05)})
-    assert [runs.best_step(name, "sampled") for name in runs.by_arm] == [4, 8, 0]
-    best, last = (runs.rate("vanilla", "sampled", checkpoint) for checkpoint in ("best", "last"))
+def test_the_variance_of_seeds_is_added_to_that_of_prompts():
+    first = np.array([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
+    gap = difference(first, np.zeros((1, 4)))
+    assert gap.value == 0.5
+    assert gap.error == pytest.approx(
+        math.sqrt(np.var([0.5, 0.0, 1.0, 0.5], ddof=1) / 4 + np.var([0.75, 0.25], ddof=1) / 2)
+    )
+
+
+def test_the_best_checkpoint_is_the_step_of_the_highest_mean_over_seeds(make_runs):
+    found = Results(make_runs({"vanilla": (0.5, 0.3), "trust_0.01": (0.3, 0.6), "sft": (0.05, 0.05)}))
+    assert [found.best_step(name, "sampled") for name in ("vanilla", "trust_0.01", "sft")] == [4, 8, 0]
+    best, last = (found.rate("vanilla", "sampled", checkpoint) for checkpoint in ("best", "last"))
     assert (best.value, last.value) == pytest.approx((0.505, 0.305))
     assert best.error == pytest.approx(0.005 / math.sqrt(3))
-    steps, rates = runs.curve("vanilla", "sampled")
+    steps, rates = found.curve("vanilla", "sampled")
     assert steps == [0, 4, 8] and rates[:, 0].tolist() == [0.1] * 3
 
 
-def test_metric_gaps_are_paired_by_seed_and_by_steps():
+def test_metric_gaps_are_paired_by_seed_and_by_steps(make_runs):
     runs = make_runs({"vanilla": (0.5, 0.5), "trust_0.01": (0.5, 0.5)}, {"trust_0.01": (0.02, 0.031)})
-    runs.by_arm["vanilla"].pop(0)
-    during = runs.metric_gap("trust_0.01", "vanilla", "blend/teacher_entropy", slice(0, 3))
+    del runs.results["vanilla-seed0"]
+    found = Results(runs)
+    during = found.entropy_gap("trust_0.01", slice(0, 3))
     assert during.value == pytest.approx(-0.01) and during.error == pytest.approx(0.0, abs=1e-12)
-    after = runs.metric_gap("trust_0.01", "vanilla", "blend/teacher_entropy", slice(3, None))
-    assert after.value == pytest.approx(0.001)
+    assert found.entropy_gap("trust_0.01", slice(3, None)).value == pytest.approx(0.001)
 
 
 # Verdicts
@@ -181,26 +198,26 @@ ARMS = ("vanilla", "fixed_0.01", "sft", "skd")
 
 
 @pytest.mark.parametrize(("others", "expected"), [(0.2, HELD), (0.5, NO_DIFFERENCE), (0.8, REVERSE)])
-def test_claims_about_accuracy_follow_the_runs(others, expected):
+def test_claims_about_accuracy_follow_the_runs(make_runs, others, expected):
     found = verdicts(make_runs({"trust_0.01": (0.5, 0.5)} | {name: (others, others) for name in ARMS}))
     claims_of = ("best score among", "end above vanilla", "above fixed ε", "persistent fixed ε", "SFT warmup", "SKD")
     for part in (*claims_of, "stays above"):
         assert of(found, part) == expected, part
 
 
-def test_the_best_budget_speaks_for_the_trust_region():
+def test_the_best_budget_speaks_for_the_trust_region(make_runs):
     found = verdicts(make_runs({"trust_0.001": (0.1, 0.1), "trust_0.05": (0.6, 0.6), "vanilla": (0.3, 0.3)}))
     assert of(found, "end above vanilla") == HELD
     fixed = make_runs({"trust_0.01": (0.1, 0.1), "trust_0.05": (0.6, 0.6), "fixed_0.01": (0.3, 0.3)})
     assert of(verdicts(fixed), "above fixed ε") == REVERSE  # annealed or not, at the same budget
 
 
-def test_one_rival_that_is_not_beaten_is_enough():
+def test_one_rival_that_is_not_beaten_is_enough(make_runs):
     arms = {"trust_0.01": (0.5, 0.5), "vanilla": (0.2, 0.2), "veto": (0.5, 0.5)}
     assert of(verdicts(make_runs(arms)), "best score among").startswith(NOT_HELD)
 
 
-def test_best_and_last_checkpoints_are_not_confused():
+def test_best_and_last_checkpoints_are_not_confused(make_runs):
     found = verdicts(make_runs({"trust_0.01": (0.5, 0.5), "fixed_0.01": (0.8, 0.2)}))
     assert of(found, "above fixed ε") == REVERSE
     assert of(found, "persistent fixed ε") == HELD
@@ -210,26 +227,26 @@ def test_best_and_last_checkpoints_are_not_confused():
     ("during", "after", "expected"),
     [(0.02, 0.03, (HELD, HELD)), (0.04, 0.02, (REVERSE, NOT_HELD)), (0.03, 0.0305, (NO_DIFFERENCE, HELD))],
 )
-def test_claims_about_entropy_follow_the_metrics(during, after, expected):
+def test_claims_about_entropy_follow_the_metrics(make_runs, during, after, expected):
     arms = {"vanilla": (0.3, 0.3), "trust_0.01": (0.3, 0.3)}
     found = verdicts(make_runs(arms, {"trust_0.01": (during, after)}))
     assert (of(found, "entropy on the visited"), of(found, "largely aligned")) == expected
 
 
-def test_early_risers_are_counted_at_the_first_point():
+def test_early_risers_are_counted_at_the_first_point(make_runs):
     arms = {"vanilla": (0.2, 0.9), "trust_0.01": (0.5, 0.5), "skd": (0.5, 0.5), "veto": (0.2, 0.2)}
     assert of(verdicts(make_runs(arms)), "rise faster") == HELD
     assert of(verdicts(make_runs(arms | {"skd": (0.2, 0.9)})), "rise faster") == NOT_HELD
 
 
-def test_claims_about_support_follow_the_probe():
+def test_claims_about_support_follow_the_probe(make_runs):
     parts = ("log-probability of the rollouts rises", "reward of the rollouts rises", "AUROC")
     assert [of(verdicts(make_runs({})), part) for part in parts] == [HELD] * 3
     turned = {**RISING, "0.0": (-0.1, 0.5, 0.4)}
     assert [of(verdicts(make_runs({}, values=turned)), part) for part in parts] == [REVERSE] * 3
 
 
-def test_claims_about_prefixes_follow_the_probe():
+def test_claims_about_prefixes_follow_the_probe(make_runs):
     found = verdicts(make_runs({}))
     assert of(found, "when the teacher continues") == HELD
     word = of(found, "when the student continues")
@@ -237,7 +254,7 @@ def test_claims_about_prefixes_follow_the_probe():
     assert "0 of 4 comparisons did, 2 the reverse" in word
 
 
-def test_claims_without_runs_are_left_out():
+def test_claims_without_runs_are_left_out(make_runs):
     assert set(verdicts(make_runs({"vanilla": (0.3, 0.3)})).values()) >= {UNTESTABLE}
     assert not any("SFT" in claim for claim in verdicts(make_runs({"vanilla": (0.3, 0.3), "trust_0.01": (0.3, 0.3)})))
 
@@ -245,36 +262,23 @@ def test_claims_without_runs_are_left_out():
 # Files
 
 
-def test_the_report_is_that_of_the_files(tmp_path):
-    runs = make_runs({"vanilla": (0.2, 0.3), "trust_0.01": (0.5, 0.4)})
-    folder = tmp_path / "trust_region_runs"
-    folder.mkdir()
-    write_json(folder / "start.json", runs.start)
-    for finished in runs.by_arm.values():
-        for run in finished:
-            write_json(folder / f"{run['arm']}-seed{run['seed']}.json", run)
-    for probe in runs.probes:
-        write_json(folder / f"probe-seed{probe['seed']}.json", probe)
-    assert load_runs(folder) == runs
+def test_the_report_is_that_of_the_files(make_runs, tmp_path):
+    made = make_runs({"vanilla": (0.2, 0.3), "trust_0.01": (0.5, 0.4)})
+    made.add("start", made.start)
+    runs = Runs(made.path)
+    assert runs.results == made.results
 
-    text = write_report(tmp_path)
+    text = write_report(STUDY, runs, tmp_path)
+    assert text == (tmp_path / "trust_region.md").read_text(encoding="utf-8")
     assert "| trust region 0.01, annealed | 0.505 ± 0.003 | 4 | 0.405 ± 0.003 |" in text
     assert "| teacher | 10 | 0.400 | +0.200 ± " in text and "at t = 10, 3 to 3 of 1200" in text
-    assert text.count("**Held.**") == sum(word == HELD for _, word, _ in claims(runs))
+    assert text.count("**Held.**") == sum(word == HELD for word in verdicts(runs).values())
     with open(tmp_path / "trust_region.csv", newline="") as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
     assert float(rows["vanilla"]["sampled_last"]) == pytest.approx(0.305, abs=1e-4)
     assert rows["trust_0.01"]["sampled_best_step"] == "4"
     for name in ("curves", "entropy", "support", "prefixes"):
         assert (tmp_path / f"trust_region_{name}.png").stat().st_size > 10_000
-
-
-def test_a_finished_job_is_kept_and_one_of_other_settings_refused(tmp_path):
-    done, missing = Job(tmp_path / "a-seed0.json", ("a",)), Job(tmp_path / "b-seed0.json", ("b",))
-    write_json(done.path, {"steps": 40})
-    assert unfinished([done, missing], {"steps": 40, "n_probe": 5}) == [missing]
-    with pytest.raises(SystemExit, match="steps=40, not 20"):
-        unfinished([done, missing], {"steps": 20})
 
 
 # Arms
@@ -287,23 +291,17 @@ def test_every_arm_sees_the_same_prompts_in_the_same_order(tmp_path):
     assert arms["sft"].sft_steps == warmup_steps(3) and sum(arm.sft_steps > 0 for arm in arms.values()) == 1
     expected = [row for row in range(48) for _ in range(4)]
     for name in ("trust_0.05", "veto"):
-        trainer = make_trainer(arms[name], load_path("student"), prompts, 1, 3, str(tmp_path))
+        trainer = make_trainer(arms[name], CHECKPOINTS / "student", prompts, 1, 3, str(tmp_path))
         assert list(trainer._get_train_sampler()) == expected
-
-
-def load_path(name):
-    from testbed.evaluate import CHECKPOINTS
-
-    return CHECKPOINTS / name
 
 
 def test_measuring_leaves_the_random_state_and_repeats_itself():
     model, tokenizer = load_checkpoint("student")
     test = build_prompt_dataset("test", 24)
     state = torch.get_rng_state()
-    first = measure(model, tokenizer, test, 7)
+    first = measure_student(model, tokenizer, test, 7)
     assert torch.equal(torch.get_rng_state(), state)
-    assert measure(model, tokenizer, test, 7) == first
+    assert measure_student(model, tokenizer, test, 7) == first
     assert set(first["greedy"]) == {"0", "1"} and set(first["sampled"]) <= set("012") and len(first["sampled"]) == 24
 
 
