@@ -10,6 +10,7 @@ from tests.ops.heads import leaves, random_head, to_double
 from tests.ops.test_mixed_head_memory import Recorder
 from trl_blend.errors import ConfigError
 from trl_blend.ops import LMHead
+from trl_blend.ops.head import tiles
 from trl_blend.ops.head.top_k import top_k_divergence
 
 
@@ -163,7 +164,8 @@ def test_bfloat16_is_near_float32():
 
 def test_no_tensor_has_the_size_of_the_logits(monkeypatch):
     rows, vocab, chunk = 96, 640, 8
-    monkeypatch.setitem(top_k_divergence.__globals__, "_ELEMENTS_PER_CHUNK", chunk * vocab)
+    monkeypatch.setattr(tiles, "TOKEN_TILE", chunk)
+    monkeypatch.setattr(tiles, "VOCAB_TILE", vocab)
     head = random_head(rows, H, vocab, requires_grad=True)
     _, targets, ids, logps, tail = stored(vocab, rows)
     forward, backward = Recorder(), Recorder()

@@ -2,7 +2,6 @@
 What happens at one decoding step, for any Hugging Face causal language model.
 
 * `rules`: [`BlendRule`] objects, (student logits, partner logits) -> behaviour logits and statistics.
-* `trust_region_rules`: the rules of on-policy distillation, with one teacher.
 * `partner`: drives a partner model with its own cache.
 * `recording`: what a rollout leaves behind.
 * `processor`: the logits processor that ties the three together.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trl_blend.errors import ConfigError
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
-from trl_blend.ops.policies import _kl_and_normalizer
+from trl_blend.ops.policies import kl_and_normalizer, path_logits, speculative_mixture
 from trl_blend.ops.trust_region import solve_with_statistics, validate_trust_region
 
 
@@ -62,6 +62,24 @@ class BlendRule(Protocol):
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep: ...
 
 
+def step_with_kl(behavior_logits: Tensor, student_logits: Tensor) -> BlendStep:
+    """
+    A step that reports `kl_behavior_student`, the exact `KL(μ‖p_S)` over the whole vocabulary. Use it in a rule that
+    knows its behaviour logits and nothing else.
+
+    Args:
+        behavior_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of the behaviour policy `μ`.
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of the student.
+
+    Returns:
+        [`BlendStep`]: The behaviour logits, with the statistic (nats) and the normaliser.
+    """
+    divergence, normalizer = kl_and_normalizer(behavior_logits, student_logits)
+    return BlendStep(behavior_logits, {"kl_behavior_student": divergence}, normalizer)
+
+
 @dataclass(frozen=True)
 class _WeightedMixing:
     """Partner weights, held as given and checked once. See [`LogitMixing`]."""
@@ -69,22 +87,24 @@ class _WeightedMixing:
     weight: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        checked = validate_weights(_as_tuple(self.weight), name="weight")
+        checked = validate_weights(self.weights, name="weight")
         object.__setattr__(self, "weight", checked if isinstance(self.weight, Sequence) else checked[0])
 
     @property
     def weights(self) -> tuple[float, ...]:
         """One weight per partner."""
-        return _as_tuple(self.weight)
+        return tuple(self.weight) if isinstance(self.weight, Sequence) else (self.weight,)
 
 
 @dataclass(frozen=True)
 class LogitMixing(_WeightedMixing):
     r"""
-    Samples from the log-linear mixture `softmax((1 - Σ w_i)·z_S + Σ w_i·z_i)`, a product of experts.
+    Samples from the log-linear mixture of the models, a product of experts. Use it where all of them should agree on a
+    token, with a partner weight of typically 0.1 to 0.5.
 
-    Statistic `kl_behavior_student` (nats, shape `(...)`): the exact `KL(μ‖p_S)` of the behaviour policy `μ` against
-    the student, over the whole vocabulary; infinite where `μ` gives mass to a token the student excludes.
+    The policy is `softmax((1 - Σ w_i)·z_S + Σ w_i·z_i)`. Statistic `kl_behavior_student` (nats, shape `(...)`): the
+    exact `KL(μ‖p_S)` of the behaviour policy `μ` against the student, over the whole vocabulary; infinite where `μ`
+    gives mass to a token the student excludes.
 
     Args:
         weight (`float` or `tuple[float, ...]`):
@@ -103,40 +123,22 @@ class LogitMixing(_WeightedMixing):
 @dataclass(frozen=True)
 class ProbabilityMixing(_WeightedMixing):
     r"""
-    Samples from the probability mixture `(1 - Σ w_i)·p_S + Σ w_i·p_i`; its logits are normalised log-probabilities.
+    Samples from the probability mixture of the models. Use it where a token that one of them likes should stay
+    possible, with weights as in [`LogitMixing`].
 
-    Argument, statistic and errors are those of [`LogitMixing`].
+    The policy is `(1 - Σ w_i)·p_S + Σ w_i·p_i`; its logits are normalised log-probabilities. Argument, statistic and
+    errors are those of [`LogitMixing`].
     """
 
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
         return step_with_kl(mix_probs(student_logits, partner_logits, self.weights), student_logits)
 
 
-def step_with_kl(behavior_logits: Tensor, student_logits: Tensor) -> BlendStep:
-    """
-    A step that reports `kl_behavior_student`, the exact `KL(μ‖p_S)` over the whole vocabulary.
-
-    Args:
-        behavior_logits (`torch.Tensor` of shape `(..., V)`):
-            Logits of the behaviour policy `μ`.
-        student_logits (`torch.Tensor` of shape `(..., V)`):
-            Logits of the student.
-
-    Returns:
-        [`BlendStep`]: The behaviour logits, with the statistic (nats) and the normaliser.
-    """
-    divergence, normalizer = _kl_and_normalizer(behavior_logits, student_logits)
-    return BlendStep(behavior_logits, {"kl_behavior_student": divergence}, normalizer)
-
-
-def _as_tuple(weight: float | Sequence[float]) -> tuple[float, ...]:
-    return tuple(weight) if isinstance(weight, Sequence) else (weight,)
-
-
 @dataclass(frozen=True)
 class TrustRegion:
     r"""
-    Samples from the policy closest to the teacher whose KL to the student is within a budget:
+    Samples from the policy closest to the teacher whose KL to the student is within a budget. Use it to let a teacher
+    lead the rollouts without leaving what the student knows; the paper uses budgets of 0.001 to 0.05 nats.
 
     $$
     \mu^* = \arg\min_\mu \mathrm{KL}(\mu \| p_T) \ \text{s.t.}\ \mathrm{KL}(\mu \| p_S) \le \varepsilon, \qquad
@@ -156,7 +158,7 @@ class TrustRegion:
 
     Args:
         kl_budget (`float`):
-            Budget `ε` in nats: 0 gives the student, `inf` the teacher. The paper uses 0.001 to 0.05.
+            Budget `ε` in nats: 0 gives the student, `inf` the teacher.
         rtol (`float`, *optional*, defaults to `1e-3`):
             Relative tolerance of the realised KL, from 1e-6 to 0.1.
 
@@ -174,43 +176,35 @@ class TrustRegion:
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
         student, teacher = _two_policies(self, student_logits, partner_logits)
         solution, kl_teacher, normalizer = solve_with_statistics(student, teacher, self.kl_budget, rtol=self.rtol)
-        weight = solution.weight.unsqueeze(-1)
-        # 0·(-inf) is NaN: at the ends of the path the model of weight 0 is left out
-        logits = torch.addcmul(student * (1.0 - weight), teacher, weight)
-        logits = torch.where(weight == 0.0, student, torch.where(weight == 1.0, teacher, logits))
         statistics = {
             "teacher_weight": solution.weight,
             "teacher_feasible": solution.feasible.to(solution.weight.dtype),
             "kl_behavior_student": solution.kl,
             "kl_behavior_teacher": kl_teacher,
         }
-        return BlendStep(logits, statistics, normalizer)
+        return BlendStep(path_logits(student, teacher, solution.weight), statistics, normalizer)
 
 
 @dataclass(frozen=True)
 class SpeculativeKD:
     r"""
-    Speculative knowledge distillation with `γ = 1` (arXiv 2410.11325; App. A.2 of arXiv 2605.31159): the student draws
-    a token, and one outside the teacher's top `k` is replaced by a draw from the teacher. As one distribution:
+    The student draws a token, and one outside the teacher's top `k` is replaced by a draw from the teacher:
+    speculative knowledge distillation with `γ = 1`. Use it as the baseline that corrects rollouts token by token.
 
-    $$
-    \mu(v) = p_S(v)\,1[v \in \mathrm{top}_k(p_T)] + m\,q(v), \qquad m = \sum_{v \notin \mathrm{top}_k(p_T)} p_S(v),
-    \qquad q = \mathrm{softmax}(z_T / \tau_T)
-    $$
+    A single draw from the mixture of [`~trl_blend.ops.policies.speculative_mixture`] is exactly this two-stage
+    procedure (arXiv 2410.11325; App. A.2 of arXiv 2605.31159). The replacement covers the whole vocabulary. The logits
+    are already divided by the sampling temperature when a rule sees them, and `teacher_temperature` acts on that
+    policy: the teacher's raw logits are divided by the product of the two.
 
-    A single draw from `μ` is therefore exactly the two-stage procedure. `q` covers the whole vocabulary. The logits
-    are already divided by the sampling temperature when a rule sees them, and `τ_T` acts on that policy: the teacher's
-    raw logits are divided by the product of the two. A token that the teacher excludes (`-inf`) is in no top `k`.
-
-    Statistics, each of shape `(...)`: `replaced_share`, the probability `m` of a replacement, without gradient, and
-    `kl_behavior_student` (nats), the exact `KL(μ‖p_S)`; it has no bound, and is infinite where `q` gives mass to a
-    token that the student excludes.
+    Statistics, each of shape `(...)`: `replaced_share`, the probability of a replacement, without gradient, and
+    `kl_behavior_student` (nats), the exact `KL(μ‖p_S)`; it has no bound, and is infinite where the replacement gives
+    mass to a token that the student excludes.
 
     Args:
         top_k (`int`):
             Number of the teacher's tokens that a student's draw must be among. The paper sweeps 15, 25 and 50.
         teacher_temperature (`float`):
-            Temperature `τ_T` of the replacement. The paper sweeps 0.2, 0.6 and 1.0.
+            Temperature of the replacement. The paper sweeps 0.2, 0.6 and 1.0.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If `top_k` is below 1 or the temperature is not positive and finite; when
@@ -228,23 +222,9 @@ class SpeculativeKD:
 
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
         student, teacher = _two_policies(self, student_logits, partner_logits)
-        if self.top_k > student.shape[-1]:
-            raise ConfigError(
-                f"`top_k` is {self.top_k} for a vocabulary of {student.shape[-1]} tokens. Set it to at most that."
-            )
-        student_logprobs = student.log_softmax(dim=-1)
-        top = teacher.topk(self.top_k, dim=-1)
-        excluded = top.values == -math.inf
-        kept = student_logprobs.gather(-1, top.indices)
-        # The mass off the top k is summed there: as 1 minus the rest it would lose its digits
-        outside = student_logprobs.exp().scatter(-1, top.indices, kept.exp().masked_fill(~excluded, 0.0))
-        replaced = outside.sum(dim=-1, keepdim=True)
-        kept = kept.masked_fill(excluded, -math.inf)
-        logprobs = (teacher / self.teacher_temperature).log_softmax(dim=-1) + replaced.log()
-        logprobs = logprobs.scatter(-1, top.indices, torch.logaddexp(logprobs.gather(-1, top.indices), kept))
+        logprobs, replaced = speculative_mixture(student, teacher, self.top_k, self.teacher_temperature)
         step = step_with_kl(logprobs, student)
-        statistics = {"replaced_share": replaced.detach().squeeze(-1), **step.statistics}
-        return BlendStep(step.logits, statistics, step.log_normalizer)
+        return step._replace(statistics={"replaced_share": replaced, **step.statistics})
 
 
 def _two_policies(rule: object, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

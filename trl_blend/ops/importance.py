@@ -49,7 +49,8 @@ def importance_statistics(
     clip_max: float | None = None,
 ) -> ImportanceSums:
     """
-    Sums of the importance ratios `r = exp(log_ratio)` of one batch.
+    Sums up the importance ratios `r = exp(log_ratio)` of one batch. Use it with [`summarize_importance`] to log how
+    far the trained policy is from the one that has sampled.
 
     At `level="sequence"` a sequence has one ratio, the exponential of its mean log ratio over valid tokens (length
     normalised, as in GSPO and in TRL's `GRPOTrainer`). Log ratios are limited to ±300 so that the squares stay finite.
@@ -89,7 +90,7 @@ def importance_statistics(
 
 def summarize_importance(sums: ImportanceSums) -> dict[str, float]:
     """
-    Turn (reduced) sums into numbers to log. All are 0 where there is no ratio.
+    Turns (reduced) sums into numbers to log. Use it once per logged step, after adding up ranks and micro-batches.
 
     Args:
         sums ([`ImportanceSums`]):
@@ -97,7 +98,7 @@ def summarize_importance(sums: ImportanceSums) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: `ratio_mean`; `ratio_max`; `effective_sample_size`, Kish's `(Σr)² / Σr²` divided by the
-        count, in `(0, 1]` and 1 when all ratios are equal; `clipped_share`, in `[0, 1]`.
+        count, in `(0, 1]` and 1 when all ratios are equal; `clipped_share`, in `[0, 1]`. All are 0 without a ratio.
     """
     count, ratio_sum, ratio_sq_sum, ratio_max, clipped_count = (float(value) for value in sums)
     if count == 0.0:

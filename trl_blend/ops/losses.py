@@ -33,29 +33,32 @@ def sampled_token_loss(
     ratio_cap: float | None = None,
 ) -> SampledTokenLoss:
     r"""
-    Policy-gradient form of distillation on sampled tokens, the loss of
-    [Lightning OPD](https://huggingface.co/papers/2604.13010):
+    Raises the student's probability of a sampled token where the teacher finds it likelier, and lowers it elsewhere.
+    Use it for distillation from stored log-probabilities, one per token; pass `rollout_logps` where the teacher is
+    more than about one nat away from the policy that drew the tokens.
+
+    The loss of [Lightning OPD](https://huggingface.co/papers/2604.13010), with the **current** student in the
+    advantage:
 
     $$
     \ell_t = -A_t \log p_\theta(y_t), \qquad
     A_t = \mathrm{sg}\left[\log p_T(y_t) - \log p_\theta(y_t)\right]
     $$
 
-    with the **current** student in the advantage. Where `y_t` is drawn from the student itself, the gradient of
-    `ℓ_t` is an unbiased estimate of that of `KL(p_θ‖p_T)` at the prefix. On stored rollouts `p_θ = p_T` at the visited
-    prefixes is still a fixed point, whichever policy drew them; rollouts cut to a set of tokens (top-p, top-k) fix
-    `p_θ` on that set, and of the tokens outside it only their mass together.
-
-    On stored rollouts this is the gradient of \\( \frac{1}{2} E_\mu[(\log p_T - \log p_\theta)^2] \\), no longer that
-    of the divergence. Its Hessian at \\( p_\theta = \mu \\), with respect to the logits, is
-    \\( (1 - KL(\mu \| p_T)) \\) times the Fisher information: where the teacher is more than one nat away from the
-    rollout policy, the loss is concave there, and steps in any direction, of noise too, are amplified ([ours]).
-    With `rollout_logps`, the log-probabilities under the policy that drew the tokens, every token is multiplied by
-    \\( \mathrm{sg}[p_\theta(y_t) / \mu(y_t)] \\), and the expected gradient is that of `KL(p_θ‖p_T)` at every stored
-    prefix again, as far as `μ` reaches all tokens ([ours]; off by default, as in the reference).
+    With `rollout_logps` every token is multiplied by \\( \mathrm{sg}[p_\theta(y_t) / \mu(y_t)] \\), for the policy `μ`
+    that drew the tokens, and the expected gradient is that of `KL(p_θ‖p_T)` at every stored prefix, as far as `μ`
+    reaches all tokens ([ours]; off by default, as in the reference). Without it that is so only where the student
+    itself draws `y_t`. On stored rollouts `p_θ = p_T` at the visited prefixes is still a fixed point, whichever policy
+    drew them; rollouts cut to a set of tokens (top-p, top-k) fix `p_θ` on that set, and of the tokens outside it only
+    their mass together.
 
     Left out on purpose, as in the reference: whitening, and KL or entropy terms. The PPO clip of the reference code
     has no effect there (one update per batch) and has none here.
+
+    Why one nat: on stored rollouts, without the ratio, this is the gradient of
+    \\( \frac{1}{2} E_\mu[(\log p_T - \log p_\theta)^2] \\). Its Hessian at \\( p_\theta = \mu \\), with respect to the
+    logits, is \\( (1 - KL(\mu \| p_T)) \\) times the Fisher information: where the teacher is further away, the loss
+    is concave there, and steps in any direction, of noise too, are amplified ([ours]).
 
     Args:
         student_logps (`torch.Tensor` of any shape):
@@ -81,7 +84,8 @@ def sampled_token_loss(
 
 def sampled_kl(logps: Tensor, other_logps: Tensor, rollout_logps: Tensor) -> Tensor:
     r"""
-    Estimate of `KL(p‖q)` at every visited prefix, from one token that a third policy `μ` drew there:
+    Estimates `KL(p‖q)` at every visited prefix, from one token that a third policy `μ` drew there. Use it to log how
+    far two models are apart on stored rollouts.
 
     $$
     \frac{p(y)}{\mu(y)} \left( \log \frac{p(y)}{q(y)} - 1 + \frac{q(y)}{p(y)} \right), \qquad y \sim \mu
@@ -110,7 +114,8 @@ def sampled_kl(logps: Tensor, other_logps: Tensor, rollout_logps: Tensor) -> Ten
 
 def sequence_weights(lengths: list[int], aggregation: str) -> Tensor:
     r"""
-    Weight of each token of some sequences laid end to end, so that a loss is `Σ_t w_t ℓ_t / Σ_t w_t` over a batch.
+    Weighs each token of some sequences laid end to end, so that a loss is `Σ_t w_t ℓ_t / Σ_t w_t` over a batch. Use
+    `"token"` where long sequences should count more than short ones.
 
     `"sequence"` is the reference's: the mean over tokens of each sequence, then the mean over sequences,
     \\( w_t = 1 / n_{seq(t)} \\). `"token"` is the mean over all tokens, \\( w_t = 1 \\), that of

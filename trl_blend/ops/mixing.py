@@ -20,7 +20,7 @@ _SUM_TOLERANCE = 1e-9
 
 def validate_weights(weights: Sequence[float], name: str = "weights") -> tuple[float, ...]:
     """
-    Check partner weights: each in `[0, 1]`, together at most 1.
+    Checks partner weights: each in `[0, 1]`, together at most 1. Use it where a setting is read, before models are.
 
     Args:
         weights (`Sequence[float]`):
@@ -48,23 +48,15 @@ def validate_weights(weights: Sequence[float], name: str = "weights") -> tuple[f
 
 
 def student_weight(weights: Sequence[float]) -> float:
-    """
-    Weight left for the student, `1 - sum(weights)`; exactly 0 when the sum is within `1e-9` of 1.
-
-    Args:
-        weights (`Sequence[float]`):
-            Partner weights, checked with [`validate_weights`].
-
-    Returns:
-        `float`: The student's weight, in `[0, 1]`.
-    """
+    """Weight left for the student, `1 - sum(weights)`; exactly 0 when the sum is within `1e-9` of 1."""
     rest = 1.0 - math.fsum(weights)
     return 0.0 if rest <= _SUM_TOLERANCE else rest
 
 
 def mix_logits(student_logits: Tensor, partner_logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     r"""
-    Log-linear mixture, the renormalised geometric mean of the distributions (a product of experts):
+    Averages the logits of a student and its partners: the renormalised geometric mean of their distributions, a
+    product of experts. Use it where all models should agree on a token, with partner weights of typically 0.1 to 0.5.
 
     $$
     z_{mix} = \Bigl(1 - \sum_i w_i\Bigr) z_S + \sum_i w_i z_i, \qquad
@@ -99,7 +91,8 @@ def mix_logits(student_logits: Tensor, partner_logits: Sequence[Tensor], weights
 
 def mix_probs(student_logits: Tensor, partner_logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     r"""
-    Probability mixture, as normalised log-probabilities:
+    Averages the probabilities of a student and its partners, as normalised log-probabilities. Use it where a token
+    that one of the models likes should stay possible, with partner weights of typically 0.1 to 0.5.
 
     $$
     \log p_{mix} = \log\Bigl[\Bigl(1 - \sum_i w_i\Bigr) p_S + \sum_i w_i p_i\Bigr]

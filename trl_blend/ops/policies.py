@@ -5,10 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from trl_blend.errors import ConfigError
+
 
 def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
     """
-    `logsumexp(logits)` over the last dimension, from the softmax.
+    `logsumexp(logits)` over the last dimension, from the softmax. Use it where log-probabilities of a few tokens are
+    needed beside probabilities of all.
 
     `log Z = max(z) - log max(p)`: a softmax and two maxima, which is faster than `torch.logsumexp` and as accurate,
     because the largest probability is at least `1 / V`.
@@ -27,13 +30,72 @@ def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def _kl_and_normalizer(behavior_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`KL(softmax(behavior_logits) ‖ softmax(student_logits))` in nats and `logsumexp(behavior_logits)`."""
-    probs = behavior_logits.softmax(dim=-1)
-    normalizer = log_normalizer(behavior_logits, probs)
-    # Where the behaviour excludes a token the difference is -inf or NaN, and the term is 0 by the limit of p·log p
-    difference = (behavior_logits - student_logits).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
-    divergence = difference.mul_(probs).sum(dim=-1) - normalizer + log_normalizer(student_logits)
-    # 0·inf: a mass too small for a float on a token the student excludes
+def kl_and_normalizer(logits: Tensor, other_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    `KL(softmax(logits) ‖ softmax(other_logits))` and `logsumexp(logits)`, both in nats and of shape `(...)` for logits
+    of shape `(..., V)`, without gradient. Infinite where the first gives mass to a token that the second excludes.
+    """
+    probs = logits.softmax(dim=-1)
+    normalizer = log_normalizer(logits, probs)
+    # Where the first excludes a token the difference is -inf or NaN, and the term is 0 by the limit of p·log p
+    difference = (logits - other_logits).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
+    divergence = difference.mul_(probs).sum(dim=-1) - normalizer + log_normalizer(other_logits)
+    # 0·inf: a mass too small for a float on a token that the second excludes
     excluded = divergence.isnan() & normalizer.isfinite()
     return divergence.masked_fill_(excluded, math.inf).clamp_(min=0.0), normalizer
+
+
+def path_logits(student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
+    """
+    `(1 - w) z_S + w z_T` with one weight per row, of shape `(...)` for logits of shape `(..., V)`: rows of weight 0 are
+    exactly the student's, rows of weight 1 exactly the teacher's.
+    """
+    weight = weight.unsqueeze(-1)
+    # 0·(-inf) is NaN: at the ends of the path the model of weight 0 is left out
+    logits = torch.addcmul(student_logits * (1.0 - weight), teacher_logits, weight)
+    return torch.where(weight == 0.0, student_logits, torch.where(weight == 1.0, teacher_logits, logits))
+
+
+def speculative_mixture(
+    student_logits: Tensor, teacher_logits: Tensor, top_k: int, teacher_temperature: float
+) -> tuple[Tensor, Tensor]:
+    r"""
+    The policy of a student whose draws are replaced by the teacher's where the teacher finds them unlikely. Use it as
+    the behaviour policy of speculative knowledge distillation; the paper sweeps a `top_k` of 15, 25 and 50.
+
+    $$
+    \mu(v) = p_S(v)\,1[v \in \mathrm{top}_k(p_T)] + m\,q(v), \qquad m = \sum_{v \notin \mathrm{top}_k(p_T)} p_S(v),
+    \qquad q = \mathrm{softmax}(z_T / \tau_T)
+    $$
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of the student, at least float32.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of the teacher in the same type. A token that it excludes (`-inf`) is in no top `k`.
+        top_k (`int`):
+            Number `k` of the teacher's tokens, from 1 to `V`.
+        teacher_temperature (`float`):
+            Temperature `τ_T` of the replacement, positive.
+
+    Returns:
+        `log μ` of shape `(..., V)` and `m` of shape `(...)`; only the first has a gradient.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If `top_k` exceeds the vocabulary.
+    """
+    if top_k > student_logits.shape[-1]:
+        raise ConfigError(
+            f"`top_k` is {top_k} for a vocabulary of {student_logits.shape[-1]} tokens. Set it to at most that."
+        )
+    student_logprobs = student_logits.log_softmax(dim=-1)
+    top = teacher_logits.topk(top_k, dim=-1)
+    excluded = top.values == -math.inf
+    kept = student_logprobs.gather(-1, top.indices)
+    # The mass off the top k is summed there: as 1 minus the rest it would lose its digits
+    outside = student_logprobs.exp().scatter(-1, top.indices, kept.exp().masked_fill(~excluded, 0.0))
+    replaced = outside.sum(dim=-1, keepdim=True)
+    kept = kept.masked_fill(excluded, -math.inf)
+    logprobs = (teacher_logits / teacher_temperature).log_softmax(dim=-1) + replaced.log()
+    logprobs = logprobs.scatter(-1, top.indices, torch.logaddexp(logprobs.gather(-1, top.indices), kept))
+    return logprobs, replaced.detach().squeeze(-1)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """
-    Sum of `values` where `mask` is nonzero; 0 where nothing is valid.
+    Sum of `values` where `mask` is nonzero; 0 where nothing is valid. Use it on padded batches.
 
     Masked places are replaced rather than multiplied by 0, so NaN or infinity there changes neither the value nor the
     gradient (which is exactly 0 in those places).
@@ -28,7 +28,7 @@ def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """
-    Mean of `values` over the places where `mask` is nonzero; 0 where nothing is valid.
+    Mean of `values` where `mask` is nonzero; 0 where nothing is valid. Use it on padded batches.
 
     The mask selects, it does not weight: any nonzero entry counts once.
 

@@ -44,21 +44,11 @@ class TrustRegionSolution(NamedTuple):
 
 
 class TrustRegionStatistics(NamedTuple):
-    """
-    Output of [`solve_with_statistics`]: a solution, and what else its passes have measured. Each of shape `(...)`.
-
-    Args:
-        solution ([`TrustRegionSolution`]):
-            Weight, KL to the student, feasibility and passes.
-        kl_teacher (`torch.Tensor`):
-            `KL(μ‖p_T)` in nats; infinite where the student is kept and allows a token that the teacher excludes.
-        log_normalizer (`torch.Tensor`):
-            `logsumexp((1 - w) z_S + w z_T)`.
-    """
+    """Output of [`solve_with_statistics`]: a solution, and what else its passes have measured, of shape `(...)`."""
 
     solution: TrustRegionSolution
-    kl_teacher: Tensor
-    log_normalizer: Tensor
+    kl_teacher: Tensor  # `KL(μ‖p_T)`; infinite where the student is kept and allows a token the teacher excludes
+    log_normalizer: Tensor  # `logsumexp((1 - w) z_S + w z_T)`
 
 
 def solve_trust_region(
@@ -70,7 +60,8 @@ def solve_trust_region(
     max_iterations: int = 60,
 ) -> TrustRegionSolution:
     r"""
-    Largest teacher weight whose behaviour policy stays within a KL budget of the student, per row:
+    Finds how far towards the teacher a behaviour policy may go without leaving a KL budget of the student, per row.
+    Use it to blend rollouts at a fixed distance from the student; the paper uses budgets of 0.001 to 0.05 nats.
 
     $$
     \mu^* = \arg\min_\mu \mathrm{KL}(\mu \| p_T) \ \text{s.t.}\ \mathrm{KL}(\mu \| p_S) \le \varepsilon
@@ -78,11 +69,8 @@ def solve_trust_region(
     \beta^* = \max \{\beta \in [0, 1] : \mathrm{KL}(\mu_\beta \| p_S) \le \varepsilon\}
     $$
 
-    (Eq. 1-2 of arXiv 2605.31159.) With `r = log p_T - log p_S` and `A(β) = log Σ p_S e^{βr}` the divergence is
-    `βA'(β) - A(β)` and its derivative `β·Var_{μ_β}[r]` (Eq. 12-14). The root is found by Newton's method on `√KL`,
-    which is nearly linear in `β`, inside a bracket, with bisection whenever a step leaves it. It starts from
-    `√(2ε / Var_{p_S}[r])`, corrected for the skewness of `r`. The behaviour logits are `(1 - w) z_S + w z_T`; at
-    weight 0 the student's and at weight 1 the teacher's own, also where a model excludes tokens (`-inf`).
+    (Eq. 1-2 of arXiv 2605.31159.) The behaviour logits are `(1 - w) z_S + w z_T`; at weight 0 the student's and at
+    weight 1 the teacher's own, also where a model excludes tokens (`-inf`).
 
     What holds, for any finite or `-inf` logits:
 
@@ -97,8 +85,11 @@ def solve_trust_region(
     that `-log` of the rest reaches the budget, the weight is 0. If it allows a token that the student excludes, its KL
     is infinite, and where all of the path up to it is feasible the weight is the largest number below 1.
 
-    Rows are solved in float32; those it is too coarse for (log-ratios above 48, or a budget below `1e-12 / rtol²`) in
-    float64. On an accelerator nothing waits for the device but one check before the iterations and one per iteration.
+    With `r = log p_T - log p_S` and `A(β) = log Σ p_S e^{βr}` the divergence is `βA'(β) - A(β)` and its derivative
+    `β·Var_{μ_β}[r]` (Eq. 12-14). The root is found by Newton's method on `√KL`, which is nearly linear in `β`, inside
+    a bracket, with bisection whenever a step leaves it. It starts from `√(2ε / Var_{p_S}[r])`, corrected for the
+    skewness of `r`. Rows are solved in float32; those it is too coarse for (log-ratios above 48, or a budget below
+    `1e-12 / rtol²`) in float64. On an accelerator nothing waits for the device but one check before the iterations and one per iteration.
     Not done here: temperature (divide both logits by it first) and vocabulary alignment.
 
     Args:
@@ -164,18 +155,7 @@ def solve_with_statistics(
 
 
 def validate_trust_region(kl_budget: float | Tensor, rtol: float) -> None:
-    """
-    Check a budget and a tolerance. A tensor of budgets is not looked at, which would synchronise its device.
-
-    Args:
-        kl_budget (`float` or `torch.Tensor`):
-            Budget in nats.
-        rtol (`float`):
-            Relative tolerance.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: If the budget is negative or NaN, or `rtol` is outside `[1e-6, 0.1]`.
-    """
+    """Refuse a budget or a tolerance out of range. A tensor of budgets is not read: its device would be waited for."""
     if not isinstance(kl_budget, Tensor) and not kl_budget >= 0.0:  # also catches NaN
         raise ConfigError(f"`kl_budget` is {kl_budget}. Set it to a number of nats, 0 or more.")
     if not 1e-6 <= rtol <= 0.1:
@@ -197,9 +177,8 @@ def _solve_rows(
         is_coarse = active & (exceeds_float32(path, rtol) | (budget < 1e-12 / rtol**2))
         coarse = is_coarse.nonzero().squeeze(-1)
         active &= ~is_coarse
-    weight, point, passes = _search(path, budget, room, active, rtol, max_iterations, weight_dtype)
-    results = _results(path, budget, weight, point, passes, weight_dtype)
-    weight, kl, feasible, *rest = results
+    found = _search(path, budget, room, active, rtol, max_iterations, weight_dtype)
+    weight, kl, feasible, *rest = _results(path, budget, *found, weight_dtype)
     broken = ~is_distribution
     results = [weight.masked_fill(broken, math.nan), kl.masked_fill(broken, math.nan), feasible & ~broken, *rest]
     if coarse is not None and len(coarse):

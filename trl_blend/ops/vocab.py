@@ -13,7 +13,8 @@ from trl_blend.errors import ConfigError
 
 def align_vocab(logits: Tensor, vocab_size: int) -> Tensor:
     """
-    Truncate the last dimension to `vocab_size` entries, or pad it with `-inf` (probability 0).
+    Truncates the last dimension to `vocab_size` entries, or pads it with `-inf` (probability 0). Use it before logits
+    of two models of one tokenizer meet.
 
     Checkpoints of one family pad their output layer to different sizes (Qwen2.5: 151,936 rows at 0.5B, 152,064 at 7B)
     while the tokenizer is the same: the surplus rows are never produced. After truncation the softmax runs over the
@@ -74,7 +75,8 @@ def eos_map(
     student_eos_ids: Sequence[int], teacher_eos_ids: Sequence[int], target: int | None = None
 ) -> EosMap | None:
     """
-    The [`EosMap`] of two models, or `None` where both end their sequences with the same set of tokens.
+    Finds which tokens are one stop event for two models. Use it where chat and base models meet, which end their
+    sequences with different tokens; `None` where both end them with the same set.
 
     Args:
         student_eos_ids (`Sequence[int]`):
@@ -105,7 +107,8 @@ def eos_map(
 
 def canonicalize_eos(logits: Tensor, eos: EosMap) -> Tensor:
     r"""
-    Move the probability of every EOS token onto one coordinate:
+    Moves the probability of every EOS token onto one coordinate. Use it on the logits of both models before anything
+    compares them, where they end their sequences with different tokens.
 
     $$
     \tilde p(e) = \sum_{u \in \{e\} \cup \text{merged}} p(u), \qquad \tilde p(u) = 0 \text{ for the merged } u, \qquad

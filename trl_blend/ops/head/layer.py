@@ -1,11 +1,15 @@
 """The output layer of a language model: from hidden states to logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+
+# Called with parameters, it returns a context in which they are whole
+GatherParameters: TypeAlias = Callable[..., AbstractContextManager[Any]]
 
 
 class LMHead(NamedTuple):
@@ -33,23 +37,18 @@ class LMHead(NamedTuple):
     softcap: float | None = None
 
 
-def _no_gather(*params: Tensor) -> AbstractContextManager[Any]:
+def no_gather(*params: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _frozen(partner: LMHead) -> LMHead:
+def frozen(head: LMHead) -> LMHead:
     # Only a leaf can be a parameter that a gather recognises; it gets no gradient. Anything else is cut off, because
     # autograd would run the graph behind it, with zeros.
     def cut(tensor: Tensor) -> Tensor:
         return tensor if tensor.is_leaf else tensor.detach()
 
-    bias = None if partner.bias is None else cut(partner.bias)
-    return partner._replace(hidden=partner.hidden.detach(), weight=cut(partner.weight), bias=bias)
-
-
-def parameters_of(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    # `tensors` holds (hidden, weight, bias) of one model after the other
-    return [tensor for index, tensor in enumerate(tensors) if index % 3 and tensor is not None]
+    bias = None if head.bias is None else cut(head.bias)
+    return head._replace(hidden=head.hidden.detach(), weight=cut(head.weight), bias=bias)
 
 
 def projection_dtype(hidden: Tensor) -> torch.dtype:

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trl_blend.errors import ConfigError
 from trl_blend.ops.head import tiles
-from trl_blend.ops.head.layer import LMHead, _frozen, _no_gather, parameters_of, projection_dtype
-from trl_blend.ops.head.tiles import Block, Scratch, StudentGradients, TiledModel
+from trl_blend.ops.head.layer import GatherParameters, LMHead, frozen, no_gather
+from trl_blend.ops.head.tiles import LOG_ZERO, Block, Kernel, Scratch, TiledModel
 from trl_blend.ops.mixing import student_weight, validate_weights
 
 
@@ -41,10 +39,13 @@ def mixed_log_probs(
     temperature: float = 1.0,
     space: Literal["logits", "probs"] = "logits",
     compute_entropy: bool = True,
-    gather_parameters: Callable[..., AbstractContextManager[Any]] = _no_gather,
+    gather_parameters: GatherParameters = no_gather,
 ) -> MixedLogProbs:
     r"""
-    `log p_mix(target)` and the entropy of `p_mix`, for a student mixed with frozen partners:
+    Scores tokens under a student that is mixed with frozen partners, differentiably for the student. Use it where the
+    policy that is trained is the mixture that has sampled, with partner weights of typically 0.1 to 0.5.
+
+    `log p_mix(target)` and the entropy of `p_mix`:
 
     $$
     \text{logits: } p_{mix} = \mathrm{softmax}\Bigl(\tfrac1\tau \sum_m w_m z_m\Bigr), \qquad
@@ -52,19 +53,19 @@ def mixed_log_probs(
     w_S = 1 - \sum_i w_i
     $$
 
-    Mixed logits are the logits of one wider output layer, `[W_S ; W_T] · [w_S h_S ; w_T h_T]` concatenated along the
-    hidden axis. That identity is evaluated block by block here: tiles of tokens x vocabulary are projected per model,
-    summed in a buffer of bounded size and folded into an online log-sum-exp. So there is no concatenated copy of the
-    weights and no gradient buffer for the frozen half, and per-model biases, scales, softcaps, hidden sizes and
-    vocabulary sizes are allowed. The backward recomputes the tiles. Passes over the vocabulary, one projection per
-    model each: logits 1 forward and 1 backward; probs 1 forward (2 with entropy) and 1 backward, which skips the
-    partners unless the entropy is differentiated. Models of weight 0 are skipped everywhere.
-
-    Projections run in the dtype of the hidden states (under autocast, in its dtype) as in TRL's
-    `ChunkedLogProbFunction`; sums and statistics in float32, or in float64 where hidden states are float64.
+    Per-model biases, scales, softcaps, hidden sizes and vocabulary sizes are allowed. Projections run in the dtype of
+    the hidden states (under autocast, in its dtype) as in TRL's `ChunkedLogProbFunction`; sums and statistics in
+    float32, or in float64 where hidden states are float64.
 
     Gradients of both outputs reach `student.hidden`, `student.weight` and `student.bias` (all zero when the partners
     have all the weight). Partner tensors get none, nor do `targets`. Not done here: masking, double backward.
+
+    Mixed logits are the logits of one wider output layer, `[W_S ; W_T] · [w_S h_S ; w_T h_T]` concatenated along the
+    hidden axis. That identity is evaluated tile by tile: each model is projected, summed in a buffer of bounded size
+    and folded into an online log-sum-exp, so there is no concatenated copy of the weights and no gradient buffer for
+    the frozen half. The backward recomputes the tiles. Passes over the vocabulary, one projection per model each:
+    logits 1 forward and 1 backward; probs 1 forward (2 with entropy) and 1 backward, which skips the partners unless
+    the entropy is differentiated. Models of weight 0 are skipped everywhere.
 
     Args:
         student ([`LMHead`]):
@@ -93,38 +94,9 @@ def mixed_log_probs(
         [`~trl_blend.errors.ConfigError`]: If the weights, the temperature, the space or a shape is invalid.
     """
     checked = validate_weights(weights)
-    _check_arguments(student, partners, checked, targets, temperature, space)
-    share = student_weight(checked)
-    active = [(partner, weight) for partner, weight in zip(partners, checked, strict=True) if weight > 0.0]
-    heads = [student, *(_frozen(partner) for partner, _ in active)]
-    plan = Plan(
-        heads=tuple((head.logit_scale, head.softcap, projection_dtype(head.hidden)) for head in heads),
-        weights=(share, *(weight for _, weight in active)),
-        temperature=temperature,
-        # With one model left both spaces are its own softmax, and the logits path needs one pass fewer
-        mixes_logits=space == "logits" or len(active) + (share > 0.0) == 1,
-        computes_entropy=compute_entropy,
-        gather_parameters=gather_parameters,
-    )
-    tensors = [tensor for head in heads for tensor in head[:3]]
-    # Without this, a partner weight that requires grad would make the outputs require it, too
-    tracking = nullcontext() if any(t is not None and t.requires_grad for t in student[:3]) else torch.no_grad()
-    with gather_parameters(*parameters_of(tensors)), tracking:
-        logps, entropy = MixedLogProbFunction.apply(plan, targets, *tensors)  # type: ignore[no-untyped-call]
-    return MixedLogProbs(logps, entropy)
-
-
-def _check_arguments(
-    student: LMHead,
-    partners: Sequence[LMHead],
-    weights: tuple[float, ...],
-    targets: Tensor,
-    temperature: float,
-    space: str,
-) -> None:
-    if len(weights) != len(partners):
+    if len(checked) != len(partners):
         raise ConfigError(
-            f"`weights` has {len(weights)} entries for {len(partners)} partners. Pass one weight per partner."
+            f"`weights` has {len(checked)} entries for {len(partners)} partners. Pass one weight per partner."
         )
     if not 0.0 < temperature < math.inf:
         raise ConfigError(f"`temperature` is {temperature}. Set it to a positive number.")
@@ -136,148 +108,135 @@ def _check_arguments(
                 f"`hidden` has shape {tuple(head.hidden.shape)} and `targets` has shape {tuple(targets.shape)}. "
                 "Flatten them to (N, H) and (N,), with the same tokens for every model."
             )
+    heads = [(student, student_weight(checked))]
+    heads += [(frozen(partner), share) for partner, share in zip(partners, checked, strict=True) if share > 0.0]
+    # With one model left both spaces are its own softmax, and the logits path needs one pass fewer
+    mixes_logits = space == "logits" or sum(share > 0.0 for _, share in heads) == 1
+    models = [tiles.tiled(head, (share if mixes_logits else 1.0) / temperature, share) for head, share in heads]
+    with gather_parameters(*tiles.parameters_of(models)):
+        kernel = _MixedLogProbs(student.weight.shape[0], targets, mixes_logits, compute_entropy)
+        logps, entropy = tiles.run(kernel, models, gather_parameters)
+    return MixedLogProbs(logps, entropy)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything about a call that is not a tensor. The student comes first, also when its weight is 0."""
+class _MixedLogProbs(Kernel):
+    """The student comes first, also when its weight is 0; partners have a positive weight."""
 
-    heads: tuple[tuple[float, float | None, torch.dtype], ...]  # logit scale, softcap, dtype of the projection
-    weights: tuple[float, ...]
-    temperature: float
+    vocab: int
+    targets: Tensor
     mixes_logits: bool
     computes_entropy: bool
-    gather_parameters: Callable[..., AbstractContextManager[Any]]
 
-    def models(self, tensors: Sequence[Tensor | None]) -> list[TiledModel]:
-        """The models of positive weight, the student first if it is one of them."""
-        models = []
-        for index in range(len(tensors) // 3):
-            hidden, head_weight, bias = tensors[3 * index : 3 * index + 3]
-            (scale, softcap, dtype), weight = self.heads[index], self.weights[index]
-            if weight > 0.0 and hidden is not None and head_weight is not None:
-                factor = (weight if self.mixes_logits else 1.0) / self.temperature
-                models.append(
-                    TiledModel(hidden, head_weight, bias, scale, softcap, dtype, factor, log_weight=math.log(weight))
-                )
-        return models
+    def is_differentiable(self, output: int) -> bool:
+        return True
 
-    def scratch(self, device: torch.device) -> Scratch:
-        wide = any(dtype == torch.float64 for _, _, dtype in self.heads)
-        return Scratch(device, torch.float64 if wide else torch.float32)
+    def reads_partners(self, grads: Sequence[Tensor | None]) -> bool:
+        # Of mixed probabilities, the student's own distribution is all that the gradient of `logps` needs
+        return self.mixes_logits or grads[1] is not None
 
+    def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
+        models = [model for model in models if model.share > 0.0]
+        if self.mixes_logits:
+            log_norm, logps, entropy = self._softmax_statistics(models, scratch, entropy=self.computes_entropy)
+            return (logps, entropy), [log_norm, None if entropy is None else -entropy]
+        alone = [self._softmax_statistics([model], scratch, entropy=False) for model in models]
+        log_norms = [log_norm for log_norm, _, _ in alone]
+        terms = torch.stack([math.log(model.share) + logps for model, (_, logps, _) in zip(models, alone)])
+        logps = terms.logsumexp(dim=0)
+        entropy, cross = None, None
+        if self.computes_entropy:
+            entropy, cross = _mixed_probs_entropy(models, log_norms, self.vocab, scratch)
+        # d log p_mix(target) / d log p_S(target); 0 for a target that no model can produce
+        responsibility = torch.where(logps > -math.inf, (terms[0] - logps).exp(), 0.0)
+        return (logps, entropy), [responsibility, cross, *log_norms]
 
-class MixedLogProbFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, targets: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # An entropy that is only logged then costs nothing in the backward
-        ctx.set_materialize_grads(False)
-        hidden, weight = tensors[:2]
-        assert hidden is not None and weight is not None
-        vocab = weight.shape[0]
-        models, scratch = plan.models(tensors), plan.scratch(hidden.device)
-        entropy: Tensor | None = None
-        if plan.mixes_logits:
-            log_norm, logps, entropy = tiles.softmax_statistics(
-                models, vocab, targets, scratch, entropy=plan.computes_entropy
-            )
-            saved = [log_norm, entropy]
-        else:
-            stats = [tiles.softmax_statistics([model], vocab, targets, scratch, entropy=False) for model in models]
-            log_norms = [log_norm for log_norm, _, _ in stats]
-            terms = torch.stack([model.log_weight + logp for model, (_, logp, _) in zip(models, stats, strict=True)])
-            logps = terms.logsumexp(dim=0)
-            cross = None
-            if plan.computes_entropy:
-                entropy, cross = tiles.mixed_probs_entropy(models, log_norms, vocab, scratch)
-            # d log p_mix(target) / d log p_S(target); 0 for a target that no model can produce
-            responsibility = torch.where(logps > -math.inf, (terms[0] - logps).exp(), 0.0)
-            saved = [responsibility, cross, *log_norms]
-        ctx.plan, ctx.tensor_count = plan, len(tensors)
-        ctx.save_for_backward(targets, *tensors, *saved)
-        return logps, entropy
+    def _softmax_statistics(
+        self, models: list[TiledModel], scratch: Scratch, *, entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        def tile_logits(block: Block, rows: slice) -> Tensor:
+            return _mixed_logits(block, rows, scratch)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, count = ctx.plan, ctx.tensor_count
-        targets, *rest = ctx.saved_tensors
-        tensors, saved = rest[:count], rest[count:]
-        if not plan.mixes_logits and grad_entropy is None:
-            tensors = tensors[:3]  # the student's own distribution is all that is needed
-        scratch = plan.scratch(targets.device)
-        with plan.gather_parameters(*parameters_of(tensors)):
-            gradients = StudentGradients(tensors[:3], ctx.needs_input_grad[2:5], scratch.dtype)
-            if plan.weights[0] > 0.0:
-                models = plan.models(tensors)
-                factors = _TokenFactors.build(plan, models[0], saved, grad_logps, grad_entropy)
-                _accumulate(gradients, models, factors, targets, scratch)
-            return None, None, *gradients.finish(), *[None] * (count - 3)
+        return tiles.softmax_statistics(models, self.vocab, self.targets, scratch, tile_logits, entropy=entropy)
 
-
-@dataclass(frozen=True)
-class _TokenFactors:
-    """
-    Per-token factors of the logits gradient, each `(N,)`; see [`~trl_blend.ops.head.tiles.logits_gradient_`].
-
-    With logits mixed, `p` there is `p_mix` and `c = -entropy`. With probabilities mixed, `p` is `p_S` and `c` its
-    negative cross entropy against `p_mix`; `a` has the student's share of the target's probability, `b` its weight.
-    """
-
-    at_target: Tensor
-    at_entropy: Tensor | None
-    center: Tensor | None
-    log_norms: list[Tensor]
-    mixes_logits: bool
-
-    @classmethod
-    def build(
-        cls, plan: Plan, student: TiledModel, saved: list[Any], grad_logps: Tensor | None, grad_entropy: Tensor | None
-    ) -> "_TokenFactors":
+    def tile_gradient(
+        self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
+    ) -> Callable[[Block, slice], Tensor]:
+        """
+        With respect to the student's logits it is `a (1[target] - p) - b p (log p_mix - c)`. With logits mixed, `p` is
+        `p_mix` and `c = -entropy`. With probabilities mixed, `p` is `p_S` and `c` its negative cross entropy against
+        `p_mix`; `a` has the student's share of the target's probability, `b` its weight.
+        """
         statistic, center, *log_norms = saved
         # From the tile back to the output layer: temperature, scale and, with logits mixed, the weight
-        factor = student.factor * student.logit_scale
-        at_target = torch.zeros_like(statistic) if grad_logps is None else grad_logps.to(statistic.dtype) * factor
-        at_entropy = None if grad_entropy is None else grad_entropy.to(statistic.dtype) * factor
-        if plan.mixes_logits:
-            center, log_norms = None if center is None else -center, [statistic]
+        factor = models[0].factor * models[0].logit_scale
+        at_target, at_entropy = (None if grad is None else grad.to(scratch.dtype) * factor for grad in grads)
+        at_target = torch.zeros_like(statistic) if at_target is None else at_target
+        if self.mixes_logits:
+            log_norms = [statistic]
         else:
             at_target = at_target * statistic
-            at_entropy = None if at_entropy is None else at_entropy * plan.weights[0]
-        return cls(at_target, at_entropy, center, log_norms, plan.mixes_logits)
+            at_entropy = None if at_entropy is None else at_entropy * models[0].share
+
+        def gradient(block: Block, rows: slice) -> Tensor:
+            tanh = tiles.softcap_buffer(block, rows, scratch)
+            if self.mixes_logits or at_entropy is None:
+                # Without an entropy gradient, mixed probabilities leave the student alone here: the same code
+                grad = _mixed_logits(block, rows, scratch, tanh).sub_(log_norms[0][rows, None]).clamp_(min=LOG_ZERO)
+                probs = grad.exp_() if at_entropy is None else torch.exp(grad, out=scratch.take("aux", *grad.shape))
+            else:
+                grad, log_probs = _mixed_probs(block, log_norms, rows, scratch, tanh)
+                probs = log_probs.exp_()
+            a = at_target[rows, None]
+            if at_entropy is None:
+                torch.mul(probs, -a, out=grad)
+            else:
+                b = at_entropy[rows, None]
+                # a + b (log p_mix - c), as b log p_mix + (a - b c)
+                grad.mul_(b).add_(a - b * center[rows, None]).mul_(probs).neg_()
+            local, inside = tiles.local_columns(self.targets[rows, None], block)
+            grad.scatter_add_(1, local, torch.where(inside, a, 0.0))
+            return tiles.through_softcap_(grad, tanh)
+
+        return gradient
 
 
-def _accumulate(
-    gradients: StudentGradients,
-    models: list[TiledModel],
-    factors: _TokenFactors,
-    targets: Tensor,
-    scratch: Scratch,
-) -> None:
-    student = models[0]
-    for block in tiles.vocab_blocks(models, student.weight.shape[0]):
-        weight_block = gradients.weight_block(block)
-        for rows in tiles.token_rows(targets.shape[0]):
-            grad = _logits_gradient(models, factors, block, rows, targets, scratch)
-            gradients.add_tile(grad, student, block, rows, weight_block, scratch)
-        gradients.close_block(block, weight_block)
+def _mixed_logits(block: Block, rows: slice, scratch: Scratch, tanh: Tensor | None = None) -> Tensor:
+    """Sum of the models' tiles, in the buffer `"tile"`. `tanh` is that of the first model."""
+    tile = scratch.take("tile", rows.stop - rows.start, block.stop - block.start)
+    for index, model in enumerate(block.models):
+        tiles.project(tile, model, rows, scratch, accumulate=index > 0, tanh=None if index else tanh)
+    return tile
 
 
-def _logits_gradient(
-    models: list[TiledModel], factors: _TokenFactors, block: Block, rows: slice, targets: Tensor, scratch: Scratch
-) -> Tensor:
-    """Gradient with respect to one tile of the student's projection, in a scratch buffer."""
+def _mixed_probs(
+    block: Block, log_norms: Sequence[Tensor], rows: slice, scratch: Scratch, tanh: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    `log p_mix` of one tile where probabilities are mixed, in the buffer `"tile"`, and `log p` of the first model, in
+    the buffer `"first"`. `tanh` is that of the first model. Overwrites the buffer `"term"`.
+    """
     shape = (rows.stop - rows.start, block.stop - block.start)
-    tanh = None if models[0].softcap is None else scratch.take("tanh", *shape)
-    at_entropy = None if factors.at_entropy is None else factors.at_entropy[rows]
-    center = None if factors.center is None else factors.center[rows]
-    if factors.mixes_logits or at_entropy is None:
-        # Without an entropy gradient, mixed probabilities leave the student as the only model here: the same code
-        log_mix = tiles.mixed_logits_tile(models, factors.log_norms[0], block, rows, scratch, tanh)
-        probs = log_mix.exp_() if at_entropy is None else torch.exp(log_mix, out=scratch.take("aux", *shape))
-    else:
-        log_mix, log_probs = tiles.mixed_probs_tile(models, factors.log_norms, block, rows, scratch, tanh)
-        probs = log_probs.exp_()
-    columns = tiles.target_columns(targets[rows], block)
-    grad = tiles.logits_gradient_(log_mix, probs, factors.at_target[rows], at_entropy, center, columns)
-    return grad if tanh is None else grad.mul_(tanh.square_().neg_().add_(1.0))
+    tile, first = scratch.take("tile", *shape), scratch.take("first", *shape)
+    tiles.project(first, block.models[0], rows, scratch, tanh=tanh)
+    first.sub_(log_norms[0][rows, None])
+    torch.add(first, math.log(block.models[0].share), out=tile)
+    for model, log_norm in zip(block.models[1:], log_norms[1:], strict=True):
+        term = scratch.take("term", *shape)
+        tiles.project(term, model, rows, scratch)
+        term.add_(math.log(model.share) - log_norm[rows, None])
+        torch.logaddexp(tile, term, out=tile)
+    return tile.clamp_(min=LOG_ZERO), first
+
+
+def _mixed_probs_entropy(
+    models: Sequence[TiledModel], log_norms: Sequence[Tensor], vocab: int, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """`-Σ p_mix log p_mix`, and `Σ p log p_mix` for the first model's `p`, each `(N,)`."""
+    entropy, cross = torch.zeros_like(log_norms[0]), torch.zeros_like(log_norms[0])
+    for block in tiles.vocab_blocks(models, vocab):
+        for rows in tiles.token_rows(entropy.shape[0]):
+            tile, first = _mixed_probs(block, log_norms, rows, scratch)
+            entropy[rows] -= torch.exp(tile, out=scratch.take("term", *tile.shape)).mul_(tile).sum(dim=1)
+            cross[rows] += first.exp_().mul_(tile).sum(dim=1)
+    return entropy, cross

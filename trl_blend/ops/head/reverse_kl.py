@@ -2,27 +2,24 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trl_blend.errors import ConfigError
 from trl_blend.ops.head import tiles
-from trl_blend.ops.head.layer import LMHead, _frozen, _no_gather, parameters_of, projection_dtype
+from trl_blend.ops.head.layer import GatherParameters, LMHead, frozen, no_gather
 from trl_blend.ops.head.tiles import (
     NO_MAXIMUM,
     Block,
     EosColumns,
+    Kernel,
     RunningSoftmax,
     RunningTopK,
     Scratch,
-    StudentGradients,
     TiledModel,
-    eos_columns,
 )
 from trl_blend.ops.vocab import EosMap
 
@@ -46,24 +43,6 @@ class ReverseKL(NamedTuple):
     reverse_kl: Tensor
 
 
-class SupportStatistics(NamedTuple):
-    """
-    Result of [`support_statistics`], one value per token, in nats.
-
-    Args:
-        student_logps (`torch.Tensor` of shape `(N,)`):
-            `log p_S(target)`.
-        teacher_logps (`torch.Tensor` of shape `(N,)`):
-            `log p_T(target)`.
-        teacher_entropy (`torch.Tensor` of shape `(N,)`):
-            Entropy of `p_T`.
-    """
-
-    student_logps: Tensor
-    teacher_logps: Tensor
-    teacher_entropy: Tensor
-
-
 def reverse_kl(
     student: LMHead,
     teacher: LMHead,
@@ -73,24 +52,23 @@ def reverse_kl(
     top_k: int | None = None,
     eos: EosMap | None = None,
     vocab_size: int | None = None,
-    gather_parameters: Callable[..., AbstractContextManager[Any]] = _no_gather,
+    gather_parameters: GatherParameters = no_gather,
 ) -> ReverseKL:
     r"""
-    Reverse KL of every token, `KL(p_S‖Q)`, towards the teacher or the target of
-    [Veto](https://huggingface.co/papers/2601.07155), which is a product and not an interpolation:
+    Pulls the student's distribution of every token towards the teacher's, by minimising `KL(p_S‖p_T)`. Use it for
+    on-policy distillation with a teacher in memory; with a `veto_weight` of 0.1 to 0.5 where the student should only
+    be moved away from what the teacher rejects, and with a `top_k` of 16 to 64 to skip the teacher in the backward.
+
+    Over the full support, towards the teacher or the target of [Veto](https://huggingface.co/papers/2601.07155), which
+    is a product and not an interpolation:
 
     $$
-    \log Q = \log p_T + w \,\mathrm{sg}[\log p_S] - \log Z, \qquad
+    L = \sum_v p_S(v) \bigl(\log p_S(v) - \log Q(v)\bigr), \qquad
     Q \propto p_T\,\mathrm{sg}[p_S]^{w}, \qquad w = \text{veto\_weight}
     $$
 
-    Full support, with gradient `p_S (log p_S - log Q - KL)` with respect to the student's logits (`Q` is a constant):
-
-    $$
-    L = \sum_v p_S(v) \bigl(\log p_S(v) - \log Q(v)\bigr)
-    $$
-
-    Support `S_k` of the `k` tokens that the student finds most probable, the form of the public code of
+    with gradient `p_S (log p_S - log Q - KL)` with respect to the student's logits (`Q` is a constant). Over the
+    support `S_k` of the `k` tokens that the student finds most probable, the form of the public code of
     [on-policy distillation on a top-k support](https://huggingface.co/papers/2604.13016) (thunlp/OPD):
 
     $$
@@ -98,25 +76,26 @@ def reverse_kl(
     c_v = w_v \bigl(\log p_S(v) - \log Q(v)\bigr), \qquad w = \mathrm{softmax}_{S_k}(\log p_S)
     $$
 
-    with gradient `Σ_k c_k (1[v = k] - p_S(v))`. Weights are renormalised over the support; the log-probabilities
-    inside `c` and outside are those of the full vocabulary (the paper's own formula renormalises both sides inside,
-    too). With `k = V` the gradient equals that of the full support. What is deliberately not done is to differentiate
-    the truncated sum `Σ_{S_k} p_S (log p_S - log Q)`: wherever it is positive, its gradient also lowers the mass of
-    `S_k`, which makes the sum smaller without bringing the student any closer to the target.
+    with gradient `Σ_k c_k (1[v = k] - p_S(v))`. With `k = V` the gradient equals that of the full support.
 
     `p_S` and `p_T` are softmaxes of the first `vocab_size` logits, divided by the temperature, then with the stop
     event on one token ([`~trl_blend.ops.canonicalize_eos`]). The gradients are those of these distributions: those of
     a merged token go to all logits that were merged, in proportion to their probabilities.
+
+    The gradient of `loss` reaches `student.hidden`, `student.weight` and `student.bias`. Teacher tensors get none, nor
+    have the other outputs any. Where the teacher excludes a token with a logit of `-inf` and the student does not, the
+    loss is huge but finite. Not done here: masking, reduction over tokens, double backward.
+
+    On the top-k support the weights are renormalised; the log-probabilities inside `c` and outside are those of the
+    full vocabulary (the paper's own formula renormalises both sides inside, too). What is deliberately not done is to
+    differentiate the truncated sum `Σ_{S_k} p_S (log p_S - log Q)`: wherever it is positive, its gradient also lowers
+    the mass of `S_k`, which makes the sum smaller without bringing the student any closer to the target.
 
     As in TRL's `ChunkedDivergenceFunction`, which is the full support with `veto_weight=0`, tiles of tokens x
     vocabulary are folded into online statistics and recomputed in the backward. Projections per tile: one of each
     model in the forward and in the backward; the backward of the top-k support skips the teacher's. Projections
     multiply in the dtype of the hidden states (under autocast, in its dtype) without rounding the result to it;
     everything else is float32, or float64 where hidden states are float64.
-
-    The gradient of `loss` reaches `student.hidden`, `student.weight` and `student.bias`. Teacher tensors get none, nor
-    have the other outputs any. Where the teacher excludes a token with a logit of `-inf` and the student does not, the
-    loss is huge but finite. Not done here: masking, reduction over tokens, double backward.
 
     Args:
         student ([`LMHead`]):
@@ -151,14 +130,36 @@ def reverse_kl(
             f"`veto_weight` is {veto_weight}. Set it to at least 0 and below 1: from 1 on the loss no longer contains "
             "the entropy of the student."
         )
-    heads = [student, _frozen(teacher)]
-    tensors = [tensor for head in heads for tensor in head[:3]]
-    # Without this, a teacher weight that requires grad would make the outputs require it, too
-    tracking = nullcontext() if any(t is not None and t.requires_grad for t in student[:3]) else torch.no_grad()
-    with gather_parameters(*parameters_of(tensors)), tracking:
-        plan = _plan(heads, temperature, eos, vocab_size, gather_parameters, veto_weight=veto_weight, top_k=top_k)
-        loss, entropy, statistic = ReverseKLFunction.apply(plan, *tensors)  # type: ignore[no-untyped-call]
-    return ReverseKL(loss, entropy, statistic)
+    _check_pair(student, teacher, temperature)
+    models = [tiles.tiled(head, 1.0 / temperature) for head in (student, frozen(teacher))]
+    # Before the weights are gathered, their number of rows is unknown under ZeRO-3
+    with gather_parameters(*tiles.parameters_of(models)):
+        vocab, eos_ids = _common_vocabulary(student, teacher, vocab_size, eos)
+        if top_k is not None and not 1 <= top_k <= vocab:
+            raise ConfigError(
+                f"`top_k` is {top_k} and the vocabulary has {vocab} entries. Set it to a number from 1 to the "
+                "size of the vocabulary, or to None for all of them."
+            )
+        kernel = _ReverseKL(vocab, eos_ids, veto_weight, top_k)
+        return ReverseKL(*tiles.run(kernel, models, gather_parameters))
+
+
+class SupportStatistics(NamedTuple):
+    """
+    Result of [`support_statistics`], one value per token, in nats.
+
+    Args:
+        student_logps (`torch.Tensor` of shape `(N,)`):
+            `log p_S(target)`.
+        teacher_logps (`torch.Tensor` of shape `(N,)`):
+            `log p_T(target)`.
+        teacher_entropy (`torch.Tensor` of shape `(N,)`):
+            Entropy of `p_T`.
+    """
+
+    student_logps: Tensor
+    teacher_logps: Tensor
+    teacher_entropy: Tensor
 
 
 @torch.no_grad()
@@ -170,12 +171,13 @@ def support_statistics(
     temperature: float = 1.0,
     eos: EosMap | None = None,
     vocab_size: int | None = None,
-    gather_parameters: Callable[..., AbstractContextManager[Any]] = _no_gather,
+    gather_parameters: GatherParameters = no_gather,
 ) -> SupportStatistics:
     """
-    `log p_S(target)`, `log p_T(target)` and the entropy of `p_T`, for the diagnostics of a rollout. No gradient.
+    Scores given tokens under both distributions that [`reverse_kl`] compares, without a gradient. Use it for the
+    diagnostics of a rollout: where the teacher supports what the student has sampled, and how sure it is.
 
-    The distributions are those of [`reverse_kl`]. One pass over the vocabulary, one projection of each model per tile.
+    `log p_S(target)`, `log p_T(target)` and the entropy of `p_T`, from one pass over the vocabulary per model.
 
     Args:
         student ([`LMHead`]):
@@ -184,14 +186,8 @@ def support_statistics(
             Output layer of the teacher.
         targets (`torch.Tensor` of shape `(N,)`):
             Token ids in `[0, vocab_size)`; every EOS id reads the merged token. Out-of-range ids give `-inf`.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of both softmaxes.
-        eos ([`EosMap`], *optional*):
-            Tokens that are one stop event. None are merged if not given.
-        vocab_size (`int`, *optional*):
-            Rows of both output layers that count. `min(V_S, V_T)` if not given.
-        gather_parameters (`Callable`, *optional*):
-            Context-manager factory, entered with the weights and biases around the pass. Does nothing by default.
+        temperature, eos, vocab_size, gather_parameters:
+            As in [`reverse_kl`].
 
     Returns:
         [`SupportStatistics`]: Three tensors of shape `(N,)`, in float32 (float64 for float64 hidden states).
@@ -204,179 +200,127 @@ def support_statistics(
             f"`targets` has shape {tuple(targets.shape)} and `hidden` has shape {tuple(student.hidden.shape)}. "
             "Flatten them to (N,) and (N, H), with the same tokens."
         )
+    _check_pair(student, teacher, temperature)
     if eos is not None:
         targets = torch.where(torch.isin(targets, torch.tensor(eos.merged).to(targets)), eos.target, targets)
-    tensors = [tensor for head in (student, teacher) for tensor in head[:3]]
-    with gather_parameters(*parameters_of(tensors)):
-        plan = _plan([student, teacher], temperature, eos, vocab_size, gather_parameters)
-        models, scratch = plan.models(tensors), plan.scratch(targets.device)
-        student_logps, _ = _log_probs(plan, models[0], targets, scratch)
-        teacher_logps, teacher_entropy = _log_probs(plan, models[1], targets, scratch)
-    return SupportStatistics(student_logps, teacher_logps, teacher_entropy)
+    models = [tiles.tiled(head, 1.0 / temperature) for head in (student, teacher)]
+    scratch = Scratch.of(models)
+
+    def tile_logits(block: Block, rows: slice) -> Tensor:
+        return _logits(block, 0, rows, scratch)
+
+    with gather_parameters(*tiles.parameters_of(models)):
+        vocab, eos_ids = _common_vocabulary(student, teacher, vocab_size, eos)
+        (_, student_logps, _), (_, teacher_logps, entropy) = (
+            tiles.softmax_statistics([model], vocab, targets, scratch, tile_logits, entropy=True, eos_ids=eos_ids)
+            for model in models
+        )
+    assert entropy is not None
+    return SupportStatistics(student_logps, teacher_logps, entropy)
 
 
-def _log_probs(plan: "DivergencePlan", model: TiledModel, targets: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """`log p(target)` and entropy of one model, each `(N,)`."""
-    count = targets.shape[0]
-    softmax, eos = RunningSoftmax(count, scratch), EosColumns(plan.eos_ids, count, scratch)
-    logits = torch.full_like(softmax.total, -math.inf)
-
-    def fold(rows: slice, tile: Tensor) -> None:
-        shift = softmax.shift_(rows, tile)
-        softmax.add_(rows, tile, torch.exp(tile, out=scratch.take("aux", *tile.shape)), shift)
-
-    for block in tiles.vocab_blocks([model], plan.vocab_size):
-        for rows in tiles.token_rows(count):
-            tile = logits_tile("tile", [model], 0, block, rows, scratch)
-            eos.take_(rows, tile, block.start)
-            local, inside = tiles.target_columns(targets[rows], block)
-            logits[rows] = torch.where(inside, tile.gather(1, local), logits[rows, None]).squeeze(1)
-            fold(rows, tile)
-    if plan.eos_ids:
-        stop = eos.merged()
-        logits = torch.where(targets == plan.eos_ids[0], stop.squeeze(1), logits)
-        fold(slice(0, count), stop)
-    return logits - softmax.log_norm, softmax.entropy
-
-
-def _plan(
-    heads: Sequence[LMHead],
-    temperature: float,
-    eos: EosMap | None,
-    vocab_size: int | None,
-    gather_parameters: Callable[..., AbstractContextManager[Any]],
-    *,
-    veto_weight: float = 0.0,
-    top_k: int | None = None,
-) -> "DivergencePlan":
-    # Called with the weights gathered: before that, their number of rows is unknown under ZeRO-3
+def _check_pair(student: LMHead, teacher: LMHead, temperature: float) -> None:
     if not 0.0 < temperature < math.inf:
         raise ConfigError(f"`temperature` is {temperature}. Set it to a positive number.")
-    shapes = [tuple(head.hidden.shape) for head in heads]
+    shapes = [tuple(head.hidden.shape) for head in (student, teacher)]
     if any(len(shape) != 2 or shape[0] != shapes[0][0] for shape in shapes):
         raise ConfigError(
             f"`hidden` has shape {shapes[0]} in the student and {shapes[1]} in the teacher. Flatten both to (N, H), "
             "with the same tokens."
         )
-    rows = [head.weight.shape[0] for head in heads]
+
+
+def _common_vocabulary(
+    student: LMHead, teacher: LMHead, vocab_size: int | None, eos: EosMap | None
+) -> tuple[int, tuple[int, ...]]:
+    """Size of the vocabulary, and the ids of its stop event if there is more than one."""
+    rows = [head.weight.shape[0] for head in (student, teacher)]
     vocab_size = min(rows) if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= min(rows):
         raise ConfigError(
             f"`vocab_size` is {vocab_size}, but the student has {rows[0]} logits and the teacher {rows[1]}. Set it "
             "to at most the smaller number."
         )
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ConfigError(
-            f"`top_k` is {top_k} and the vocabulary has {vocab_size} entries. Set it to a number from 1 to the "
-            "size of the vocabulary, or to None for all of them."
-        )
-    eos_ids = () if eos is None else tuple(eos.ids(vocab_size))
-    return DivergencePlan(
-        heads=tuple((head.logit_scale, head.softcap, projection_dtype(head.hidden)) for head in heads),
-        temperature=temperature,
-        vocab_size=vocab_size,
-        eos_ids=eos_ids if len(eos_ids) > 1 else (),
-        veto_weight=veto_weight,
-        top_k=top_k,
-        gather_parameters=gather_parameters,
-    )
+    ids = () if eos is None else tuple(eos.ids(vocab_size))
+    return vocab_size, ids if len(ids) > 1 else ()
 
 
 @dataclass(frozen=True)
-class DivergencePlan:
-    """Everything about a call that is not a tensor. The student comes first, then the teacher."""
+class _ReverseKL(Kernel):
+    """Loss of every token, and without gradient the student's entropy and the reverse KL."""
 
-    heads: tuple[tuple[float, float | None, torch.dtype], ...]  # logit scale, softcap, dtype of the projection
-    temperature: float
-    vocab_size: int
+    vocab: int
     eos_ids: tuple[int, ...]  # the one that carries the stop event first; empty where there is nothing to merge
     veto_weight: float
     top_k: int | None
-    gather_parameters: Callable[..., AbstractContextManager[Any]]
 
-    def models(self, tensors: Sequence[Tensor | None]) -> list[TiledModel]:
-        models = []
-        for index in range(len(tensors) // 3):
-            hidden, weight, bias = tensors[3 * index : 3 * index + 3]
-            scale, softcap, dtype = self.heads[index]
-            assert hidden is not None and weight is not None
-            models.append(TiledModel(hidden, weight, bias, scale, softcap, dtype, 1.0 / self.temperature, 0.0))
-        return models
+    def reads_partners(self, grads: Sequence[Tensor | None]) -> bool:
+        return self.top_k is None  # else the teacher is in the coefficients of the tokens already
 
-    def scratch(self, device: torch.device) -> Scratch:
-        wide = any(dtype == torch.float64 for _, _, dtype in self.heads)
-        return Scratch(device, torch.float64 if wide else torch.float32)
-
-
-def logits_tile(
-    name: str,
-    models: Sequence[TiledModel],
-    index: int,
-    block: Block,
-    rows: slice,
-    scratch: Scratch,
-    tanh: Tensor | None = None,
-) -> Tensor:
-    """One model's logits over the temperature, in the buffer `name`; very negative instead of `-inf`."""
-    tile = scratch.take(name, rows.stop - rows.start, block.stop - block.start)
-    tiles.project(tile, models, index, block, rows, scratch, tanh=tanh, rounded=False)
-    return tile.clamp_(min=NO_MAXIMUM)
-
-
-class ReverseKLFunction(torch.autograd.Function):
-    """Loss of every token, and without gradient the student's entropy and the reverse KL, each `(N,)`."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: DivergencePlan, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        models = plan.models(tensors)
-        count, scratch = models[0].hidden.shape[0], plan.scratch(models[0].hidden.device)
-        student_eos, teacher_eos = (EosColumns(plan.eos_ids, count, scratch) for _ in range(2))
-        statistics = _Statistics(count, plan.top_k, scratch)
-        for block in tiles.vocab_blocks(models, plan.vocab_size):
+    def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
+        count = len(models[0].hidden)
+        student_eos, teacher_eos = (EosColumns(self.eos_ids, count, scratch) for _ in range(2))
+        statistics = _Statistics(count, self.top_k, scratch)
+        for block in tiles.vocab_blocks(models, self.vocab):
             for rows in tiles.token_rows(count):
-                student = logits_tile("student", models, 0, block, rows, scratch)
-                target = logits_tile("target", models, 1, block, rows, scratch)
-                student_eos.take_(rows, student, block.start)
-                teacher_eos.take_(rows, target, block.start)
-                if plan.veto_weight:
-                    target.add_(student, alpha=plan.veto_weight)
-                statistics.fold(rows, student, target, block.start, scratch)
+                student, target = (_logits(block, index, rows, scratch) for index in range(2))
+                student_eos.take_(rows, student, block)
+                teacher_eos.take_(rows, target, block)
+                if self.veto_weight:
+                    target.add_(student, alpha=self.veto_weight)
+                statistics.fold_(rows, student, target, block.start, scratch)
         at_eos = torch.empty_like(student_eos.logits)
-        if plan.eos_ids:
+        if self.eos_ids:
             stop = student_eos.merged()
-            stop_target = teacher_eos.merged().add_(stop, alpha=plan.veto_weight)
+            stop_target = teacher_eos.merged().add_(stop, alpha=self.veto_weight)
             # As one more column of the vocabulary, `(N, 1)`, which the fold overwrites
-            statistics.fold(slice(0, count), stop.clone(), stop_target.clone(), plan.eos_ids[0], scratch)
-            at_stop = statistics.gradient_at(stop.squeeze(1), stop_target.squeeze(1), plan.eos_ids[0])
+            statistics.fold_(slice(0, count), stop.clone(), stop_target.clone(), self.eos_ids[0], scratch)
+            at_stop = statistics.gradient_at(stop.squeeze(1), stop_target.squeeze(1), self.eos_ids[0])
             at_eos = at_stop.unsqueeze(1) * torch.exp(student_eos.logits - stop)
-        loss, entropy, reverse_kl = statistics.loss(), statistics.student.entropy, statistics.reverse_kl()
-        ctx.plan, ctx.tensor_count = plan, len(tensors)
-        ctx.save_for_backward(*tensors, at_eos, *statistics.saved())
-        ctx.mark_non_differentiable(entropy, reverse_kl)
-        return loss, entropy, reverse_kl
+        outputs = statistics.loss(), statistics.student.entropy, statistics.reverse_kl()
+        return outputs, [at_eos, *statistics.saved()]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        plan, count = ctx.plan, ctx.tensor_count
-        if grad_loss is None:
-            return None, *[None] * count
-        tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if plan.top_k is not None:
-            tensors = tensors[:3]  # the teacher is in the coefficients of the tokens already
-        models, scratch = plan.models(tensors), plan.scratch(grad_loss.device)
+    def tile_gradient(
+        self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
+    ) -> Callable[[Block, slice], Tensor]:
+        """
+        With respect to the student's logits it is `p (log p - log Q - KL)` over the full support,
+        `Σ_k c_k (1[v = k] - p)` over the top-k.
+        """
+        assert grads[0] is not None
         # From the tile back to the output layer: temperature and scale
-        scale = grad_loss.to(scratch.dtype).unsqueeze(1) * (models[0].factor * models[0].logit_scale)
-        with plan.gather_parameters(*parameters_of(tensors)):
-            gradients = StudentGradients(tensors[:3], ctx.needs_input_grad[1:4], scratch.dtype)
-            for block in tiles.vocab_blocks(models, plan.vocab_size):
-                weight_block = gradients.weight_block(block)
-                for rows in tiles.token_rows(scale.shape[0]):
-                    grad = _projection_gradient(plan, models, saved, scale[rows], block, rows, scratch)
-                    gradients.add_tile(grad, models[0], block, rows, weight_block, scratch)
-                gradients.close_block(block, weight_block)
-            return None, *gradients.finish(), *[None] * (count - 3)
+        scale = grads[0].to(scratch.dtype).unsqueeze(1) * (models[0].factor * models[0].logit_scale)
+
+        def gradient(block: Block, rows: slice) -> Tensor:
+            at_eos, log_norm, reverse_kl, *rest = (tensor[rows] for tensor in saved)
+            tanh = tiles.softcap_buffer(block, rows, scratch)
+            grad = _logits(block, 0, rows, scratch, tanh)
+            if self.top_k is None:
+                target = _logits(block, 1, rows, scratch)
+                if self.veto_weight:
+                    target.add_(grad, alpha=self.veto_weight)
+                log_probs = grad.sub_(log_norm.unsqueeze(1))
+                probs = torch.exp(log_probs, out=scratch.take("aux", *grad.shape))
+                target.sub_((rest[0] - reverse_kl).unsqueeze(1))
+                log_probs.sub_(target).mul_(probs)
+            else:
+                coefficients, columns = rest
+                local, inside = tiles.local_columns(columns, block)
+                grad.sub_(log_norm.unsqueeze(1)).exp_().mul_(-reverse_kl.unsqueeze(1))
+                grad.scatter_add_(1, local, torch.where(inside, coefficients, 0.0))
+            # The columns that were merged into one share its gradient
+            for index, column in tiles.eos_columns(self.eos_ids, block):
+                grad[:, column] = at_eos[:, index]
+            return tiles.through_softcap_(grad.mul_(scale[rows]), tanh)
+
+        return gradient
+
+
+def _logits(block: Block, index: int, rows: slice, scratch: Scratch, tanh: Tensor | None = None) -> Tensor:
+    """One model's logits over the temperature, in a buffer of its own; very negative instead of `-inf`."""
+    tile = scratch.take(f"model {index}", rows.stop - rows.start, block.stop - block.start)
+    tiles.project(tile, block.models[index], rows, scratch, tanh=tanh, rounded=False)
+    return tile.clamp_(min=NO_MAXIMUM)
 
 
 class _Statistics:
@@ -390,10 +334,10 @@ class _Statistics:
         self.support = None if top_k is None else RunningTopK(count, top_k, scratch)
         self._gap_sum = torch.zeros_like(self.student.total)  # Σ e^(s - m) ((s - m) - (q - m_q))
 
-    def fold(self, rows: slice, student: Tensor, target: Tensor, first_column: int, scratch: Scratch) -> None:
+    def fold_(self, rows: slice, student: Tensor, target: Tensor, first_column: int, scratch: Scratch) -> None:
         """Count a tile, and overwrite it."""
         if self.support is not None:
-            self.support.fold(rows, student, target, first_column)
+            self.support.fold(rows, student, first_column, target)
         shift, target_shift = self.student.shift_(rows, student), self.target.shift_(rows, target)
         probs = scratch.take("aux", *student.shape)
         self.target.add_total_(rows, torch.exp(target, out=probs), target_shift)
@@ -436,40 +380,3 @@ class _Statistics:
         if self.support is None:
             return self.student.log_norm, self.reverse_kl(), self.target.log_norm
         return self.student.log_norm, self.reverse_kl(), self.coefficients(), self.support.columns
-
-
-def _projection_gradient(
-    plan: DivergencePlan,
-    models: list[TiledModel],
-    saved: Sequence[Tensor],
-    scale: Tensor,
-    block: Block,
-    rows: slice,
-    scratch: Scratch,
-) -> Tensor:
-    """
-    Gradient with respect to one tile of the student's projection, in a scratch buffer. With respect to the logits it
-    is `p (log p - log Q - KL)` over the full support, `Σ_k c_k (1[v = k] - p)` over the top-k.
-    """
-    at_eos, log_norm, reverse_kl, *rest = (tensor[rows] for tensor in saved)
-    tanh = None if models[0].softcap is None else scratch.take("tanh", len(scale), block.stop - block.start)
-    grad = logits_tile("student", models, 0, block, rows, scratch, tanh)
-    if plan.top_k is None:
-        target = logits_tile("target", models, 1, block, rows, scratch)
-        if plan.veto_weight:
-            target.add_(grad, alpha=plan.veto_weight)
-        log_probs = grad.sub_(log_norm.unsqueeze(1))
-        probs = torch.exp(log_probs, out=scratch.take("aux", *grad.shape))
-        target.sub_((rest[0] - reverse_kl).unsqueeze(1))
-        log_probs.sub_(target).mul_(probs)
-    else:
-        coefficients, columns = rest
-        local = columns - block.start
-        inside = (local >= 0) & (local < grad.shape[1])
-        grad.sub_(log_norm.unsqueeze(1)).exp_().mul_(-reverse_kl.unsqueeze(1))
-        grad.scatter_add_(1, local.clamp(0, grad.shape[1] - 1), torch.where(inside, coefficients, 0.0))
-    # The columns that were merged into one share its gradient
-    for index, column in eos_columns(plan.eos_ids, block.start, block.stop):
-        grad[:, column] = at_eos[:, index]
-    grad.mul_(scale)
-    return grad if tanh is None else grad.mul_(tanh.square_().neg_().add_(1.0))

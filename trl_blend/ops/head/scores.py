@@ -1,24 +1,14 @@
 """Log-probabilities of given tokens, and the most probable ones beside them, without ever building `(N, V)` logits."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trl_blend.errors import ConfigError
-from trl_blend.ops.head.layer import LMHead, projection_dtype
-from trl_blend.ops.head.tiles import (
-    NO_MAXIMUM,
-    Scratch,
-    TiledModel,
-    project,
-    softmax_statistics,
-    target_columns,
-    token_rows,
-    vocab_blocks,
-)
+from trl_blend.ops.head import tiles
+from trl_blend.ops.head.layer import GatherParameters, LMHead, no_gather
+from trl_blend.ops.head.tiles import Block, RunningSoftmax, RunningTopK, Scratch, TiledModel
 
 
 class TokenLogProbs(NamedTuple):
@@ -43,20 +33,17 @@ class TokenLogProbs(NamedTuple):
     tail_logmass: Tensor | None
 
 
-def _no_gather(*params: Tensor) -> AbstractContextManager[Any]:
-    return nullcontext()
-
-
 @torch.no_grad()
 def score_tokens(
     head: LMHead,
     targets: Tensor,
     top_k: int | None = None,
     *,
-    gather_parameters: Callable[..., AbstractContextManager[Any]] = _no_gather,
+    gather_parameters: GatherParameters = no_gather,
 ) -> TokenLogProbs:
     r"""
-    `log p(target)` under one output layer and, on request, its `K` most probable tokens with the mass of the rest:
+    Scores given tokens under one model and, on request, keeps its `K` most probable tokens with the mass of the rest.
+    Use it to store what a frozen teacher thinks of a rollout; for a top-k loss, a `K` of 16 to 64 is usual.
 
     $$
     \log p(v) = z_v - \log\sum_u e^{z_u}, \qquad
@@ -64,9 +51,9 @@ def score_tokens(
     \log m = \log\sum_{v \notin S} p(v)
     $$
 
-    One pass over the vocabulary: tiles of tokens x vocabulary are projected into buffers of bounded size and folded
-    into an online log-sum-exp. `S` is the top `K`, with the last one replaced by the target `y` where `y` is not in
-    it. The mass outside `S` is summed from its own terms; `1 - sum(S)` would lose it to rounding where it is small.
+    `S` is the top `K`, with the last one replaced by the target `y` where `y` is not in it. The mass outside `S` is
+    summed from its own terms; `1 - sum(S)` would lose it to rounding where it is small. One pass over the vocabulary,
+    in tiles of tokens x vocabulary.
 
     Projections run in the dtype of the hidden states (under autocast, in its dtype) as in TRL's
     `ChunkedLogProbFunction`; sums and statistics in float32, or in float64 where hidden states are float64.
@@ -90,18 +77,20 @@ def score_tokens(
     Raises:
         [`~trl_blend.errors.ConfigError`]: If `top_k` is not in `[1, V)`, or the shapes do not fit together.
     """
-    hidden, weight = head.hidden, head.weight
-    vocab = weight.shape[0]
-    _check_arguments(head, targets, top_k)
-    dtype = projection_dtype(hidden)
-    scratch = Scratch(hidden.device, torch.float64 if dtype == torch.float64 else torch.float32)
-    model = TiledModel(hidden, weight, head.bias, head.logit_scale, head.softcap, dtype, 1.0, 0.0)
-    parameters = [weight] if head.bias is None else [weight, head.bias]
-    with gather_parameters(*parameters), torch.autocast(hidden.device.type, enabled=False):
-        if top_k is None:
-            _, logps, _ = softmax_statistics([model], vocab, targets, scratch, entropy=False)
-            return TokenLogProbs(logps.clamp_(max=0.0), None, None, None)
-        return _score_with_top_k(model, vocab, targets, top_k, scratch)
+    model = tiles.tiled(head)
+    scratch = Scratch.of([model])
+    with gather_parameters(*tiles.parameters_of([model])), torch.autocast(head.hidden.device.type, enabled=False):
+        _check_arguments(head, targets, top_k)
+        if top_k is not None:
+            return _score_with_top_k(model, targets, top_k, scratch)
+
+        def tile_logits(block: Block, rows: slice) -> Tensor:
+            return _logits(block, rows, scratch)
+
+        _, logps, _ = tiles.softmax_statistics(
+            [model], head.weight.shape[0], targets, scratch, tile_logits, entropy=False
+        )
+        return TokenLogProbs(logps.clamp_(max=0.0), None, None, None)
 
 
 def _check_arguments(head: LMHead, targets: Tensor, top_k: int | None) -> None:
@@ -122,57 +111,34 @@ def _check_arguments(head: LMHead, targets: Tensor, top_k: int | None) -> None:
         )
 
 
-class _OnlineSum:
-    """Running `log Σ e^z` per token, rescaled whenever its maximum grows."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.maximum = torch.full_like(like, NO_MAXIMUM)
-        self.total = torch.zeros_like(like)
-
-    def add_(self, rows: slice, logits: Tensor) -> None:
-        """Adds the columns of `logits`, which it overwrites."""
-        if logits.shape[1] == 0:
-            return
-        maximum = torch.maximum(self.maximum[rows], logits.amax(dim=1))
-        scale = (self.maximum[rows] - maximum).exp_()
-        self.total[rows] = self.total[rows] * scale + logits.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1)
-        self.maximum[rows] = maximum
-
-    def log(self) -> Tensor:
-        return self.maximum + self.total.log()
+def _logits(block: Block, rows: slice, scratch: Scratch) -> Tensor:
+    tile = scratch.take("tile", rows.stop - rows.start, block.stop - block.start)
+    tiles.project(tile, block.models[0], rows, scratch)
+    return tile
 
 
-def _score_with_top_k(model: TiledModel, vocab: int, targets: Tensor, top_k: int, scratch: Scratch) -> TokenLogProbs:
+def _score_with_top_k(model: TiledModel, targets: Tensor, top_k: int, scratch: Scratch) -> TokenLogProbs:
     # The target is always kept, so only the top K - 1 of the others have to be found, and what falls out is the tail
-    num_tokens, others = targets.shape[0], top_k - 1
-    options: dict[str, Any] = {"dtype": scratch.dtype, "device": scratch.device}
-    target_logit = torch.full((num_tokens,), -torch.inf, **options)
-    values = torch.full((num_tokens, others), -torch.inf, **options)
-    ids = torch.zeros(num_tokens, others, dtype=torch.long, device=scratch.device)
-    tail = _OnlineSum(target_logit)
-    for block in vocab_blocks([model], vocab):
-        width = block.stop - block.start
-        for rows in token_rows(num_tokens):
-            tile = scratch.take("tile", rows.stop - rows.start, width)
-            project(tile, [model], 0, block, rows, scratch)
-            local, inside = target_columns(targets[rows], block)
+    count, targets = targets.shape[0], targets.unsqueeze(1)
+    best, tail = RunningTopK(count, top_k - 1, scratch), RunningSoftmax(count, scratch)
+    target_logit = torch.full((count, 1), -torch.inf, dtype=scratch.dtype, device=scratch.device)
+    for block in tiles.vocab_blocks([model], model.weight.shape[0]):
+        for rows in tiles.token_rows(count):
+            tile = _logits(block, rows, scratch)
+            local, inside = tiles.local_columns(targets[rows], block)
             at_target = tile.gather(1, local)
-            target_logit[rows] = torch.where(inside, at_target, target_logit[rows, None]).squeeze(1)
+            target_logit[rows] = torch.where(inside, at_target, target_logit[rows])
             tile.scatter_(1, local, at_target.masked_fill(inside, -torch.inf))
-            found, columns = tile.topk(min(others, width), dim=1)
-            tile.scatter_(1, columns, -torch.inf)
-            merged, order = torch.cat([values[rows], found], dim=1).sort(dim=1, descending=True, stable=True)
-            ids[rows] = torch.cat([ids[rows], columns + block.start], dim=1).gather(1, order[:, :others])
-            values[rows] = merged[:, :others]
-            tail.add_(rows, tile)
-            tail.add_(rows, merged[:, others:])
-    log_tail = tail.log()
-    values, order = torch.cat([values, target_logit[:, None]], dim=1).sort(dim=1, descending=True, stable=True)
-    ids = torch.cat([ids, targets[:, None]], dim=1).gather(1, order)
-    log_norm = torch.logaddexp(values.logsumexp(dim=1), log_tail)
+            candidates, dropped = best.fold(rows, tile, block.start)
+            tail.fold_(rows, tile.scatter_(1, candidates, -torch.inf))
+            if top_k > 1:
+                tail.fold_(rows, dropped)
+    values, order = torch.cat([best.values, target_logit], dim=1).sort(dim=1, descending=True, stable=True)
+    ids = torch.cat([best.columns, targets], dim=1).gather(1, order)
+    log_norm = torch.logaddexp(values.logsumexp(dim=1), tail.log_norm).unsqueeze(1)
     return TokenLogProbs(
-        (target_logit - log_norm).clamp_(max=0.0),
+        (target_logit - log_norm).clamp_(max=0.0).squeeze(1),
         ids,
-        (values - log_norm[:, None]).clamp_(max=0.0),
-        (log_tail - log_norm).clamp_(max=0.0),
+        (values - log_norm).clamp_(max=0.0),
+        (tail.log_norm - log_norm.squeeze(1)).clamp_(max=0.0),
     )

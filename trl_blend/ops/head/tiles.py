@@ -1,15 +1,20 @@
 """
-Tiles of tokens x vocabulary: projections, softmax statistics and logits gradients, all in reused buffers.
+The engine of this folder: tiles of tokens x vocabulary, projected into reused buffers, folded into online statistics
+and, in the backward, turned into gradients of the student's output layer.
 
-Everything here runs without autograd; [`~trl_blend.ops.mixed_log_probs`] makes it differentiable.
+Everything here runs without autograd; the files beside this one make it differentiable.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trl_blend.ops.head.layer import GatherParameters, LMHead, projection_dtype
 
 
 # Tokens x vocabulary entries of one tile: 64 MiB in float32. A narrow vocabulary side keeps the buffers small next to
@@ -22,28 +27,11 @@ LOG_ZERO = -1e4
 NO_MAXIMUM = -1e30
 
 
-@dataclass(frozen=True)
-class TiledModel:
+class TiledModel(NamedTuple):
     """
-    One model of the mixture, with the fields of [`~trl_blend.ops.LMHead`]. Tiles hold its logits times `factor`.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(N, H)`):
-            Hidden states.
-        weight (`torch.Tensor` of shape `(V, H)`):
-            Weight of the output layer.
-        bias (`torch.Tensor` of shape `(V,)`, *optional*):
-            Bias of the output layer.
-        logit_scale (`float`):
-            Multiplier of the logits, before the softcap.
-        softcap (`float`, *optional*):
-            Softcap of the scaled logits.
-        dtype (`torch.dtype`):
-            Dtype of the projection.
-        factor (`float`):
-            Multiplier after the softcap: the inverse temperature, times the model's weight where logits are mixed.
-        log_weight (`float`):
-            Logarithm of the model's weight, for the mixture of probabilities.
+    One output layer: the fields of [`~trl_blend.ops.LMHead`], the dtype of its projection, the multiplier of its
+    logits after the softcap (the inverse temperature, times the weight where logits are mixed), and its weight in a
+    mixture. Tiles hold its logits times `factor`.
     """
 
     hidden: Tensor
@@ -53,16 +41,15 @@ class TiledModel:
     softcap: float | None
     dtype: torch.dtype
     factor: float
-    log_weight: float
+    share: float
 
 
-class Block(NamedTuple):
-    """Columns `start` to `stop` of the vocabulary, with every model's weight and bias rows for them, cast."""
+def tiled(head: LMHead, factor: float = 1.0, share: float = 1.0) -> TiledModel:
+    return TiledModel(*head, projection_dtype(head.hidden), factor, share)
 
-    start: int
-    stop: int
-    weights: list[Tensor]
-    biases: list[Tensor | None]
+
+def parameters_of(models: Sequence[TiledModel]) -> list[Tensor]:
+    return [tensor for model in models for tensor in (model.weight, model.bias) if tensor is not None]
 
 
 @dataclass
@@ -73,6 +60,11 @@ class Scratch:
     dtype: torch.dtype
     buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, models: Sequence[TiledModel]) -> "Scratch":
+        wide = any(model.dtype == torch.float64 for model in models)
+        return cls(models[0].hidden.device, torch.float64 if wide else torch.float32)
+
     def take(self, name: str, rows: int, columns: int, *, dtype: torch.dtype | None = None) -> Tensor:
         key, size = (name, dtype or self.dtype), rows * columns
         buffer = self.buffers.get(key)
@@ -81,33 +73,42 @@ class Scratch:
         return buffer[:size].view(rows, columns)
 
 
-def vocab_blocks(models: Sequence[TiledModel], vocab: int) -> Iterator[Block]:
+class Block(NamedTuple):
+    """Columns `start` to `stop` of the vocabulary, and the models with their weight and bias rows for them, cast."""
+
+    start: int
+    stop: int
+    models: list[TiledModel]
+
+
+def vocab_blocks(models: Sequence[TiledModel], vocab: int, width: int | None = None) -> Iterator[Block]:
     """Blocks of the vocabulary. It is the outer loop, so that each weight row is cast once per pass."""
-    for start in range(0, vocab, VOCAB_TILE):
-        stop = min(start + VOCAB_TILE, vocab)
-        weights = [model.weight[start:stop].to(model.dtype) for model in models]
-        biases = [None if model.bias is None else model.bias[start:stop].to(model.dtype) for model in models]
-        yield Block(start, stop, weights, biases)
+    width = width or VOCAB_TILE
+    for start in range(0, vocab, width):
+        stop = min(start + width, vocab)
+        parts = []
+        for model in models:
+            bias = None if model.bias is None else model.bias[start:stop].to(model.dtype)
+            parts.append(model._replace(weight=model.weight[start:stop].to(model.dtype), bias=bias))
+        yield Block(start, stop, parts)
 
 
-def token_rows(count: int) -> Iterator[slice]:
+def token_rows(count: int, height: int | None = None) -> Iterator[slice]:
     """Slices of tokens, the inner loop."""
-    for start in range(0, count, TOKEN_TILE):
-        yield slice(start, min(start + TOKEN_TILE, count))
+    height = height or TOKEN_TILE
+    for start in range(0, count, height):
+        yield slice(start, min(start + height, count))
 
 
-def target_columns(targets: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """Column of each target, clamped into the block, and whether the target lies in the block, both `(n, 1)`."""
-    local = (targets - block.start).unsqueeze(1)
-    width = block.stop - block.start
+def local_columns(columns: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """`columns` of the vocabulary as columns of the block, clamped into it, and whether they lie there."""
+    local, width = columns - block.start, block.stop - block.start
     return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
 
 def project(
     out: Tensor,
-    models: Sequence[TiledModel],
-    index: int,
-    block: Block,
+    model: TiledModel,
     rows: slice,
     scratch: Scratch,
     *,
@@ -116,14 +117,14 @@ def project(
     rounded: bool = True,
 ) -> None:
     """
-    Write one model's tile, `factor * logits`, to `out` or add it there. Columns past its vocabulary become `-inf`.
+    Write a tile of one model of a block, `factor * logits`, to `out` or add it there. Columns past its vocabulary
+    become `-inf`.
 
     With `tanh` (of `out`'s shape), the hyperbolic tangent of the softcap is left there for the gradient. With
     `rounded=False`, products in half precision are kept in the dtype of `out`. Overwrites the scratch buffers
     `"product"` and, to add softcapped logits, `"aux"`.
     """
-    model, weight, bias = models[index], block.weights[index], block.biases[index]
-    columns = weight.shape[0]
+    weight, bias, columns = model.weight, model.bias, model.weight.shape[0]
     out[:, columns:] = -torch.inf
     out = out[:, :columns]
     hidden = model.hidden[rows].to(model.dtype)
@@ -143,7 +144,7 @@ def project(
     if widens:
         # CUDA multiplies half precision into a float32 result; elsewhere the factors have to be cast
         left = hidden if wide.is_cuda and wide.dtype == torch.float32 else hidden.to(wide.dtype)
-        add_product_(wide.zero_(), left, weight.t())
+        _add_product_(wide.zero_(), left, weight.t())
     else:
         torch.mm(hidden, weight.t(), out=product)
     if bias is not None:
@@ -158,124 +159,126 @@ def project(
         (out if product is out else out.copy_(product)).mul_(alpha)
 
 
-def softmax_statistics(
-    models: Sequence[TiledModel], vocab: int, targets: Tensor, scratch: Scratch, *, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """
-    Log-sum-exp, target log-probability and (on request) entropy of the summed tiles of `models`, each `(N,)`.
-
-    One pass: a running maximum `m`, `Σ e^(z - m)` and `Σ e^(z - m) (z - m)` are rescaled whenever `m` grows.
-    """
-    maximum = torch.full(targets.shape, NO_MAXIMUM, dtype=scratch.dtype, device=scratch.device)
-    total, weighted = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    target_logit = torch.full_like(maximum, -torch.inf)
-    for block in vocab_blocks(models, vocab):
-        for rows in token_rows(targets.shape[0]):
-            shape = (rows.stop - rows.start, block.stop - block.start)
-            tile = scratch.take("tile", *shape)
-            for index in range(len(models)):
-                project(tile, models, index, block, rows, scratch, accumulate=index > 0)
-            local, inside = target_columns(targets[rows], block)
-            target_logit[rows] = torch.where(inside, tile.gather(1, local), target_logit[rows, None]).squeeze(1)
-
-            new_maximum = torch.maximum(maximum[rows], tile.amax(dim=1))
-            shift = maximum[rows] - new_maximum
-            probs = torch.exp(tile.sub_(new_maximum.unsqueeze(1)), out=scratch.take("aux", *shape))
-            if entropy:
-                old = (weighted[rows] + shift * total[rows]) * shift.exp()
-                weighted[rows] = old + tile.clamp_(min=LOG_ZERO).mul_(probs).sum(dim=1)
-            total[rows] = total[rows] * shift.exp() + probs.sum(dim=1)
-            maximum[rows] = new_maximum
-    log_total = total.log()
-    log_norm = maximum + log_total
-    return log_norm, target_logit - log_norm, log_total - weighted / total if entropy else None
+def softcap_buffer(block: Block, rows: slice, scratch: Scratch) -> Tensor | None:
+    """Where [`project`] leaves the hyperbolic tangent of the first model of a block, if that model has a softcap."""
+    if block.models[0].softcap is None:
+        return None
+    return scratch.take("tanh", rows.stop - rows.start, block.stop - block.start)
 
 
-def mixed_logits_tile(
-    models: Sequence[TiledModel], log_norm: Tensor, block: Block, rows: slice, scratch: Scratch, tanh: Tensor | None
-) -> Tensor:
-    """`log p_mix` of one tile where logits are mixed, in the buffer `"tile"`. `tanh` is that of the first model."""
-    tile = scratch.take("tile", rows.stop - rows.start, block.stop - block.start)
-    for index in range(len(models)):
-        project(tile, models, index, block, rows, scratch, accumulate=index > 0, tanh=None if index else tanh)
-    return tile.sub_(log_norm[rows, None]).clamp_(min=LOG_ZERO)
+def through_softcap_(grad: Tensor, tanh: Tensor | None) -> Tensor:
+    """From the gradient with respect to the capped logits to that with respect to those below the softcap."""
+    return grad if tanh is None else grad.mul_(tanh.square_().neg_().add_(1.0))
 
 
-def mixed_probs_tile(
+class Kernel(ABC):
+    """What one differentiable function of the student's output layer adds to the engine: see [`run`]."""
+
+    vocab: int  # columns that count
+
+    @abstractmethod
+    def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
+        """Outputs, each `(N,)`, and the tensors that the gradient needs."""
+
+    @abstractmethod
+    def tile_gradient(
+        self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
+    ) -> Callable[[Block, slice], Tensor]:
+        """Function that returns the gradient with respect to a tile of the student's projection, to be overwritten."""
+
+    def is_differentiable(self, output: int) -> bool:
+        return output == 0
+
+    def reads_partners(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether the gradient needs the partners' tiles again."""
+        return True
+
+    def tile_shape(self) -> tuple[int, int]:
+        return TOKEN_TILE, VOCAB_TILE
+
+
+def run(kernel: Kernel, models: Sequence[TiledModel], gather_parameters: GatherParameters) -> tuple[Any, ...]:
+    """Outputs of a kernel. Their gradients reach the first model, the student; parameters are whole here."""
+    tensors = [tensor for model in models for tensor in model[:3]]
+    # Without this, a partner weight that requires grad would make the outputs require it, too
+    tracking = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:3])
+    with torch.set_grad_enabled(tracking):
+        settings = [model[3:] for model in models]
+        return _Function.apply(kernel, settings, gather_parameters, *tensors)  # type: ignore[no-untyped-call]
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, settings: list[Any], gather_parameters: GatherParameters, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # An output that is only logged then costs nothing in the backward
+        ctx.set_materialize_grads(False)
+        models = _rebuilt(settings, tensors)
+        scratch = Scratch.of(models)
+        outputs, saved = kernel.forward(models, scratch)
+        ctx.kernel, ctx.settings, ctx.gather_parameters = kernel, settings, gather_parameters
+        ctx.tensor_count, ctx.dtype = len(tensors), scratch.dtype
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.mark_non_differentiable(*(x for i, x in enumerate(outputs) if not kernel.is_differentiable(i)))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernel, count = ctx.kernel, ctx.tensor_count
+        gradients: tuple[Tensor | None, ...] = (None, None, None)
+        tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        models = _rebuilt(ctx.settings, tensors if kernel.reads_partners(grads) else tensors[:3])
+        if any(grad is not None for grad in grads):
+            with ctx.gather_parameters(*parameters_of(models)):
+                scratch = Scratch(models[0].hidden.device, ctx.dtype)
+                tile_gradient = kernel.tile_gradient(models, saved, grads, scratch)
+                gradients = _student_gradients(kernel, models, tile_gradient, ctx.needs_input_grad[3:6], scratch)
+        return None, None, None, *gradients, *[None] * (count - 3)
+
+
+def _rebuilt(settings: list[Any], tensors: Sequence[Any]) -> list[TiledModel]:
+    """The first models, as many as there are tensors for."""
+    return [TiledModel(*tensors[3 * index : 3 * index + 3], *settings[index]) for index in range(len(tensors) // 3)]
+
+
+def _student_gradients(
+    kernel: Kernel,
     models: Sequence[TiledModel],
-    log_norms: Sequence[Tensor],
-    block: Block,
-    rows: slice,
+    tile_gradient: Callable[[Block, slice], Tensor],
+    needed: tuple[bool, bool, bool],
     scratch: Scratch,
-    tanh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """
-    `log p_mix` of one tile where probabilities are mixed, in the buffer `"tile"`, and `log p` of the first model, in
-    the buffer `"first"`. `tanh` is that of the first model. Overwrites the buffer `"term"`.
-    """
-    shape = (rows.stop - rows.start, block.stop - block.start)
-    tile, first = scratch.take("tile", *shape), scratch.take("first", *shape)
-    project(first, models, 0, block, rows, scratch, tanh=tanh)
-    first.sub_(log_norms[0][rows, None])
-    torch.add(first, models[0].log_weight, out=tile)
-    for index in range(1, len(models)):
-        term = scratch.take("term", *shape)
-        project(term, models, index, block, rows, scratch)
-        term.add_(models[index].log_weight - log_norms[index][rows, None])
-        torch.logaddexp(tile, term, out=tile)
-    return tile.clamp_(min=LOG_ZERO), first
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the student's hidden states, weight and bias, in the dtype of the statistics while summed."""
+    student, wide = models[0], scratch.dtype
+    token_tile, vocab_tile = kernel.tile_shape()
+    hidden = torch.zeros_like(student.hidden, dtype=wide) if needed[0] else None
+    # Finished block by block, so it can have its final dtype at once; only one block is ever wider
+    weight = torch.zeros_like(student.weight) if needed[1] else None
+    bias = torch.zeros_like(student.bias, dtype=wide) if needed[2] and student.bias is not None else None
+    # A student of weight 0 takes no part
+    for block in vocab_blocks(models, kernel.vocab if student.share else 0, vocab_tile):
+        total = None if weight is None else weight[block.start : block.stop]
+        if total is not None and total.dtype != wide:
+            total = torch.zeros_like(total, dtype=wide)
+        for rows in token_rows(len(student.hidden), token_tile):
+            grad = tile_gradient(block, rows)
+            if grad.is_cuda and student.dtype in (torch.float16, torch.bfloat16):
+                grad = scratch.take("product", *grad.shape, dtype=student.dtype).copy_(grad)
+            if hidden is not None:
+                _add_product_(hidden[rows], grad, block.models[0].weight)
+            if total is not None:
+                _add_product_(total, grad.t(), student.hidden[rows].to(student.dtype))
+            if bias is not None:
+                bias[block.start : block.stop] += grad.sum(dim=0, dtype=wide)
+        if weight is not None and total is not None and weight.dtype != wide:
+            weight[block.start : block.stop] = total
+    hidden = None if hidden is None else hidden.to(student.hidden.dtype)
+    return hidden, weight, None if bias is None or student.bias is None else bias.to(student.bias.dtype)
 
 
-def mixed_probs_entropy(
-    models: Sequence[TiledModel], log_norms: Sequence[Tensor], vocab: int, scratch: Scratch
-) -> tuple[Tensor, Tensor]:
-    """`-Σ p_mix log p_mix`, and `Σ p log p_mix` for the first model's `p`, each `(N,)`."""
-    entropy, cross = torch.zeros_like(log_norms[0]), torch.zeros_like(log_norms[0])
-    for block in vocab_blocks(models, vocab):
-        for rows in token_rows(entropy.shape[0]):
-            tile, first = mixed_probs_tile(models, log_norms, block, rows, scratch)
-            entropy[rows] -= torch.exp(tile, out=scratch.take("term", *tile.shape)).mul_(tile).sum(dim=1)
-            cross[rows] += first.exp_().mul_(tile).sum(dim=1)
-    return entropy, cross
-
-
-def logits_gradient_(
-    log_mix: Tensor,
-    probs: Tensor,
-    at_target: Tensor,
-    at_entropy: Tensor | None,
-    center: Tensor | None,
-    columns: tuple[Tensor, Tensor],
-) -> Tensor:
-    """
-    Overwrite `log_mix` with `a (1[target] - p) - b p (log p_mix - c)`, one row per token.
-
-    Args:
-        log_mix (`torch.Tensor` of shape `(n, v)`):
-            Tile of `log p_mix`. Without `at_entropy` its values are not read.
-        probs (`torch.Tensor` of shape `(n, v)`):
-            `p`, the distribution whose logits are differentiated.
-        at_target (`torch.Tensor` of shape `(n,)`):
-            `a`, gradient of `log p_mix(target)` times its derivative.
-        at_entropy (`torch.Tensor` of shape `(n,)`, *optional*):
-            `b`, gradient of the entropy times its derivative.
-        center (`torch.Tensor` of shape `(n,)`, *optional*):
-            `c = Σ p log p_mix`.
-        columns (`tuple[torch.Tensor, torch.Tensor]`):
-            Result of [`target_columns`].
-    """
-    local, inside = columns
-    at_target = at_target.unsqueeze(1)
-    if at_entropy is None or center is None:
-        torch.mul(probs, -at_target, out=log_mix)
-    else:
-        at_entropy = at_entropy.unsqueeze(1)
-        # a + b (log p_mix - c), as b log p_mix + (a - b c)
-        log_mix.mul_(at_entropy).add_(at_target - at_entropy * center.unsqueeze(1)).mul_(probs).neg_()
-    return log_mix.scatter_add_(1, local, torch.where(inside, at_target, torch.zeros_like(at_target)))
-
-
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right` for a wide `total`, without rounding the product to the dtype of the factors first."""
     if left.dtype != total.dtype:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)  # CUDA only
@@ -285,22 +288,27 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 class RunningSoftmax:
     """
-    The maximum `m` of each row so far, with `Σ e^(z - m)` and `Σ e^(z - m) (z - m)`, rescaled whenever `m` grows.
-
-    Args:
-        count (`int`):
-            Number of rows, `N`.
-        scratch ([`~trl_blend.ops.head.tiles.Scratch`]):
-            Device and dtype of the statistics.
+    Of `count` rows, the maximum `m` so far, with `Σ e^(z - m)` and, for the entropy, `Σ e^(z - m) (z - m)`. Both are
+    rescaled whenever `m` grows.
     """
 
     def __init__(self, count: int, scratch: Scratch) -> None:
         self.maximum = torch.full((count,), NO_MAXIMUM, dtype=scratch.dtype, device=scratch.device)
         self.total = torch.zeros_like(self.maximum)
         self._weighted = torch.zeros_like(self.maximum)
+        self._scratch = scratch
+
+    def fold_(self, rows: slice, tile: Tensor, *, entropy: bool = False) -> None:
+        """Count a tile `(n, v)`, which is overwritten, as is the buffer `"aux"` for the entropy."""
+        shift = self.shift_(rows, tile)
+        if entropy:
+            probs = torch.exp(tile, out=self._scratch.take("aux", *tile.shape))
+            self.add_(rows, tile.clamp_(min=LOG_ZERO), probs, shift)
+        else:
+            self.add_total_(rows, tile.exp_(), shift)
 
     def shift_(self, rows: slice, tile: Tensor) -> Tensor:
-        """Let the maximum see a tile `(n, v)` and subtract it from the tile. Returns old minus new maximum, `(n,)`."""
+        """Let the maximum see a tile and subtract it from the tile. Returns old minus new maximum, `(n,)`."""
         maximum = torch.maximum(self.maximum[rows], tile.amax(dim=1))
         shift = self.maximum[rows] - maximum
         self.maximum[rows] = maximum
@@ -316,7 +324,7 @@ class RunningSoftmax:
         self.total[rows] = self.total[rows] * shift.exp() + probs.sum(dim=1)
 
     def add_(self, rows: slice, tile: Tensor, probs: Tensor, shift: Tensor) -> None:
-        """Count a tile of `z - m` and `e^(z - m)`, and overwrite the first."""
+        """Count a tile of finite `z - m` and `e^(z - m)`, and overwrite the first."""
         self._weighted[rows] = self.rescaled(rows, self._weighted, shift, shift) + tile.mul_(probs).sum(dim=1)
         self.add_total_(rows, probs, shift)
 
@@ -326,64 +334,50 @@ class RunningSoftmax:
 
     @property
     def entropy(self) -> Tensor:
-        """Of what was counted with [`add_`]."""
+        """Of what was counted with its entropy."""
         return self.total.log() - self._weighted / self.total
 
 
 class RunningTopK:
     """
-    The `k` largest entries of each row so far, with their column and the value of another tile there, each `(N, k)`.
-
-    Args:
-        count (`int`):
-            Number of rows, `N`.
-        k (`int`):
-            How many entries are kept. At least as many must be seen in the end.
-        scratch ([`~trl_blend.ops.head.tiles.Scratch`]):
-            Device and dtype of the values.
+    Of `count` rows, the `k` largest entries so far, with their column and the value of another tile there, each
+    `(N, k)`. Of equal entries in different tiles the earlier one is kept.
     """
 
     def __init__(self, count: int, k: int, scratch: Scratch) -> None:
         self.values = torch.full((count, k), -torch.inf, dtype=scratch.dtype, device=scratch.device)
         self.others = torch.zeros_like(self.values)
-        self.columns = torch.full((count, k), -1, dtype=torch.long, device=scratch.device)
+        self.columns = torch.zeros((count, k), dtype=torch.long, device=scratch.device)
 
-    def fold(self, rows: slice, tile: Tensor, other: Tensor, first_column: int) -> None:
-        """See a tile `(n, v)` that starts at `first_column`, and the other tile of the same shape."""
+    def fold(self, rows: slice, tile: Tensor, first_column: int, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        See a tile `(n, v)` that starts at `first_column`, and another of the same shape. Returns the columns of the
+        tile that were candidates, and the values that are not, or no longer, among the largest.
+        """
         k = self.values.shape[1]
         values, local = tile.topk(min(k, tile.shape[1]), dim=1)
-        values, order = torch.cat([self.values[rows], values], dim=1).topk(k, dim=1)
-        self.values[rows] = values
-        for kept, new in ((self.others, other.gather(1, local)), (self.columns, local + first_column)):
-            kept[rows] = torch.cat([kept[rows], new], dim=1).gather(1, order)
-
-
-def eos_columns(ids: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Position in `ids` and column of every EOS id in the block from `start` to `stop`."""
-    return ((index, token - start) for index, token in enumerate(ids) if start <= token < stop)
+        values, order = torch.cat([self.values[rows], values], dim=1).sort(dim=1, descending=True, stable=True)
+        self.values[rows] = values[:, :k]
+        kept = order[:, :k]
+        self.columns[rows] = torch.cat([self.columns[rows], local + first_column], dim=1).gather(1, kept)
+        if other is not None:
+            self.others[rows] = torch.cat([self.others[rows], other.gather(1, local)], dim=1).gather(1, kept)
+        return local, values[:, k:]
 
 
 class EosColumns:
     """
-    The EOS coordinates of one model's rows: read from the tiles, where they are then excluded, and merged into one
-    virtual column at the end.
-
-    Args:
-        ids (`tuple[int, ...]`):
-            EOS ids, the one that carries the stop event first. Empty: nothing is merged.
-        count (`int`):
-            Number of rows, `N`.
-        scratch ([`~trl_blend.ops.head.tiles.Scratch`]):
-            Device and dtype of the logits.
+    The EOS coordinates of one model's `count` rows: read from the tiles, where they are then excluded, and merged into
+    one virtual column at the end. Of `ids` the first carries the stop event; without any nothing is merged.
     """
 
     def __init__(self, ids: tuple[int, ...], count: int, scratch: Scratch) -> None:
         self.ids = ids
         self.logits = torch.empty((count, len(ids)), dtype=scratch.dtype, device=scratch.device)
 
-    def take_(self, rows: slice, tile: Tensor, start: int) -> None:
-        """Read and exclude the EOS columns of a tile that starts at column `start`."""
-        for index, column in eos_columns(self.ids, start, start + tile.shape[1]):
+    def take_(self, rows: slice, tile: Tensor, block: Block) -> None:
+        """Read and exclude the EOS columns of a tile."""
+        for index, column in eos_columns(self.ids, block):
             self.logits[rows, index] = tile[:, column]
             tile[:, column] = NO_MAXIMUM
 
@@ -392,53 +386,38 @@ class EosColumns:
         return self.logits.logsumexp(dim=1, keepdim=True)
 
 
-class StudentGradients:
-    """Gradients of the student's hidden states, weight and bias, in the dtype of the statistics while summed."""
+def eos_columns(ids: tuple[int, ...], block: Block) -> Iterator[tuple[int, int]]:
+    """Position in `ids` and column of every EOS id in the block."""
+    return ((index, token - block.start) for index, token in enumerate(ids) if block.start <= token < block.stop)
 
-    def __init__(
-        self, tensors: tuple[Tensor, Tensor, Tensor | None], needed: tuple[bool, bool, bool], dtype: torch.dtype
-    ) -> None:
-        hidden, weight, bias = tensors
-        needs_hidden, needs_weight, needs_bias = needed
-        self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
-        # Finished block by block, so it can have its final dtype at once; only one block is ever wider
-        self.weight = torch.zeros_like(weight) if needs_weight else None
-        self.bias = torch.zeros_like(bias, dtype=dtype) if needs_bias and bias is not None else None
-        self._dtypes = (hidden.dtype, None if bias is None else bias.dtype)
-        self._wide = dtype
 
-    def weight_block(self, block: Block) -> Tensor | None:
-        """Where to add up the weight gradient of a block."""
-        if self.weight is None:
-            return None
-        rows = self.weight[block.start : block.stop]
-        return rows if rows.dtype == self._wide else torch.zeros_like(rows, dtype=self._wide)
-
-    def add_tile(
-        self,
-        grad: Tensor,
-        student: TiledModel,
-        block: Block,
-        rows: slice,
-        weight_block: Tensor | None,
-        scratch: Scratch,
-    ) -> None:
-        """Add the share of one tile, given the gradient with respect to its projection. The student comes first."""
-        if grad.is_cuda and student.dtype in (torch.float16, torch.bfloat16):
-            grad = scratch.take("product", *grad.shape, dtype=student.dtype).copy_(grad)
-        if self.hidden is not None:
-            add_product_(self.hidden[rows], grad, block.weights[0])
-        if weight_block is not None:
-            add_product_(weight_block, grad.t(), student.hidden[rows].to(student.dtype))
-        if self.bias is not None:
-            self.bias[block.start : block.stop] += grad.sum(dim=0, dtype=self.bias.dtype)
-
-    def close_block(self, block: Block, weight_block: Tensor | None) -> None:
-        """Round a finished block of the weight gradient to the dtype of the weight."""
-        if self.weight is not None and weight_block is not None and weight_block.dtype != self.weight.dtype:
-            self.weight[block.start : block.stop] = weight_block
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        hidden = None if self.hidden is None else self.hidden.to(self._dtypes[0])
-        bias = None if self.bias is None else self.bias.to(self._dtypes[1])
-        return hidden, self.weight, bias
+def softmax_statistics(
+    models: Sequence[TiledModel],
+    vocab: int,
+    targets: Tensor,
+    scratch: Scratch,
+    tile_logits: Callable[[Block, slice], Tensor],
+    *,
+    entropy: bool,
+    eos_ids: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """
+    Log-sum-exp, target log-probability and (on request) entropy of the tiles that `tile_logits` returns, each `(N,)`.
+    One pass over the vocabulary. The tokens `eos_ids` are one event, of which the first is the target.
+    """
+    count = targets.shape[0]
+    softmax, eos = RunningSoftmax(count, scratch), EosColumns(eos_ids, count, scratch)
+    targets = targets.unsqueeze(1)
+    logits = torch.full((count, 1), -torch.inf, dtype=scratch.dtype, device=scratch.device)
+    for block in vocab_blocks(models, vocab):
+        for rows in token_rows(count):
+            tile = tile_logits(block, rows)
+            eos.take_(rows, tile, block)
+            local, inside = local_columns(targets[rows], block)
+            logits[rows] = torch.where(inside, tile.gather(1, local), logits[rows])
+            softmax.fold_(rows, tile, entropy=entropy)
+    if eos_ids:
+        stop = eos.merged()
+        logits = torch.where(targets == eos_ids[0], stop, logits)
+        softmax.fold_(slice(0, count), stop, entropy=entropy)
+    return softmax.log_norm, logits.squeeze(1) - softmax.log_norm, softmax.entropy if entropy else None

@@ -1,21 +1,20 @@
 """KL divergence between a student and the stored most probable tokens of a teacher, from hidden states."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trl_blend.errors import ConfigError
-from trl_blend.ops.head.layer import LMHead, _no_gather, projection_dtype
+from trl_blend.ops.head import tiles
+from trl_blend.ops.head.layer import GatherParameters, LMHead, no_gather
+from trl_blend.ops.head.tiles import Block, Kernel, Scratch, TiledModel
 
 
 DIRECTIONS = ("reverse", "forward")
 
-# Logits alive at a time: 64 MB in float32
-_ELEMENTS_PER_CHUNK = 2**24
 # A stored tail can be exactly 0 (`-inf`): no finite student would have a finite reverse KL to it
 _LOG_MIN_MASS = -30.0
 
@@ -49,10 +48,14 @@ def top_k_divergence(
     tail_logmass: Tensor,
     *,
     direction: str = "reverse",
-    gather_parameters: Callable[..., AbstractContextManager[Any]] = _no_gather,
+    gather_parameters: GatherParameters = no_gather,
 ) -> TopKDivergence:
     r"""
-    KL divergence over `K + 1` events, the `K` stored tokens of the teacher and "any other token":
+    Pulls the student towards the `K` stored tokens of a teacher, and its probability of all others towards the rest of
+    the teacher's. Use it for distillation from a file, where [`~trl_blend.ops.score_tokens`] has stored the teacher;
+    more stored tokens lose less of it.
+
+    KL divergence over `K + 1` events, the `K` tokens and "any other token":
 
     $$
     \text{reverse: } \sum_{c} p_S(c) \log \frac{p_S(c)}{p_T(c)}, \qquad
@@ -94,128 +97,83 @@ def top_k_divergence(
     """
     if direction not in DIRECTIONS:
         raise ConfigError(f"`direction={direction!r}` is unknown. Use 'reverse' or 'forward'.")
-    if topk_ids.shape[-1] >= student.weight.shape[0]:
-        raise ConfigError(
-            f"`topk_ids` has {topk_ids.shape[-1]} tokens per position, but the student has {student.weight.shape[0]}: "
-            "no other token is left. Score with a smaller `top_k`."
-        )
+    model = tiles.tiled(student)
     tail = tail_logmass.clamp(min=_LOG_MIN_MASS).unsqueeze(-1)
-    teacher = torch.cat([topk_logps, tail], dim=-1).to(_wide(student.hidden).dtype)
-    plan = _Plan(student.logit_scale, student.softcap, projection_dtype(student.hidden), direction, gather_parameters)
-    result = _TopKFunction.apply(  # type: ignore[no-untyped-call]
-        plan, targets, topk_ids, teacher, student.hidden, student.weight, student.bias
-    )
-    return TopKDivergence(*result)
+    teacher = torch.cat([topk_logps, tail], dim=-1).to(Scratch.of([model]).dtype)
+    # Before the weight is gathered, its number of rows is unknown under ZeRO-3
+    with gather_parameters(*tiles.parameters_of([model])):
+        vocab = student.weight.shape[0]
+        if topk_ids.shape[-1] >= vocab:
+            raise ConfigError(
+                f"`topk_ids` has {topk_ids.shape[-1]} tokens per position, but the student has {vocab}: no other "
+                "token is left. Score with a smaller `top_k`."
+            )
+        kernel = _TopKDivergence(vocab, targets, topk_ids, teacher, direction)
+        return TopKDivergence(*tiles.run(kernel, [model], gather_parameters))
 
 
-class _Plan(NamedTuple):
-    logit_scale: float
-    softcap: float | None
-    dtype: torch.dtype
+@dataclass(frozen=True)
+class _TopKDivergence(Kernel):
+    vocab: int
+    targets: Tensor
+    topk_ids: Tensor
+    teacher: Tensor  # log-masses of the `K + 1` events
     direction: str
-    gather_parameters: Callable[..., AbstractContextManager[Any]]
 
-    def cast(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
+    def tile_shape(self) -> tuple[int, int]:
+        # Whole rows, as many as fit: the tail of a row is a sum over its vocabulary
+        return max(1, tiles.TOKEN_TILE * tiles.VOCAB_TILE // self.vocab), self.vocab
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        logits = _wide(torch.nn.functional.linear(hidden.to(self.dtype), weight, bias)) * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
+        token_tile, vocab_tile = self.tile_shape()
+        loss, logps, entropy, is_top1 = (self.teacher.new_empty(len(self.targets)) for _ in range(4))
+        for block in tiles.vocab_blocks(models, self.vocab, vocab_tile):
+            for rows in tiles.token_rows(len(self.targets), token_tile):
+                logprobs = _logits(block, rows, scratch).log_softmax(-1)
+                events, teacher, targets = (
+                    _events(logprobs, self.topk_ids[rows]),
+                    self.teacher[rows],
+                    self.targets[rows],
+                )
+                first, second = (events, teacher) if self.direction == "reverse" else (teacher, events)
+                loss[rows] = (first.exp() * (first - second)).sum(-1)
+                logps[rows] = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+                entropy[rows] = torch.special.entr(logprobs.exp()).sum(-1)
+                is_top1[rows] = (logprobs.argmax(-1) == targets).to(logprobs.dtype)
+        return (loss, logps, entropy, is_top1), []
 
-    def projection_grad(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient of the projection, given that of the logits."""
-        if self.softcap is not None:
-            grad = grad * (1.0 - (logits / self.softcap) ** 2)
-        return grad * self.logit_scale
+    def tile_gradient(
+        self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
+    ) -> Callable[[Block, slice], Tensor]:
+        assert grads[0] is not None
+        scale = grads[0].unsqueeze(-1)
 
-    def divergence(self, events: Tensor, teacher: Tensor) -> Tensor:
-        """Divergence of each row, from the log-masses of the `K + 1` events of both."""
+        def gradient(block: Block, rows: slice) -> Tensor:
+            tanh = tiles.softcap_buffer(block, rows, scratch)
+            logprobs = _logits(block, rows, scratch, tanh).log_softmax(-1)
+            grad = self._logits_gradient(logprobs, self.topk_ids[rows], self.teacher[rows])
+            return tiles.through_softcap_(grad.mul_(scale[rows]).mul_(models[0].logit_scale), tanh)
+
+        return gradient
+
+    def _logits_gradient(self, logprobs: Tensor, topk_ids: Tensor, teacher: Tensor) -> Tensor:
+        events, probs = _events(logprobs, topk_ids), logprobs.exp()
         if self.direction == "reverse":
-            return (events.exp() * (events - teacher)).sum(-1)
-        return (teacher.exp() * (teacher - events)).sum(-1)
+            gap = events - teacher
+            centered = gap - (events.exp() * gap).sum(-1, keepdim=True)
+            return probs * centered[:, -1:].expand_as(probs).scatter(-1, topk_ids, centered[:, :-1])
+        mass = teacher.exp()
+        tail_share = (logprobs - events[:, -1:] + teacher[:, -1:]).exp()  # p_T(tail) p_S(j|tail)
+        return probs * mass.sum(-1, keepdim=True) - tail_share.scatter(-1, topk_ids, mass[:, :-1])
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _logits(block: Block, rows: slice, scratch: Scratch, tanh: Tensor | None = None) -> Tensor:
+    tile = scratch.take("tile", rows.stop - rows.start, block.stop - block.start)
+    tiles.project(tile, block.models[0], rows, scratch, tanh=tanh)
+    return tile
 
 
 def _events(logprobs: Tensor, topk_ids: Tensor) -> Tensor:
     """Log-masses of the `K` tokens and of all others, `(n, K + 1)`."""
     tail = logprobs.scatter(-1, topk_ids, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([logprobs.gather(-1, topk_ids), tail], dim=-1).clamp(min=torch.finfo(torch.float32).min)
-
-
-class _TopKFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: _Plan,
-        targets: Tensor,
-        topk_ids: Tensor,
-        teacher: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        rows = []
-        with plan.gather_parameters(*[p for p in (weight, bias) if p is not None]):
-            cast = plan.cast(weight, bias)
-            for chunk in _chunks(hidden, weight):
-                logprobs = plan.logits(hidden[chunk], *cast).log_softmax(-1)
-                divergence = plan.divergence(_events(logprobs, topk_ids[chunk]), teacher[chunk])
-                target_logps = logprobs.gather(-1, targets[chunk].unsqueeze(-1)).squeeze(-1)
-                entropy = torch.special.entr(logprobs.exp()).sum(-1)
-                is_top1 = (logprobs.argmax(-1) == targets[chunk]).to(logprobs.dtype)
-                rows.append(torch.stack([divergence, target_logps, entropy, is_top1]))
-        ctx.plan = plan
-        ctx.save_for_backward(topk_ids, teacher, hidden, weight, bias)
-        empty = _wide(hidden.new_zeros(4, 0))
-        loss, *statistics = [row.clone() for row in (torch.cat(rows, dim=-1) if rows else empty)]
-        ctx.mark_non_differentiable(*statistics)
-        return loss, *statistics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        topk_ids, teacher, hidden, weight, bias = ctx.saved_tensors
-        plan, needed = ctx.plan, ctx.needs_input_grad[4:]
-        if grad_loss is None:
-            return (None,) * 7
-        wide = _wide(hidden).dtype
-        grads = [
-            torch.zeros_like(tensor, dtype=wide) if need and tensor is not None else None
-            for tensor, need in zip((hidden, weight, bias), needed, strict=True)
-        ]
-        with plan.gather_parameters(*[p for p in (weight, bias) if p is not None]):
-            cast = plan.cast(weight, bias)
-            for chunk in _chunks(hidden, weight):
-                logits = plan.logits(hidden[chunk], *cast)
-                grad = _logit_grad(plan.direction, logits.log_softmax(-1), topk_ids[chunk], teacher[chunk])
-                grad = plan.projection_grad(grad * grad_loss[chunk].unsqueeze(-1), logits).to(plan.dtype)
-                if grads[0] is not None:
-                    grads[0][chunk] = (grad @ cast[0]).to(wide)
-                if grads[1] is not None:
-                    grads[1] += grad.t() @ hidden[chunk].to(plan.dtype)
-                if grads[2] is not None:
-                    grads[2] += grad.sum(0)
-        like = (hidden, weight, bias)
-        return None, None, None, None, *(g if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
-
-
-def _logit_grad(direction: str, logprobs: Tensor, topk_ids: Tensor, teacher: Tensor) -> Tensor:
-    events = _events(logprobs, topk_ids)
-    probs = logprobs.exp()
-    if direction == "reverse":
-        gap = events - teacher
-        centered = gap - (events.exp() * gap).sum(-1, keepdim=True)
-        factor = centered[:, -1:].expand_as(probs).scatter(-1, topk_ids, centered[:, :-1])
-        return probs * factor
-    mass = teacher.exp()
-    tail_share = (logprobs - events[:, -1:] + teacher[:, -1:]).exp()  # p_T(tail) p_S(j|tail)
-    return probs * mass.sum(-1, keepdim=True) - tail_share.scatter(-1, topk_ids, mass[:, :-1])
-
-
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(1, _ELEMENTS_PER_CHUNK // weight.shape[0])
-    return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
