@@ -9,6 +9,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from trl import DistillationConfig
 
 from reproduce.jobs import machine
+from reproduce.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 from reproduce.offline_opd_data import BATCH, TOP_K, Data, collect, score
 from reproduce.offline_opd_models import models
 from reproduce.offline_opd_policies import PROMPTS, gradient_discrepancy, policy_measures
@@ -16,7 +17,6 @@ from reproduce.trust_region_arms import CurveCallback, measure
 from testbed.evaluate import load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
 from trl_blend import OfflineOPDConfig, OfflineOPDTrainer, RolloutStore
-from trl_blend.scripts.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 
 
 LEARNING_RATE = 5e-5

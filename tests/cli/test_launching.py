@@ -64,7 +64,7 @@ def test_the_script_gets_its_arguments_and_accelerate_the_others(launched, envir
     options = launched(
         *CPU, "--num_processes", 1, "--max_steps", 3, "--main_process_port=29871", "--learning_rate=1e-3", name=name
     )
-    assert options.training_script == str(_resources.examples_dir() / f"{training.COMMANDS[name].module}.py")
+    assert options.training_script == str(_resources.examples_dir() / training.COMMANDS[name].script)
     assert options.training_script_args == [*CPU, "--max_steps", "3", "--learning_rate=1e-3"]
     assert (options.num_processes, options.main_process_port) == (1, 29871)
     assert environment["TRL_BLEND_COMMAND"].startswith(f"trl-blend {name} --output_dir out --use_cpu ")

@@ -11,6 +11,8 @@ from datasets import Dataset
 
 import grpo_mix
 import rewards
+from trl_blend.scripts.data import load_prompts
+from trl_blend.scripts.rewards import load_reward
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +59,7 @@ def test_settings_files_parse(path, tmp_path):
 
 def test_a_misspelt_reward_names_the_choices():
     with pytest.raises(ValueError, match="acuracy_reward.*think_format_reward"):
-        grpo_mix.load_reward("acuracy_reward")
+        load_reward("acuracy_reward")
 
 
 def test_prompts_of_a_local_file(tmp_path):
@@ -68,7 +70,7 @@ def test_prompts_of_a_local_file(tmp_path):
         ["--dataset_name", str(tmp_path / "data.jsonl"), "--prompt_column", "problem", "--answer_column", "answer"]
         + ["--system_prompt", "Add.", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     )
-    train, test = grpo_mix.load_prompts(script_args, dataset_args)
+    train, test = load_prompts(script_args, dataset_args)
     assert len(train) + len(test) == 40 and len(test) > 0
     row = train[0]
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]

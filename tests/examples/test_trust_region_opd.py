@@ -18,8 +18,7 @@ from transformers import GenerationConfig
 import trust_region_opd
 from testbed.evaluate import evaluate, load_checkpoint
 from testbed.task import build_prompt_dataset
-from trl_blend.scripts.decoding import decode, own_share, tokenize_prompts
-from trl_blend.scripts.results import means_and_errors
+from trl_blend.scripts.scoring import decode, means_and_errors, own_share, tokenize_prompts
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,12 +206,20 @@ def test_errors_come_before_a_model_is_loaded(name, tmp_path):
         trust_region_opd.main(*parse(None, tmp_path, *data, *arguments))
 
 
-def test_rewards_and_teacher_of_the_testbed_are_for_its_prompts_only(tmp_path):
-    rows = Dataset.from_list([{"prompt": "1+1?"}] * 20)
-    script_args, training_args, _, dataset_args = parse(None, tmp_path)
-    found = trust_region_opd.load_rewards(script_args, dataset_args, build_prompt_dataset("train", 2))
-    assert list(found) == REWARDS
-    teacher = trust_region_opd.find_teacher(script_args, training_args, dataset_args)
-    assert Path(teacher, "model.safetensors").is_file()
-    script_args, _, _, dataset_args = parse(None, tmp_path, "--dataset_name", "some/prompts")
-    assert trust_region_opd.load_rewards(script_args, dataset_args, rows) == {}
+def test_rewards_and_teacher_of_the_testbed_are_for_its_prompts_only(tmp_path, monkeypatch):
+    seen = []
+
+    def record(**arguments):
+        seen.append(arguments)
+        raise StopIteration
+
+    monkeypatch.setattr(trust_region_opd, "TrustRegionOPDTrainer", record)
+    Dataset.from_list([{"prompt": f"{n}+1?"} for n in range(20)]).to_json(tmp_path / "data.jsonl")
+    own = ("--dataset_name", str(tmp_path / "data.jsonl"), "--teacher_model_name_or_path", "my-teacher")
+    for arguments in ((), own):
+        with pytest.raises(StopIteration):
+            trust_region_opd.main(*parse(None, tmp_path, *arguments))
+    testbed, data = seen
+    assert [function.__name__ for function in testbed["reward_funcs"]] == REWARDS
+    assert Path(testbed["teacher_model"], "model.safetensors").is_file()
+    assert (data["reward_funcs"], data["teacher_model"]) == ([], "my-teacher")

@@ -8,6 +8,7 @@ from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 
 from reproduce import offline_opd_policies as policies
+from reproduce.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 from reproduce.offline_opd_arms import ARMS, METRICS, make_trainer
 from reproduce.offline_opd_data import make_data
 from reproduce.offline_opd_models import restyle, restyled_dataset
@@ -15,7 +16,6 @@ from reproduce.offline_opd_policies import Rollouts, completion_logprobs, gradie
 from testbed.evaluate import CHECKPOINTS, load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
 from tests.tiny import tiny_model, tiny_tokenizer
-from trl_blend.scripts.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 
 
 STUDENT, TEACHER = CHECKPOINTS / "sft_student", CHECKPOINTS / "teacher"

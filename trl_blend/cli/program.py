@@ -12,6 +12,7 @@ from trl_blend.scripts.messages import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     fail_in_one_line,
+    misspelt,
     name_options,
     nearest,
     option_names,
@@ -70,9 +71,9 @@ def _run(given: list[str]) -> int:
             raise unknown_options(given[:1], option_names(parser), PROGRAM)
         parser.parse_args(given)  # `--help`, `--version`, or the error that a command is required
     known = option_names(command)
-    misspelt = [item for item in given[1:] if item.startswith("--") and item[2:].partition("=")[0] not in known]
-    if misspelt:  # before argparse misses what it may stand for
-        raise unknown_options(misspelt, known, command.prog)
+    foreign = misspelt(given[1:], known)
+    if foreign:  # before argparse misses what it may stand for
+        raise unknown_options(foreign, known, command.prog)
     options, unknown = command.parse_known_args([*_from_config(given[1:], command), *given[1:]])
     if unknown:
         raise unknown_options(unknown, known, command.prog)

@@ -60,6 +60,12 @@ def option_names(parser: argparse.ArgumentParser) -> set[str]:
     return {option[2:] for option in parser._option_string_actions if option.startswith("--")}
 
 
+def misspelt(arguments: Sequence[str], known: set[str]) -> list[str]:
+    """Arguments that are long options of no known name."""
+    options = [item for item in arguments if re.match(r"--[\w-]+(=|$)", item)]
+    return [item for item in options if item[2:].partition("=")[0] not in known]
+
+
 def unknown_options(arguments: Sequence[str], known: Iterable[str], seen: str) -> ConfigError:
     """
     The error for arguments that nobody knows.

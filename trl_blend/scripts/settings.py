@@ -10,7 +10,8 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 from trl_blend import _resources
 from trl_blend.errors import ConfigError
@@ -97,33 +98,65 @@ def _find_example(value: Any) -> Any:
     return value
 
 
-def unknown_key(name: str, known: Iterable[str], file: str) -> ConfigError:
+class Given(NamedTuple):
+    """
+    Arguments of a command, with `--config` read.
+
+    Args:
+        file (`str` or `None`): The YAML file, as it was named.
+        values (`dict`): Settings in it.
+        variables (`dict`): Environment variables that it lists under `env`.
+        rest (`list[str]`): The other arguments.
+    """
+
+    file: str | None
+    values: dict[str, Any]
+    variables: dict[str, str]
+    rest: list[str]
+
+
+def read_arguments(arguments: Sequence[str]) -> Given:
+    """Take `--config` out of the arguments and read it."""
+    file, rest = take_option(arguments, "config")
+    values, variables = read_script_config(file) if file is not None else ({}, {})
+    return Given(file, values, variables, rest)
+
+
+def unknown_key(name: str, known: Iterable[str], file: str | None) -> ConfigError:
     """The error for a key of a YAML file that nobody knows."""
     return ConfigError(f"`--config {file}`: unknown key `{name}`{nearest(name, known) or '.'}")
 
 
-def apply_config(parser: Any, values: dict[str, Any], file: str) -> dict[str, Any]:
+def apply_config(parser: Any, values: dict[str, Any], file: str | None) -> dict[str, Any]:
     """
-    Make checked settings the defaults of a parser.
+    Make settings the defaults of a parser.
 
     Args:
         parser ([`~trl.TrlParser`]):
             Parser of a script.
         values (`dict`):
             Settings of a YAML file.
-        file (`str`):
+        file (`str` or `None`):
             Its name, for messages.
 
     Returns:
-        `dict`: Settings that are no option of the parser.
+        `dict`: Settings for `accelerate launch`.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a value is of the wrong type, or nobody knows the key.
     """
     actions = {action.dest: action for action in parser._actions if action.type is not None or action.nargs != 0}
     own = {name: _checked(actions[name], value, file) for name, value in values.items() if name in actions}
     parser.set_defaults_with_config(**own)
-    return {name: value for name, value in values.items() if name not in actions}
+    others = {name: value for name, value in values.items() if name not in actions}
+    known = launch_names() if others else set()
+    for name in others:
+        if name not in known:
+            raise unknown_key(name, option_names(parser) | known, file)
+    return others
 
 
-def _checked(action: argparse.Action, value: Any, file: str) -> Any:
+def _checked(action: argparse.Action, value: Any, file: str | None) -> Any:
     if value is None:
         return None
     if action.nargs != "+":
@@ -131,7 +164,7 @@ def _checked(action: argparse.Action, value: Any, file: str) -> Any:
     return [_converted(action, one, file) for one in (value if isinstance(value, list) else [value])]
 
 
-def _converted(action: argparse.Action, value: Any, file: str) -> Any:
+def _converted(action: argparse.Action, value: Any, file: str | None) -> Any:
     """The value as the command line would give it; mappings and lists stay what they are."""
     nested = isinstance(value, (dict, list))
     text = _text(action, value)
@@ -158,7 +191,7 @@ def _text(action: argparse.Action, value: Any) -> str:
     return json.dumps(value, default=str) if isinstance(value, (bool, dict, list)) else str(value)
 
 
-def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: str) -> list[str]:
+def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: str | None) -> list[str]:
     """
     Settings as arguments of a parser that cannot take them as defaults.
 
@@ -187,6 +220,13 @@ def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: st
     return options
 
 
+def make_parser(dataclasses: Sequence[str], **settings: Any) -> Any:
+    """A [`~trl.TrlParser`] of dataclasses, such as `"trl:ModelConfig"`."""
+    from trl import TrlParser
+
+    return TrlParser([resolve_name(dataclass) for dataclass in dataclasses], **settings)
+
+
 def launch_parser() -> argparse.ArgumentParser:
     """The parser of `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
@@ -194,7 +234,7 @@ def launch_parser() -> argparse.ArgumentParser:
     return launch_command_parser()
 
 
-def launch_options() -> set[str]:
+def launch_names() -> set[str]:
     """Names of the options of `accelerate launch`, and of our `--accelerate_config`."""
     return option_names(launch_parser()) - {"help"} | {ACCELERATE_CONFIG}
 
@@ -216,23 +256,17 @@ def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
     """
     fail_in_one_line(parser)
     parser.allow_abbrev = False
-    file, rest = take_option(arguments, "config")
-    if file is not None:
-        values, variables = read_script_config(file)
-        os.environ.update(variables)
-        others = apply_config(parser, values, file)
-        known = launch_options() if others else set()
-        for name in others:
-            if name not in known:
-                raise unknown_key(name, option_names(parser) | known, file)
-        _check_processes(others.get("num_processes"), file)
-    *outputs, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    given = read_arguments(arguments)
+    os.environ.update(given.variables)
+    others = apply_config(parser, given.values, given.file)
+    _check_processes(others.get("num_processes"), given.file)
+    *outputs, unknown = parser.parse_args_into_dataclasses(given.rest, return_remaining_strings=True)
     if unknown:
         raise unknown_options(unknown, option_names(parser), parser.prog)
     return tuple(outputs)
 
 
-def _check_processes(wanted: Any, file: str) -> None:
+def _check_processes(wanted: Any, file: str | None) -> None:
     """A script started otherwise than by `trl-blend` cannot follow the number in its settings."""
     running = os.environ.get("WORLD_SIZE", "1")
     if wanted is not None and COMMAND_VARIABLE not in os.environ and str(wanted) != running:

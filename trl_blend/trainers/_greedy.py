@@ -24,8 +24,8 @@ def greedy_rewards(
     reward: Callable[[list[dict[str, Any]], list[list[int]]], Tensor],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    settings: GenerationConfig,
     accelerator: Accelerator,
+    generation_kwargs: Mapping[str, Any],
     batch_size: int,
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
@@ -44,10 +44,11 @@ def greedy_rewards(
             `(n, F)`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the prompts.
-        settings ([`~transformers.GenerationConfig`]):
-            Greedy settings, see [`greedy_settings`].
         accelerator ([`~accelerate.Accelerator`]):
             The processes.
+        generation_kwargs (`Mapping`):
+            Settings of `generate`; those of sampling are left out. A completion also ends with the end-of-sequence
+            tokens of the tokenizer and of the model.
         batch_size (`int`):
             Prompts that a process decodes at once.
         chat_template_kwargs (`dict`, *optional*):
@@ -59,6 +60,7 @@ def greedy_rewards(
     mine = own_share(rows, accelerator)
     prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in mine], chat_template_kwargs)
     with model as decoding:
+        settings = greedy_settings(generation_kwargs, tokenizer, eos_token_ids(decoding))
         completion_ids = decode(decoding, prompt_ids, settings, batch_size)
     rewards = reward(mine, completion_ids)
     return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
@@ -81,11 +83,15 @@ def generating_model(model: Any, accelerator: Accelerator, **unwrapping: Any) ->
         yield unwrapped
 
 
-def greedy_settings(generation_kwargs: Mapping[str, Any], eos_token_ids: Sequence[int]) -> GenerationConfig:
-    """Settings of `generate` without those of sampling; decoding ends at any of `eos_token_ids`."""
-    kept = {key: value for key, value in generation_kwargs.items() if key not in SAMPLING_KEYS}
-    kept["eos_token_id"] = sorted(set(eos_token_ids))
-    return GenerationConfig(**kept, do_sample=False, disable_compile=True)
+def greedy_settings(
+    generation_kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, eos_of_model: Sequence[int]
+) -> GenerationConfig:
+    """Settings of `generate` without those of sampling, that stop at every end-of-sequence token there is."""
+    settings = {key: value for key, value in generation_kwargs.items() if key not in SAMPLING_KEYS}
+    given = settings.pop("eos_token_id", ())
+    settings["eos_token_id"] = sorted({*given, *eos_of_model, tokenizer.eos_token_id})
+    settings.setdefault("pad_token_id", pad_token_id(tokenizer))
+    return GenerationConfig(**settings, do_sample=False, disable_compile=True)
 
 
 def own_share(rows: Sequence[Any], state: Accelerator | PartialState) -> list[Any]:
@@ -129,6 +135,11 @@ def decode(
             end = next((index for index, token in enumerate(ids) if token in eos), len(ids))
             completions.append(ids[: end + 1])
     return completions
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or else the end-of-sequence token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def eos_token_ids(model: PreTrainedModel) -> list[int]:

@@ -1,20 +1,15 @@
 """Distillation with a live teacher, to compare offline distillation with: TRL's loss, and that on sampled tokens."""
 
-import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationTrainer
 
 from trl_blend._compat import DivergenceInputs, DivergenceResult, divergence_function
 from trl_blend.ops import LMHead, mixed_log_probs
 from trl_blend.ops.head.scores import score_tokens
 from trl_blend.ops.losses import sampled_token_loss, sequence_weights
-from trl_blend.scripts.training import StepTimes
 
 
 class LiveOPDTrainer(DistillationTrainer):
@@ -88,85 +83,3 @@ class SampledTokenOPDTrainer(LiveOPDTrainer):
         zeros = result.loss.new_zeros(valid.shape)
         per_token = zeros.masked_scatter(valid, result.loss * weights * (items / weights.sum()))
         return per_token, zeros.masked_scatter(valid, student.entropy.detach())
-
-
-def compare_with_live(
-    offline_seconds: Sequence[float],
-    scored: Any,
-    prompts: Any,
-    student: str,
-    args: Any,
-    steps: int,
-    max_completion_length: int,
-) -> dict[str, float]:
-    """
-    Time steps of live distillation from the same student, print their median beside that of the offline steps, and
-    return the ratio of each to the offline one.
-
-    Args:
-        offline_seconds (`Sequence[float]`):
-            Wall time of offline steps.
-        scored ([`~trl_blend.RolloutStore`]):
-            Their data, for the number of tokens of a step.
-        prompts ([`~datasets.Dataset`]):
-            Prompts of the live steps.
-        student (`str`):
-            Name or folder of the student.
-        args ([`~trl_blend.OfflineOPDConfig`]):
-            Batch, dtype and teacher.
-        steps (`int`):
-            Live steps to time, after one that is not timed.
-        max_completion_length (`int`):
-            Limit on the length of a rollout.
-    """
-    # A step is as long as its longest rows: the median keeps what else ran on the machine out
-    offline = statistics.median(offline_seconds)
-    tokens = args.per_device_train_batch_size * scored.manifest.num_completion_tokens / scored.manifest.num_rows
-    rows, ratios = [("offline", offline, tokens, 1.0)], {}
-    for name, trainer_class in (
-        ("live, sampled token", SampledTokenOPDTrainer),
-        ("live, full KL (TRL)", LiveOPDTrainer),
-    ):
-        with tempfile.TemporaryDirectory() as folder:
-            live = DistillationConfig(
-                output_dir=folder,
-                max_steps=steps + 1,
-                max_completion_length=max_completion_length,
-                per_device_train_batch_size=args.per_device_train_batch_size,
-                learning_rate=args.learning_rate,
-                model_init_kwargs=dict(args.model_init_kwargs or {}),
-                teacher_model_init_kwargs=dict(args.teacher_model_init_kwargs or {}),
-                gradient_checkpointing=args.gradient_checkpointing,
-                use_cpu=args.use_cpu,
-                bf16=args.bf16,
-                seed=args.seed,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            )
-            times = StepTimes()
-            trainer = trainer_class(
-                model=student,
-                teacher_model=args.teacher_model_name_or_path,
-                args=live,
-                train_dataset=prompts,
-                callbacks=[times],
-            )
-            trainer.train()
-        seconds = statistics.median(times.seconds)
-        ratios[name] = seconds / offline
-        rows.append((name, seconds, statistics.mean(trainer.tokens), ratios[name]))
-    _print_times(rows, steps)
-    return ratios
-
-
-def _print_times(rows: Sequence[tuple[str, float, float, float]], steps: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Time of a training step, without one-time costs: median, {steps} live steps")
-    for column in ("distillation", "seconds per step", "completion tokens per second", "step time / offline"):
-        table.add_column(column, justify="left" if column == "distillation" else "right")
-    for name, seconds, tokens, ratio in rows:
-        table.add_row(name, f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{ratio:.2f}")
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
