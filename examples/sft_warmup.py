@@ -33,7 +33,7 @@ from trl_blend.errors import ConfigError
 from trl_blend.scripts.arguments import PromptScriptArguments
 from trl_blend.scripts.data import TESTBED, is_testbed, load_prompts
 from trl_blend.scripts.running import run, training_begins
-from trl_blend.scripts.scoring import decode, eos_token_ids, own_share, pad_token_id, tokenize_prompts
+from trl_blend.trainers._greedy import decode, eos_token_ids, own_share, pad_token_id, tokenize_prompts
 
 
 @dataclass

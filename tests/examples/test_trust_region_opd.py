@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 import trust_region_opd
 from testbed.evaluate import evaluate, load_checkpoint
 from testbed.task import build_prompt_dataset
-from trl_blend.scripts.scoring import decode, means_and_errors, own_share, tokenize_prompts
+from trl_blend.scripts.scoring import means_and_errors
+from trl_blend.trainers._greedy import decode, own_share, tokenize_prompts
 
 
 ROOT = Path(__file__).resolve().parents[2]

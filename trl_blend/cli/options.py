@@ -127,10 +127,11 @@ def _fields(module: str, name: str) -> dict[str, Option]:
         return fields
     is_ours = module.startswith("trl_blend.")
     groups, choices = (_groups(definition), _choices(module)) if is_ours else ({}, {})
+    ungrouped = "Parameters of the script" if is_ours and not groups else ""
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             field = node.target.id
-            option = _option(node, groups.get(field, ""), choices.get(field))
+            option = _option(node, groups.get(field, ungrouped), choices.get(field))
             if option is not None:
                 fields[field] = option
     return fields
@@ -163,12 +164,12 @@ def _help(metadata: ast.expr | None) -> str:
 
 
 def _groups(definition: ast.ClassDef) -> dict[str, str]:
-    """Heading above each argument in the docstring of a class."""
-    heading, groups = "Parameters of the script", {}
+    """Headings, marked by `>`, above the arguments in the docstring of a class."""
+    heading, groups = "", {}
     for line in (ast.get_docstring(definition) or "").splitlines():
-        if found := re.fullmatch(r"    > (.*)", line):
+        if found := re.fullmatch(r"    > (Parameters .*)", line):
             heading = found[1]
-        elif found := re.match(r"    (\w+) \(", line):
+        elif heading and (found := re.match(r"    (\w+) \(", line)):
             groups[found[1]] = heading
     return groups
 

@@ -33,35 +33,23 @@ class Command(NamedTuple):
     dataclasses: tuple[str, ...]
 
 
+_ARGUMENTS = "trl_blend.scripts.arguments"
+_TRL = ("trl:ModelConfig", "trl:DatasetMixtureConfig")
 COMMANDS = {
     "grpo-mix": Command(
         "grpo_mix.py",
         "train with GRPO on rollouts that a teacher helps to decode",
-        (
-            "trl_blend.scripts.arguments:GRPOMixScriptArguments",
-            "trl_blend:LogitMixGRPOConfig",
-            "trl:ModelConfig",
-            "trl:DatasetMixtureConfig",
-        ),
+        (f"{_ARGUMENTS}:GRPOMixScriptArguments", "trl_blend:LogitMixGRPOConfig", *_TRL),
     ),
     "trust-region-opd": Command(
         "trust_region_opd.py",
         "distil on rollouts inside a trust region around the student",
-        (
-            "trl_blend.scripts.arguments:TrustRegionOPDScriptArguments",
-            "trl_blend:TrustRegionOPDConfig",
-            "trl:ModelConfig",
-            "trl:DatasetMixtureConfig",
-        ),
+        (f"{_ARGUMENTS}:TrustRegionOPDScriptArguments", "trl_blend:TrustRegionOPDConfig", *_TRL),
     ),
     "offline-opd": Command(
         "offline_opd.py",
         "distil from stored rollouts that a teacher has scored",
-        (
-            "trl_blend.scripts.arguments:OfflineOPDScriptArguments",
-            "trl_blend:OfflineOPDConfig",
-            "trl:ModelConfig",
-        ),
+        (f"{_ARGUMENTS}:OfflineOPDScriptArguments", "trl_blend:OfflineOPDConfig", "trl:ModelConfig"),
     ),
 }
 
@@ -121,8 +109,8 @@ def check_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[st
     parser = make_parser(name)
     fail_in_one_line(parser)
     parser.allow_abbrev = False
-    others = settings.apply_config(parser, given.values, given.file)
-    namespace, unknown = parser.parse_known_args(rest)
+    from_file, others = settings.apply_config(parser, given.values, given.file)
+    namespace, unknown = parser.parse_known_args([*from_file, *rest])
     known = settings.launch_names()
     foreign = misspelt(unknown, known)
     if foreign:

@@ -8,29 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_blend.trainers._greedy import (
-    decode,
-    eos_token_ids,
-    generating_model,
-    greedy_rewards,
-    own_share,
-    pad_token_id,
-    tokenize_prompts,
-)
+from trl_blend.trainers._greedy import generating_model, greedy_rewards
 from trl_blend.trainers.trust_region_opd.rewards import score_rollouts
 
 
-__all__ = [
-    "decode",
-    "eos_token_ids",
-    "generating_model",
-    "greedy_scores",
-    "means_and_errors",
-    "own_share",
-    "pad_token_id",
-    "print_table",
-    "tokenize_prompts",
-]
+__all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table"]
 
 
 def greedy_scores(

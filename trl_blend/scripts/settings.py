@@ -1,8 +1,9 @@
 """
 Settings of a training script from a YAML file and the command line, checked before anything is loaded.
 
-The scripts and `trl-blend` read them with the same functions. TRL's parser would start a training with half of the
-mistakes that are found here: a scalar where a list belongs, a fraction of a step, an abbreviated option.
+The scripts and `trl-blend` read them with the same functions: what a file says is parsed as if it stood on the command
+line. TRL's parser would start a training with half of the mistakes that are found so: a scalar where a list belongs, a
+fraction of a step, an abbreviated option.
 """
 
 import argparse
@@ -127,61 +128,39 @@ def unknown_key(name: str, known: Iterable[str], file: str | None) -> ConfigErro
     return ConfigError(f"`--config {file}`: unknown key `{name}`{nearest(name, known) or '.'}")
 
 
-def apply_config(parser: Any, values: dict[str, Any], file: str | None) -> dict[str, Any]:
+def apply_config(parser: Any, values: dict[str, Any], file: str | None) -> tuple[list[str], dict[str, Any]]:
     """
-    Make settings the defaults of a parser.
+    Settings of a YAML file as arguments to put in front of the others, which so override them.
 
     Args:
         parser ([`~trl.TrlParser`]):
-            Parser of a script.
+            Parser of a script. Settings that cannot be written as arguments become its defaults.
         values (`dict`):
-            Settings of a YAML file.
+            Settings of the file.
         file (`str` or `None`):
             Its name, for messages.
 
     Returns:
-        `dict`: Settings for `accelerate launch`.
+        `tuple[list[str], dict]`: Arguments of the script, and settings for `accelerate launch`.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If a value is of the wrong type, or nobody knows the key.
+        [`~trl_blend.errors.ConfigError`]: If neither of them knows a key.
     """
-    actions = {action.dest: action for action in parser._actions if action.type is not None or action.nargs != 0}
-    own = {name: _checked(actions[name], value, file) for name, value in values.items() if name in actions}
-    parser.set_defaults_with_config(**own)
-    others = {name: value for name, value in values.items() if name not in actions}
+    types = {action.dest: action.type for action in parser._actions if action.dest != "help"}
+    others = {name: value for name, value in values.items() if name not in types}
     known = launch_names() if others else set()
     for name in others:
         if name not in known:
             raise unknown_key(name, option_names(parser) | known, file)
-    return others
-
-
-def _checked(action: argparse.Action, value: Any, file: str | None) -> Any:
-    if value is None:
-        return None
-    if action.nargs != "+":
-        return _converted(action, value, file)
-    return [_converted(action, one, file) for one in (value if isinstance(value, list) else [value])]
-
-
-def _converted(action: argparse.Action, value: Any, file: str | None) -> Any:
-    """The value as the command line would give it; mappings and lists stay what they are."""
-    nested = isinstance(value, (dict, list))
-    text = _text(action, value)
-    if nested and action.nargs == "+" or action.type in (None, dict, list):
-        return value
-    try:
-        converted = action.type(text)
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        kind = getattr(action.type, "__name__", "value").replace("string_to_bool", "true/false")
-        raise ConfigError(
-            f"`--config {file}`: `{action.dest}: {text}` is no {kind}{'' if not nested else ', but a nested value'}."
-        ) from None
-    if action.choices is not None and converted not in action.choices:
-        raise ConfigError(
-            f"`--config {file}`: `{action.dest}: {text}` is none of {', '.join(map(str, action.choices))}."
-        )
-    return value if nested else converted
+    own = {name: value for name, value in values.items() if name in types}
+    unwritten = {
+        name: value
+        for name, value in own.items()
+        if value is None or isinstance(value, dict) and types[name] in (None, dict, str)
+    }
+    parser.set_defaults_with_config(**unwritten)
+    written = {name: value for name, value in own.items() if name not in unwritten}
+    return as_options(parser, written, file), others
 
 
 def _text(action: argparse.Action, value: Any) -> str:
@@ -193,15 +172,9 @@ def _text(action: argparse.Action, value: Any) -> str:
 
 def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: str | None) -> list[str]:
     """
-    Settings as arguments of a parser that cannot take them as defaults.
+    Settings of a YAML file as arguments of a parser that has an option for each of them.
 
-    Args:
-        parser (`argparse.ArgumentParser`):
-            Has an option for each of them.
-        values (`dict`):
-            Settings of a YAML file. A switch is set by `true`, and unset by `false` where there is a `--no_` one.
-        file (`str`):
-            Its name, for messages.
+    A switch is set by `true`, and unset by `false` where there is a `--no_` one.
     """
     known, options = parser._option_string_actions, []
     for name, value in values.items():
@@ -241,26 +214,18 @@ def launch_names() -> set[str]:
 
 def parse_script(parser: Any, arguments: Sequence[str]) -> tuple[Any, ...]:
     """
-    The dataclasses of a training script, from its own arguments.
+    The dataclasses of a training script, from its own arguments; raises what to change.
 
     Keys of the YAML file that `accelerate launch` understands are left to it.
-
-    Args:
-        parser ([`~trl.TrlParser`]):
-            Parser of the script.
-        arguments (`Sequence[str]`):
-            Arguments of the script.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: With what to change.
     """
     fail_in_one_line(parser)
     parser.allow_abbrev = False
     given = read_arguments(arguments)
     os.environ.update(given.variables)
-    others = apply_config(parser, given.values, given.file)
+    from_file, others = apply_config(parser, given.values, given.file)
     _check_processes(others.get("num_processes"), given.file)
-    *outputs, unknown = parser.parse_args_into_dataclasses(given.rest, return_remaining_strings=True)
+    arguments = [*from_file, *given.rest]
+    *outputs, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         raise unknown_options(unknown, option_names(parser), parser.prog)
     return tuple(outputs)
