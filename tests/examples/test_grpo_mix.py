@@ -12,7 +12,6 @@ from datasets import Dataset
 import grpo_mix
 import rewards
 from trl_blend.scripts.data import load_prompts
-from trl_blend.scripts.rewards import load_reward
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,11 +54,6 @@ def test_settings_files_parse(path, tmp_path):
         assert model_args.use_peft and model_args.lora_dropout == 0
     if path.stem != "grpo_mix_testbed":
         assert "NOT RUN BY US" in path.read_text()
-
-
-def test_a_misspelt_reward_names_the_choices():
-    with pytest.raises(ValueError, match="acuracy_reward.*think_format_reward"):
-        load_reward("acuracy_reward")
 
 
 def test_prompts_of_a_local_file(tmp_path):

@@ -1,7 +1,6 @@
 """The offline script: its settings file parses, it refuses before loading anything, and its tables are right."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -12,15 +11,15 @@ import pytest
 import yaml
 
 import offline_opd
-from testbed.evaluate import CHECKPOINTS, evaluate, load_checkpoint
+from testbed.evaluate import CHECKPOINTS
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
+from tests.examples.rates import REWARDS, assert_rates
 from trl_blend import collect_rollouts, score_rollouts
 
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTBED = ROOT / "examples" / "configs" / "offline_opd_testbed.yaml"
 STUDENT, TEACHER = str(CHECKPOINTS / "sft_student"), str(CHECKPOINTS / "teacher")
-REWARDS = ["format_and_answer_reward", "answer_reward", "format_reward"]
 NUM_PROMPTS = 11
 ROWS = 12
 
@@ -52,20 +51,6 @@ def parse(tmp_path, *arguments, config=()):
     return offline_opd.make_parser().parse_args_and_config([*config, *cpu, *arguments])
 
 
-def expected_rates(checkpoint):
-    """The evaluation of the test-bed, which shares no code with the script."""
-    model, tokenizer = load_checkpoint(checkpoint)
-    result = evaluate(model, tokenizer, build_prompt_dataset("test", NUM_PROMPTS), max_new_tokens=MAX_NEW_TOKENS)
-    return [
-        (rate, math.sqrt(rate * (1 - rate) / (NUM_PROMPTS - 1)))
-        for rate in (result.reward_rate, result.answer_rate, result.format_rate)
-    ]
-
-
-def assert_rates(found, expected):
-    assert [tuple(cell) for cell in found] == [pytest.approx(cell, abs=1e-6) for cell in expected]
-
-
 def test_the_testbed_run_prints_and_saves_what_its_checkpoints_score(scored, tmp_path):
     printed = run(
         "examples/offline_opd.py", "--config", str(TESTBED), "--dataset_name", str(scored), "--output_dir",
@@ -74,8 +59,8 @@ def test_the_testbed_run_prints_and_saves_what_its_checkpoints_score(scored, tmp
     )  # fmt: skip
     table = json.loads((tmp_path / "before_after.json").read_text())
     assert (table["rewards"], table["prompts"]) == (REWARDS, NUM_PROMPTS)
-    assert_rates(table["before"]["student"], expected_rates("sft_student"))
-    assert_rates(table["after"]["student"], expected_rates(tmp_path))
+    assert_rates(table["before"]["student"], "sft_student", NUM_PROMPTS)
+    assert_rates(table["after"]["student"], tmp_path, NUM_PROMPTS)
     assert table["before"]["student"] != table["after"]["student"]
     for mean, error in (*table["before"]["student"], *table["after"]["student"]):
         assert f"{mean:.3f} ± {error:.3f}" in printed

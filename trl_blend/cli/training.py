@@ -61,18 +61,9 @@ _EPILOG = (
 
 def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
     """
-    Run one of [`COMMANDS`].
+    Run one of [`COMMANDS`] with options of its script and of `accelerate launch`; returns the exit code.
 
-    Args:
-        name (`str`):
-            The command.
-        arguments (`Sequence[str]`):
-            Options of the script and of `accelerate launch`.
-        command (`str`, *optional*):
-            Command line that the user is told to go on with after Ctrl-C. Defaults to this one.
-
-    Returns:
-        `int`: Exit code.
+    After Ctrl-C the user is told to go on with `command`, which is this one by default.
     """
     if "--help-all" in arguments:
         print(make_parser(name).format_help())
@@ -89,7 +80,6 @@ def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
 
 
 def script_path(name: str) -> Path:
-    """The script of a command."""
     return _resources.examples_dir() / COMMANDS[name].script
 
 

@@ -29,17 +29,11 @@ def greedy_scores(
     Args:
         model (context manager of a [`~transformers.PreTrainedModel`]):
             `generating_model(trainer.model_wrapped, trainer.accelerator)`, or `contextlib.nullcontext(teacher)`.
-        rows (`Sequence[dict]`):
-            Rows of a dataset, the same on every process.
-        reward_funcs (`Sequence[Callable]`):
-            Reward functions, called as in [`~trl.GRPOTrainer`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the prompts and of the completions, or the processor that has it.
-        trainer_state ([`~transformers.TrainerState`]):
-            Passed to the reward functions.
+        rows, reward_funcs, tokenizer, trainer_state:
+            Rows of a dataset, the same on every process, and what rewards their completions, as in
+            [`~trl.GRPOTrainer`]. The tokenizer may be that of a processor.
         **decoding:
-            `accelerator`, `generation_kwargs`, `batch_size` and `chat_template_kwargs` of
-            [`~trl_blend.trainers._greedy.greedy_rewards`].
+            Further arguments of [`~trl_blend.trainers._greedy.greedy_rewards`].
 
     Returns:
         `list[tuple[float, float]]`: Mean and standard error of each function, equal on every process.

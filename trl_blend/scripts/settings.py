@@ -67,15 +67,9 @@ def _nearest_file(file: str, shipped: Iterable[str]) -> str:
 
 def read_script_config(file: str) -> tuple[dict[str, Any], dict[str, str]]:
     """
-    Settings and environment variables of a script's YAML file.
+    Settings and environment variables of a YAML file, or of one of `examples/configs`, named without its suffix.
 
-    Args:
-        file (`str`):
-            Path, or the name of a file of `examples/configs` without its suffix. Paths below `examples/` in a file
-            that ships with the package are found from any working directory.
-
-    Returns:
-        `tuple[dict, dict]`: Settings, and the variables that it lists under `env`.
+    Paths below `examples/` in a file that ships with the package are found from any working directory.
     """
     shipped = _resources.shipped_yaml("configs")
     path = Path(file)
@@ -100,15 +94,7 @@ def _find_example(value: Any) -> Any:
 
 
 class Given(NamedTuple):
-    """
-    Arguments of a command, with `--config` read.
-
-    Args:
-        file (`str` or `None`): The YAML file, as it was named.
-        values (`dict`): Settings in it.
-        variables (`dict`): Environment variables that it lists under `env`.
-        rest (`list[str]`): The other arguments.
-    """
+    """Arguments of a command: the file of `--config`, its settings, the variables under `env` in it, and the rest."""
 
     file: str | None
     values: dict[str, Any]

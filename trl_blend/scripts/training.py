@@ -27,13 +27,7 @@ class _OnTrainBegin(TrainerCallback):
 
 
 class Scores(NamedTuple):
-    """
-    What a policy scored before and after a run.
-
-    Args:
-        before, after (`Any`): Scores, see [`train_and_score`].
-        first_step (`int`): Optimizer step of `before`: 0, or that of the checkpoint which the run went on from.
-    """
+    """Scores before and after a run, and the step of `before`: 0, or that of the checkpoint it went on from."""
 
     before: Any
     after: Any
