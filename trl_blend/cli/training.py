@@ -15,14 +15,7 @@ from trl_blend import _resources
 from trl_blend.cli import options
 from trl_blend.errors import ConfigError
 from trl_blend.scripts import settings
-from trl_blend.scripts.messages import (
-    fail_in_one_line,
-    misspelt,
-    nearest,
-    option_names,
-    unknown_options,
-    without_token,
-)
+from trl_blend.scripts.messages import check_options, fail_in_one_line, nearest, option_names, without_token
 
 
 class Command(NamedTuple):
@@ -102,9 +95,7 @@ def check_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[st
     from_file, others = settings.apply_config(parser, given.values, given.file)
     namespace, unknown = parser.parse_known_args([*from_file, *rest])
     known = settings.launch_names()
-    foreign = misspelt(unknown, known)
-    if foreign:
-        raise unknown_options(foreign, option_names(parser) | known, parser.prog)
+    check_options(unknown, known, parser.prog, option_names(parser))
     launch_arguments = settings.as_options(settings.launch_parser(), others, given.file) + unknown
     if config_file is not None:
         launch_arguments = ["--config_file", str(config_file), *launch_arguments]
@@ -121,12 +112,8 @@ def _check_names(name: str, given: settings.Given) -> None:
         known = options.spellings(fields) | options.launch_spellings() | {settings.ACCELERATE_CONFIG}
     except (LookupError, ValueError, OSError):
         return  # the parsers are asked below
-    for key in given.values:
-        if key not in known:
-            raise settings.unknown_key(key, known, given.file)
-    foreign = misspelt(given.rest, known)
-    if foreign:
-        raise unknown_options(foreign, known, f"trl-blend {name}")
+    settings.check_keys(given.values, known, given.file)
+    check_options(given.rest, known, f"trl-blend {name}")
 
 
 def accelerate_config(named: Any) -> Path | None:

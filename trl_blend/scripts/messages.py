@@ -60,10 +60,12 @@ def option_names(parser: argparse.ArgumentParser) -> set[str]:
     return {option[2:] for option in parser._option_string_actions if option.startswith("--")}
 
 
-def misspelt(arguments: Sequence[str], known: set[str]) -> list[str]:
-    """Arguments that are long options of no known name."""
+def check_options(arguments: Sequence[str], known: set[str], seen: str, similar: Iterable[str] = ()) -> None:
+    """Refuse long options of no known name, with the nearest one, also of those that are not meant but `similar`."""
     options = [item for item in arguments if re.match(r"--[\w-]+(=|$)", item)]
-    return [item for item in options if item[2:].partition("=")[0] not in known]
+    foreign = [item for item in options if item[2:].partition("=")[0] not in known]
+    if foreign:
+        raise unknown_options(foreign, known.union(similar), seen)
 
 
 def unknown_options(arguments: Sequence[str], known: Iterable[str], seen: str) -> ConfigError:

@@ -109,9 +109,11 @@ def read_arguments(arguments: Sequence[str]) -> Given:
     return Given(file, values, variables, rest)
 
 
-def unknown_key(name: str, known: Iterable[str], file: str | None) -> ConfigError:
-    """The error for a key of a YAML file that nobody knows."""
-    return ConfigError(f"`--config {file}`: unknown key `{name}`{nearest(name, known) or '.'}")
+def check_keys(keys: Iterable[str], known: set[str], file: str | None, similar: Iterable[str] = ()) -> None:
+    """Refuse keys of a YAML file that nobody knows, see [`check_options`]."""
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"`--config {file}`: unknown key `{key}`{nearest(key, known.union(similar)) or '.'}")
 
 
 def apply_config(parser: Any, values: dict[str, Any], file: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -134,10 +136,7 @@ def apply_config(parser: Any, values: dict[str, Any], file: str | None) -> tuple
     """
     types = {action.dest: action.type for action in parser._actions if action.dest != "help"}
     others = {name: value for name, value in values.items() if name not in types}
-    known = launch_names() if others else set()
-    for name in others:
-        if name not in known:
-            raise unknown_key(name, option_names(parser) | known, file)
+    check_keys(others, launch_names() if others else set(), file, option_names(parser))
     own = {name: value for name, value in values.items() if name in types}
     unwritten = {
         name: value
