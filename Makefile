@@ -56,8 +56,8 @@ demo-offline: install  ## offline distillation in four stages on two CPU cores: 
 		--model_name_or_path examples/testbed/checkpoints/sft_student
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/cpu.yaml \
 		--num_cpu_threads_per_process $(DEMO_THREADS) \
-		examples/offline_opd.py --config examples/configs/offline_opd_testbed.yaml --compare_live_steps 8 \
-		--teacher_model_name_or_path examples/testbed/checkpoints/teacher
+		examples/offline_opd.py --config examples/configs/offline_opd_testbed.yaml
+	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/python examples/reproduce/compare_live.py --scored $(DEMO_OFFLINE)/scored
 
 test: install  ## run the test suite without the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

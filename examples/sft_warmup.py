@@ -19,12 +19,21 @@ prompts are those of `trust_region_opd.py` with the same data set, `--seed`, `--
 per step (devices x batch x accumulation), in the same order. The second command starts from the first prompt again.
 """
 
-import argparse
 from dataclasses import dataclass, field
 
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import AutoTokenizer, GenerationConfig, set_seed
+from trl import DatasetMixtureConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl.trainer.utils import RepeatSampler
+
 from trl_blend.errors import ConfigError
-from trl_blend.scripts.prompts import TESTBED, PromptScriptArguments, is_testbed, load_prompts
+from trl_blend.models.loading import find_tokenizer, load_frozen
+from trl_blend.scripts.arguments import PromptScriptArguments
+from trl_blend.scripts.data import TESTBED, is_testbed, load_prompts
 from trl_blend.scripts.running import run, training_begins
+from trl_blend.trainers._greedy import decode, eos_token_ids, own_share, pad_token_id, tokenize_prompts
 
 
 @dataclass
@@ -54,8 +63,6 @@ class SFTWarmupScriptArguments(PromptScriptArguments):
 
 def prompts_of_first_steps(dataset, steps, rollouts_per_step, rollouts_per_prompt, seed):
     """Rows that [`~trl_blend.TrustRegionOPDTrainer`] draws in its first `steps` steps, in order, one per rollout."""
-    from trl.trainer.utils import RepeatSampler
-
     if steps < 1 or rollouts_per_step % rollouts_per_prompt:
         raise ConfigError(
             f"`max_steps={steps}` must be positive, and `num_rollouts_per_prompt={rollouts_per_prompt}` must divide "
@@ -73,14 +80,6 @@ def prompts_of_first_steps(dataset, steps, rollouts_per_step, rollouts_per_promp
 
 def teacher_answers(prompts, teacher_name, tokenizer, script_args, training_args, dtype):
     """Token ids and labels of prompts with the teacher's answers, sampled by all processes together."""
-    import torch
-    from accelerate.utils import gather_object
-    from datasets import Dataset
-    from transformers import GenerationConfig, set_seed
-
-    from trl_blend.models.loading import find_tokenizer, load_frozen
-    from trl_blend.scripts.decoding import decode, eos_token_ids, own_share, tokenize_prompts
-
     state = training_args.distributed_state
     # In full on every process, also under FSDP and ZeRO-3
     teacher = load_frozen(teacher_name, "teacher", dtype=dtype, device_map=None).to(training_args.device)
@@ -91,7 +90,7 @@ def teacher_answers(prompts, teacher_name, tokenizer, script_args, training_args
         top_k=0,
         top_p=1.0,
         max_new_tokens=script_args.max_completion_length,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=pad_token_id(tokenizer),
         eos_token_id=sorted(own | set(eos_token_ids(teacher))),
     )
     set_seed(training_args.seed + state.process_index)
@@ -108,9 +107,6 @@ def teacher_answers(prompts, teacher_name, tokenizer, script_args, training_args
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    from transformers import AutoTokenizer
-    from trl import SFTTrainer
-
     train_dataset, _ = load_prompts(script_args, dataset_args)
     teacher = script_args.teacher_model_name_or_path
     if not teacher and not is_testbed(script_args, dataset_args):
@@ -140,13 +136,8 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.end()
 
 
-def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
-    from trl import DatasetMixtureConfig, ModelConfig, SFTConfig, TrlParser
-
-    dataclass_types = (SFTWarmupScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    if subparsers is not None:
-        return subparsers.add_parser("sft-warmup", help="Run the SFT-warmup baseline", dataclass_types=dataclass_types)
-    return TrlParser(dataclass_types, prog=prog)
+def make_parser(prog=None):
+    return TrlParser((SFTWarmupScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
 
 
 if __name__ == "__main__":

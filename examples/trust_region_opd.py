@@ -18,76 +18,31 @@ The baselines of the paper are settings of the same trainer, one flag each (`--r
 `--temperature_warmup_start`, `--distillation_target`); `--help` lists them. Its SFT warmup is `sft_warmup.py`.
 """
 
-import argparse
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from itertools import islice
 
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_blend import TrustRegionOPDConfig, TrustRegionOPDTrainer
 from trl_blend.errors import ConfigError
-from trl_blend.scripts.prompts import (
-    TESTBED,
-    TESTBED_REWARDS,
-    PromptScriptArguments,
-    check_reward_columns,
-    is_testbed,
-    load_prompts,
-    load_reward,
-    prompts_name,
-)
-from trl_blend.scripts.results import means_and_errors
+from trl_blend.scripts.arguments import TrustRegionOPDScriptArguments
+from trl_blend.scripts.data import TESTBED, is_testbed, load_prompts, prompts_name
+from trl_blend.scripts.rewards import TESTBED_REWARDS, load_rewards
 from trl_blend.scripts.running import run
-
-
-@dataclass
-class TrustRegionOPDScriptArguments(PromptScriptArguments):
-    """
-    Script arguments of the trust-region example.
-
-    Args:
-        reward_funcs (`list[str]`, *optional*):
-            What to measure, without any effect on training: `"accuracy_reward"` or `"think_format_reward"` of TRL, or
-            a dotted import path such as `"rewards.boxed_accuracy_reward"`. Defaults to the test-bed's rewards for its
-            prompts, and to none, without a before/after table, for a dataset.
-    """
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What to measure, without effect on training: accuracy_reward, think_format_reward, or a dotted "
-            "import path."
-        },
-    )
-
-
-def load_rewards(script_args, dataset_args, train_dataset):
-    """Reward functions by their names in the table; none where nothing can be measured."""
-    default = TESTBED_REWARDS if is_testbed(script_args, dataset_args) else []
-    names = script_args.reward_funcs or default
-    rewards = {name.rpartition(".")[2]: load_reward(name) for name in names}
-    check_reward_columns(list(rewards.values()), train_dataset.column_names)
-    return rewards
-
-
-def find_teacher(script_args, training_args, dataset_args):
-    """Name of the teacher: the test-bed's for its prompts, unless another one is given."""
-    if training_args.teacher_model_name_or_path:
-        return training_args.teacher_model_name_or_path
-    if is_testbed(script_args, dataset_args):
-        return str(TESTBED / "teacher")
-    raise ConfigError(
-        "A teacher is required: set `teacher_model_name_or_path`. Without one the teacher would be the student's own "
-        "base, from which a new adapter has nothing to learn."
-    )
+from trl_blend.scripts.scoring import generating_model, greedy_scores
+from trl_blend.scripts.training import finish, train_and_score
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    from trl import get_peft_config, get_quantization_config
-
-    from trl_blend import TrustRegionOPDTrainer
-    from trl_blend.scripts.decoding import greedy_rewards
-    from trl_blend.scripts.training import finish, train_and_score
-
+    # Rewards are measured, not trained on; without any there is no table
+    reward_names = script_args.reward_funcs or (TESTBED_REWARDS if is_testbed(script_args, dataset_args) else [])
     train_dataset, test_dataset = load_prompts(script_args, dataset_args)
-    rewards = load_rewards(script_args, dataset_args, train_dataset)
-    teacher = find_teacher(script_args, training_args, dataset_args)
+    rewards = load_rewards(reward_names, train_dataset.column_names)
+    if not training_args.teacher_model_name_or_path and not is_testbed(script_args, dataset_args):
+        raise ConfigError(
+            "A teacher is required: set `teacher_model_name_or_path`. Without one the teacher would be the student's "
+            "own base, from which a new adapter has nothing to learn."
+        )
 
     common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     revision = {"revision": model_args.model_revision}
@@ -97,8 +52,8 @@ def main(script_args, training_args, model_args, dataset_args):
     training_args.teacher_model_init_kwargs = common | (training_args.teacher_model_init_kwargs or {})
     trainer = TrustRegionOPDTrainer(
         model=model_args.model_name_or_path or str(TESTBED / "student"),
-        teacher_model=teacher,
-        reward_funcs=list(rewards.values()),
+        teacher_model=training_args.teacher_model_name_or_path or str(TESTBED / "teacher"),
+        reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=test_dataset,
@@ -106,30 +61,44 @@ def main(script_args, training_args, model_args, dataset_args):
         peft_config=get_peft_config(model_args),
     )
 
-    rows = list(test_dataset.select(range(min(script_args.num_test_prompts, len(test_dataset))))) if rewards else []
-
+    rows = list(islice(test_dataset, script_args.num_test_prompts)) if rewards else []
     frozen = {}
 
+    def greedy(model):
+        return greedy_scores(
+            model,
+            rows,
+            rewards,
+            trainer.processing_class,
+            trainer.state,
+            accelerator=trainer.accelerator,
+            generation_kwargs=trainer.generation_kwargs,
+            batch_size=training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps,
+            chat_template_kwargs=training_args.chat_template_kwargs,
+        )
+
     def score():
-        if rows and not frozen:
-            frozen["teacher"] = means_and_errors(greedy_rewards(trainer, rows, "teacher"))
-        return {"student": means_and_errors(greedy_rewards(trainer, rows, "student")), **frozen} if rows else {}
+        if not rows:
+            return {}
+        if not frozen:
+            frozen["teacher"] = greedy(nullcontext(trainer.teacher_model))
+        student = generating_model(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=training_args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=training_args.gradient_checkpointing_kwargs,
+        )
+        return {"student": greedy(student), **frozen}
 
     scores = train_and_score(trainer, score)
-    finish(trainer, scores, list(rewards), len(rows), prompts_name(script_args, dataset_args))
+    columns = [name.rpartition(".")[2] for name in reward_names]
+    finish(trainer, scores, columns, len(rows), prompts_name(script_args, dataset_args))
 
 
-def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
-
-    from trl_blend import TrustRegionOPDConfig
-
-    dataclass_types = (TrustRegionOPDScriptArguments, TrustRegionOPDConfig, ModelConfig, DatasetMixtureConfig)
-    if subparsers is not None:
-        return subparsers.add_parser(
-            "trust-region-opd", help="Run the trust-region distillation example", dataclass_types=dataclass_types
-        )
-    return TrlParser(dataclass_types, prog=prog)
+def make_parser(prog=None):
+    return TrlParser(
+        (TrustRegionOPDScriptArguments, TrustRegionOPDConfig, ModelConfig, DatasetMixtureConfig), prog=prog
+    )
 
 
 if __name__ == "__main__":

@@ -201,8 +201,8 @@ def test_wheel_finds_its_own_examples(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from trl_blend import _resources\nfrom trl_blend.cli import training\n"
         "from trl_blend.scripts import settings\n"
-        "print(_resources.examples_dir())\nprint(training._script('grpo-mix'))\n"
-        "print(training._accelerate_config('cpu'))\n"
+        "print(_resources.examples_dir())\nprint(training.script_path('grpo-mix'))\n"
+        "print(training.accelerate_config('cpu'))\n"
         "print(settings.read_script_config('grpo_mix_testbed')[0]['model_name_or_path'])"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -129,7 +129,6 @@ def run_program(folder: Path, *arguments: str) -> str:
 def check_commands(folder: Path) -> None:
     environment = run_program(folder, "env")
     assert environment.split()[:2] == ["trl_blend", trl_blend.__version__]
-    assert "checked: as this package was written for" in environment
     run_program(folder, "demo", "--output_dir", "demo", "--max_steps", "1", "--num_test_prompts", "4")
     table = json.loads((folder / "demo" / "before_after.json").read_text())
     assert table["prompts"] == 4 and list(table["before"]) == ["student alone", "mixed, weight 0.10", "teacher alone"]

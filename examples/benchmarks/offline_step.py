@@ -27,6 +27,7 @@ from train_step import CHECKPOINTS, OneStepAtATime
 from transformers import Trainer
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
+from reproduce.live_opd import SampledTokenOPDTrainer
 from testbed import task
 from trl_blend import (
     OfflineOPDConfig,
@@ -37,7 +38,6 @@ from trl_blend import (
     collect_rollouts,
     score_rollouts,
 )
-from trl_blend.scripts.live_opd import SampledTokenOPDTrainer
 
 
 BAR = 0.333

@@ -648,11 +648,10 @@ def _accuracy(found: Results) -> list[str]:
         "## Accuracy",
         "",
         f"Seeds {'; '.join(', '.join(map(str, values)) for values in seeds)}; {found.steps} optimizer steps of "
-        f"{BATCH} rollouts, learning rate {LEARNING_RATE:g} (constant) unless said otherwise, the same optimizer in every "
-        "arm. Both students were trained on the first teacher's own samples, with one recipe: the early one is the "
+        f"{BATCH} rollouts, learning rate {LEARNING_RATE:g} (constant) unless said otherwise, the same optimizer in "
+        "every arm. Both students were trained on the first teacher's own samples, with one recipe: the early one is the "
         "`sft_student` of the test-bed, the late one was stopped later. Arms without another name start from the "
-        "early one. The second "
-        "teacher is the first, fine-tuned to write its chain of thought in another style. *live*: rollouts of the "
+        "early one. The second teacher is the first, fine-tuned to write its chain of thought in another style. *live*: rollouts of the "
         "current student at temperature 1. *offline*: rollouts of the student before training, at temperature 1 "
         "unless said otherwise, each used once. *sampled token*: the paper's loss; *with the ratio*: times the ratio "
         "of the current student's probability of the token to that under which it was drawn. *full KL*: "

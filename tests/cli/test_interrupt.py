@@ -239,18 +239,6 @@ def test_how_to_go_on(monkeypatch, command, expected):
 # -------------------- without the program
 
 
-def test_a_script_without_the_program_names_the_option(models, tmp_path):
-    process = start([*SCRIPT, *options(models, tmp_path / "run", max_steps=2000)])
-    next(line for line in process.stdout if line.startswith("{'loss'"))
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = finish(process)
-    assert process.returncode == 130
-    found = re.search(r"Stopped after step (\d+) of 2000; .*\nGo on with the same command and\n", errors)
-    checkpoint = tmp_path / "run" / f"checkpoint-{found[1]}"
-    assert errors.endswith(f"--resume_from_checkpoint {checkpoint}\n")
-    assert {"optimizer.pt", "rng_state.pth", "trainer_state.json"} <= {path.name for path in checkpoint.iterdir()}
-
-
 def test_the_second_one_stops_at_once(models, tmp_path):
     slow = {"max_steps": 2000, "per_device_train_batch_size": 128, "max_completion_length": 200}
     process = start([*SCRIPT, *options(models, tmp_path / "run", **slow)])

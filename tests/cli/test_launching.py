@@ -64,7 +64,7 @@ def test_the_script_gets_its_arguments_and_accelerate_the_others(launched, envir
     options = launched(
         *CPU, "--num_processes", 1, "--max_steps", 3, "--main_process_port=29871", "--learning_rate=1e-3", name=name
     )
-    assert options.training_script == str(_resources.examples_dir() / f"{training.COMMANDS[name].module}.py")
+    assert options.training_script == str(_resources.examples_dir() / training.COMMANDS[name].script)
     assert options.training_script_args == [*CPU, "--max_steps", "3", "--learning_rate=1e-3"]
     assert (options.num_processes, options.main_process_port) == (1, 29871)
     assert environment["TRL_BLEND_COMMAND"].startswith(f"trl-blend {name} --output_dir out --use_cpu ")
@@ -125,7 +125,6 @@ def test_what_is_wrong_among_the_keys_of_accelerate(capsys, launched, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--temprature", 1], "unknown option `--temprature`; did you mean `--temperature`?"),
         (["--num_process", 2], "unknown option `--num_process`; did you mean `--num_processes`?"),
         (["--max_step", 2], "unknown option `--max_step`; did you mean `--max_steps`?"),
         (["--max_steps", "few"], "argument --max_steps: invalid int value: 'few' (see `trl-blend grpo-mix --help`)"),
@@ -142,12 +141,6 @@ def test_what_is_wrong_among_the_keys_of_accelerate(capsys, launched, tmp_path, 
 def test_what_is_wrong_is_said_before_anything_is_launched(capsys, environment, monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
     assert message in fails(capsys, *CPU, *arguments)
-
-
-def test_a_misspelt_key_of_a_file(capsys, environment, tmp_path):
-    (tmp_path / "run.yaml").write_text("output_dir: out\nnum_proceses: 2")
-    message = fails(capsys, "--config", tmp_path / "run.yaml")
-    assert message.endswith("run.yaml`: unknown key `num_proceses`; did you mean `num_processes`?")
 
 
 def test_workers_get_the_time_to_save(launched, environment):

@@ -24,7 +24,12 @@ def test_help_loads_nothing_heavy():
         "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'numpy', 'pyarrow'} & set(sys.modules)))"
     )
     light = [["--help"], ["score", "--help"], ["demo", "--help"], ["rollouts", "--temprature"], ["grpo-mx"]]
-    light += [["grpo-mix", "--config", "nowhere.yaml"], ["offline-opd", "--accelerate_config", "nowhere"]]
+    light += [
+        ["grpo-mix", "--help"],
+        ["trust-region-opd", "--kl_budgt", "1"],
+        ["grpo-mix", "--config", "nowhere.yaml"],
+    ]
+    light += [["offline-opd", "--accelerate_config", "nowhere"]]
     for arguments in light:
         done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "[]"

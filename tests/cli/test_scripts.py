@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 import grpo_mix
 from trl_blend.errors import ConfigError
-from trl_blend.scripts import prompts, running, training
+from trl_blend.scripts import data, rewards, running, training
 
 
 def parse(monkeypatch, *arguments):
@@ -37,14 +37,14 @@ def test_a_token_is_used_and_then_gone_from_the_arguments(tmp_path, monkeypatch,
 )
 def test_rewards_that_do_not_exist(name, message):
     with pytest.raises(ConfigError, match=message):
-        prompts.load_reward(name)
+        rewards.load_reward(name)
 
 
 def test_a_reward_whose_module_is_broken_keeps_its_error(tmp_path, monkeypatch):
     (tmp_path / "broken_reward.py").write_text("import no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        prompts.load_reward("broken_reward.reward")
+        rewards.load_reward("broken_reward.reward")
 
 
 def test_a_split_that_does_not_exist(tmp_path, monkeypatch):
@@ -52,7 +52,7 @@ def test_a_split_that_does_not_exist(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: DatasetDict(training=rows))
     script_args, *_, dataset_args = parse(monkeypatch, "--output_dir", tmp_path, "--dataset_name", "some/prompts")
     with pytest.raises(ConfigError, match="`dataset_train_split=train` is no split of the dataset. It has training."):
-        prompts.load_prompts(script_args, dataset_args)
+        data.load_prompts(script_args, dataset_args)
 
 
 @pytest.mark.parametrize(

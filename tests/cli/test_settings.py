@@ -88,14 +88,6 @@ def test_the_command_line_wins_and_takes_both_forms(config, monkeypatch):
         ("step: 3", "unknown key `step`; did you mean `steps`?"),
         ("num_proceses: 3", "unknown key `num_proceses`; did you mean `num_processes`?"),
         ("xyzzy: 3", "unknown key `xyzzy`."),
-        ("steps: few", "`steps: few` is no int."),
-        ("steps: 1.5", "`steps: 1.5` is no int."),
-        ("steps: true", "`steps: true` is no int."),
-        ("limit: [1]", "`limit: [1]` is no int, but a nested value."),
-        ("rate: {a: 1}", '`rate: {"a": 1}` is no float, but a nested value.'),
-        ("flag: perhaps", "`flag: perhaps` is no true/false."),
-        ("kind: c", "`kind: c` is none of a, b, no."),
-        ("weights: [1, x]", "`weights: x` is no float."),
         ("env: 3", "`env` has to hold `VARIABLE: value` lines, not 3."),
         ("- 3", "has to hold `option: value` lines."),
         ("3: 4", "has to hold `option: value` lines."),
@@ -116,6 +108,25 @@ def test_what_is_wrong_in_a_file(config, monkeypatch, text, message):
 def test_the_number_of_processes_is_left_to_the_program(config, monkeypatch):
     monkeypatch.setenv("TRL_BLEND_COMMAND", "trl-blend grpo-mix")
     assert parse("--config", config("num_processes: 2\naccelerate_config: cpu")) == Options()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: few", "--steps: invalid int value: 'few'"),
+        ("steps: 1.5", "--steps: invalid int value: '1.5'"),
+        ("steps: true", "--steps: invalid int value: 'true'"),
+        ("limit: [1]", "--limit: invalid int value: '[1]'"),
+        ("rate: {a: 1}", "--rate: invalid float value: '{\"a\": 1}'"),
+        ("flag: perhaps", "--flag: Truthy value expected: got perhaps"),
+        ("kind: c", "--kind: invalid choice: 'c'"),
+        ("weights: [1, x]", "--weights: invalid float value: 'x'"),
+    ],
+)
+def test_values_of_a_wrong_type_are_found_as_on_the_command_line(config, text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse("--config", config(text))
+    assert str(caught.value).startswith(f"argument {message}") and "(see `script --help`)" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +194,8 @@ def test_every_shipped_file_passes_the_checks(name):
     modules = {"grpo": grpo_mix, "offline": offline_opd}
     parser = modules.get(name.split("_")[0], trust_region_opd).make_parser()
     values, _ = settings.read_script_config(name)
-    assert settings.apply_config(parser, values, name) == {}
+    arguments, others = settings.apply_config(parser, values, name)
+    assert others == {} and parser.parse_known_args(arguments)[1] == []
 
 
 @pytest.mark.parametrize(

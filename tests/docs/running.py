@@ -160,7 +160,7 @@ def _trl_blend(words: list[str], execute: bool) -> None:
     name, arguments = words[0], words[1:]
     if name in training.COMMANDS:
         script_arguments, _, _ = training.check_arguments(name, arguments)
-        run_script(importlib.import_module(training.COMMANDS[name].module), script_arguments, execute)
+        run_script(importlib.import_module(training.script_path(name).stem), script_arguments, execute)
     elif execute:
         assert main([*words, *SMALL_COMMAND.get(name, [])]) == 0, words
 

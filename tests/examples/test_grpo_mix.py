@@ -11,6 +11,7 @@ from datasets import Dataset
 
 import grpo_mix
 import rewards
+from trl_blend.scripts.data import load_prompts
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,11 +56,6 @@ def test_settings_files_parse(path, tmp_path):
         assert "NOT RUN BY US" in path.read_text()
 
 
-def test_a_misspelt_reward_names_the_choices():
-    with pytest.raises(ValueError, match="acuracy_reward.*think_format_reward"):
-        grpo_mix.load_reward("acuracy_reward")
-
-
 def test_prompts_of_a_local_file(tmp_path):
     rows = [{"problem": f"{n}+1?", "answer": str(n + 1), "solution": "long"} for n in range(40)]
     Dataset.from_list(rows).to_json(tmp_path / "data.jsonl")
@@ -68,7 +64,7 @@ def test_prompts_of_a_local_file(tmp_path):
         ["--dataset_name", str(tmp_path / "data.jsonl"), "--prompt_column", "problem", "--answer_column", "answer"]
         + ["--system_prompt", "Add.", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     )
-    train, test = grpo_mix.load_prompts(script_args, dataset_args)
+    train, test = load_prompts(script_args, dataset_args)
     assert len(train) + len(test) == 40 and len(test) > 0
     row = train[0]
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]

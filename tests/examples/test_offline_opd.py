@@ -1,7 +1,6 @@
 """The offline script: its settings file parses, it refuses before loading anything, and its tables are right."""
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -12,15 +11,15 @@ import pytest
 import yaml
 
 import offline_opd
-from testbed.evaluate import CHECKPOINTS, evaluate, load_checkpoint
+from testbed.evaluate import CHECKPOINTS
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
+from tests.examples.rates import REWARDS, assert_rates
 from tests.rollouts.collecting import collect, score
 
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTBED = ROOT / "examples" / "configs" / "offline_opd_testbed.yaml"
 STUDENT, TEACHER = str(CHECKPOINTS / "sft_student"), str(CHECKPOINTS / "teacher")
-REWARDS = ["format_and_answer_reward", "answer_reward", "format_reward"]
 NUM_PROMPTS = 11
 ROWS = 12
 
@@ -49,35 +48,27 @@ def parse(tmp_path, *arguments, config=()):
     return offline_opd.make_parser().parse_args_and_config([*config, *cpu, *arguments])
 
 
-def expected_rates(checkpoint):
-    """The evaluation of the test-bed, which shares no code with the script."""
-    model, tokenizer = load_checkpoint(checkpoint)
-    result = evaluate(model, tokenizer, build_prompt_dataset("test", NUM_PROMPTS), max_new_tokens=MAX_NEW_TOKENS)
-    return [
-        (rate, math.sqrt(rate * (1 - rate) / (NUM_PROMPTS - 1)))
-        for rate in (result.reward_rate, result.answer_rate, result.format_rate)
-    ]
-
-
-def assert_rates(found, expected):
-    assert [tuple(cell) for cell in found] == [pytest.approx(cell, abs=1e-6) for cell in expected]
-
-
 def test_the_testbed_run_prints_and_saves_what_its_checkpoints_score(scored, tmp_path):
     printed = run(
         "examples/offline_opd.py", "--config", str(TESTBED), "--dataset_name", str(scored), "--output_dir",
         str(tmp_path), "--max_steps", "3", "--per_device_train_batch_size", "4", "--learning_rate", "1e-3",
-        "--num_test_prompts", str(NUM_PROMPTS), "--compare_live_steps", "2", "--teacher_model_name_or_path", TEACHER,
+        "--num_test_prompts", str(NUM_PROMPTS),
     )  # fmt: skip
     table = json.loads((tmp_path / "before_after.json").read_text())
     assert (table["rewards"], table["prompts"]) == (REWARDS, NUM_PROMPTS)
-    assert_rates(table["before"]["student"], expected_rates("sft_student"))
-    assert_rates(table["after"]["student"], expected_rates(tmp_path))
+    assert_rates(table["before"]["student"], "sft_student", NUM_PROMPTS)
+    assert_rates(table["after"]["student"], tmp_path, NUM_PROMPTS)
     assert table["before"]["student"] != table["after"]["student"]
     for mean, error in (*table["before"]["student"], *table["after"]["student"]):
         assert f"{mean:.3f} ± {error:.3f}" in printed
     card = (tmp_path / "README.md").read_text()
     assert "2604.13010" in card
+
+
+def test_the_step_times_of_offline_and_live_distillation(scored):
+    printed = run(
+        "examples/reproduce/compare_live.py", "--scored", str(scored), "--steps", "2", "--batch_size", "4",
+    )  # fmt: skip
     # Ratios of the times that stand beside them
     rows = re.findall(r"│ (offline|live, [^│]+?) +│ +([\d.]+) │ +([\d,]+) │ +([\d.]+) │", printed)
     assert [name for name, *_ in rows] == ["offline", "live, sampled token", "live, full KL (TRL)"]
@@ -113,23 +104,11 @@ def test_the_settings_file_parses_and_is_complete(tmp_path):
         ((), "set `dataset_name`"),
         (("--dataset_name", "scored"), "set `model_name_or_path`"),
         (("--reward_funcs", "accuracy_reward"), "set `test_dataset_name`"),
-        (("--compare_live_steps", "2", "--test_dataset_name", "testbed"), "set `teacher_model_name_or_path`"),
-        (
-            ("--compare_live_steps", "2", "--teacher_model_name_or_path", TEACHER),
-            "without gradient accumulation",
-        ),
-        (
-            (
-                "--compare_live_steps", "2", "--teacher_model_name_or_path", TEACHER, "--gradient_accumulation_steps",
-                "1",
-            ),
-            "set `test_dataset_name`",
-        ),
         (("--test_dataset_name", "testbed", "--reward_funcs", "nonsense"), "`reward_funcs` has 'nonsense'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_blend.OfflineOPDTrainer", None)
+    monkeypatch.setattr(offline_opd, "OfflineOPDTrainer", None)
     rest = ("--dataset_name", "nowhere", "--model_name_or_path", "nowhere")
     if not arguments or "--dataset_name" in arguments:
         rest = ()

@@ -16,10 +16,10 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 import trust_region_opd
-from testbed.evaluate import evaluate, load_checkpoint
-from testbed.task import build_prompt_dataset
-from trl_blend.scripts.decoding import decode, own_share, tokenize_prompts
-from trl_blend.scripts.results import means_and_errors
+from testbed.evaluate import load_checkpoint
+from tests.examples.rates import REWARDS, assert_rates
+from trl_blend.scripts.scoring import means_and_errors
+from trl_blend.trainers._greedy import decode, own_share, tokenize_prompts
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,6 @@ FOLDER = ROOT / "examples" / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*opd_*.yaml") if not path.stem.startswith("offline"))
 BASELINES = "examples/configs/opd_baselines_testbed.yaml"
 TESTBED = "examples/configs/trust_region_opd_testbed.yaml"
-REWARDS = ["format_and_answer_reward", "answer_reward", "format_reward"]
 # Odd, so that two processes have unequal shares; the tenth prompt is shorter than the others
 NUM_PROMPTS = 11
 
@@ -48,29 +47,15 @@ def parse(path, tmp_path, *arguments):
     return trust_region_opd.make_parser().parse_args_and_config([*config, *cpu, *arguments])
 
 
-def expected_rates(checkpoint):
-    """The evaluation of the test-bed, which shares no code with the script."""
-    model, tokenizer = load_checkpoint(checkpoint)
-    result = evaluate(model, tokenizer, build_prompt_dataset("test", NUM_PROMPTS), max_new_tokens=56)
-    return [
-        (rate, math.sqrt(rate * (1 - rate) / (NUM_PROMPTS - 1)))
-        for rate in (result.reward_rate, result.answer_rate, result.format_rate)
-    ]
-
-
-def assert_rates(found, expected):
-    assert [tuple(cell) for cell in found] == [pytest.approx(cell, abs=1e-6) for cell in expected]
-
-
 def test_the_testbed_run_prints_and_saves_what_its_checkpoints_score(tmp_path):
     steps = ("--max_steps", "2", "--blend_warmup_steps", "1", "--per_device_train_batch_size", "4")
     printed, table = run(tmp_path, *steps, "--learning_rate", "5e-4")
     assert (table["rewards"], table["prompts"]) == (REWARDS, NUM_PROMPTS)
     assert list(table["before"]) == list(table["after"]) == ["student", "teacher"]
-    assert_rates(table["before"]["student"], expected_rates("student"))
-    assert_rates(table["after"]["student"], expected_rates(tmp_path))
+    assert_rates(table["before"]["student"], "student", NUM_PROMPTS)
+    assert_rates(table["after"]["student"], tmp_path, NUM_PROMPTS)
     for when in ("before", "after"):
-        assert_rates(table[when]["teacher"], expected_rates("teacher"))
+        assert_rates(table[when]["teacher"], "teacher", NUM_PROMPTS)
     assert table["before"]["student"] != table["after"]["student"] != table["after"]["teacher"]
     for mean, error in (*table["before"]["student"], *table["after"]["student"]):
         assert f"{mean:.3f} ± {error:.3f}" in printed
@@ -88,9 +73,9 @@ def test_two_processes_score_what_one_does(tmp_path):
         *("--max_steps", "1", "--per_device_train_batch_size", "2"),
         launch=(*launch, "--master_port", port),
     )
-    assert_rates(table["before"]["student"], expected_rates("student"))
-    assert_rates(table["before"]["teacher"], expected_rates("teacher"))
-    assert_rates(table["after"]["student"], expected_rates(tmp_path))
+    assert_rates(table["before"]["student"], "student", NUM_PROMPTS)
+    assert_rates(table["before"]["teacher"], "teacher", NUM_PROMPTS)
+    assert_rates(table["after"]["student"], tmp_path, NUM_PROMPTS)
 
 
 @pytest.mark.parametrize(("num_rows", "num_processes"), [(7, 1), (7, 2), (5, 4), (8, 4), (1, 3)])
@@ -177,13 +162,6 @@ def test_the_settings_of_the_paper(tmp_path):
     assert (args.kl_budget_schedule, args.blend_warmup_steps, args.canonicalize_eos) == ("linear", 50, True)
 
 
-def test_a_misspelt_setting_is_an_error(tmp_path):
-    path = tmp_path / "misspelt.yaml"
-    path.write_text((ROOT / TESTBED).read_text().replace("kl_budget: ", "kl_budgets: "))
-    with pytest.raises(ValueError, match="kl_budgets"):
-        parse(path, tmp_path)
-
-
 BAD = {
     "prompt column": (["--prompt_column", "problm"], "prompt_column=problm.*question, answer"),
     "answer column": (["--prompt_column", "question", "--answer_column", "sum"], "answer_column=sum"),
@@ -207,12 +185,20 @@ def test_errors_come_before_a_model_is_loaded(name, tmp_path):
         trust_region_opd.main(*parse(None, tmp_path, *data, *arguments))
 
 
-def test_rewards_and_teacher_of_the_testbed_are_for_its_prompts_only(tmp_path):
-    rows = Dataset.from_list([{"prompt": "1+1?"}] * 20)
-    script_args, training_args, _, dataset_args = parse(None, tmp_path)
-    found = trust_region_opd.load_rewards(script_args, dataset_args, build_prompt_dataset("train", 2))
-    assert list(found) == REWARDS
-    teacher = trust_region_opd.find_teacher(script_args, training_args, dataset_args)
-    assert Path(teacher, "model.safetensors").is_file()
-    script_args, _, _, dataset_args = parse(None, tmp_path, "--dataset_name", "some/prompts")
-    assert trust_region_opd.load_rewards(script_args, dataset_args, rows) == {}
+def test_rewards_and_teacher_of_the_testbed_are_for_its_prompts_only(tmp_path, monkeypatch):
+    seen = []
+
+    def record(**arguments):
+        seen.append(arguments)
+        raise StopIteration
+
+    monkeypatch.setattr(trust_region_opd, "TrustRegionOPDTrainer", record)
+    Dataset.from_list([{"prompt": f"{n}+1?"} for n in range(20)]).to_json(tmp_path / "data.jsonl")
+    own = ("--dataset_name", str(tmp_path / "data.jsonl"), "--teacher_model_name_or_path", "my-teacher")
+    for arguments in ((), own):
+        with pytest.raises(StopIteration):
+            trust_region_opd.main(*parse(None, tmp_path, *arguments))
+    testbed, data = seen
+    assert [function.__name__ for function in testbed["reward_funcs"]] == REWARDS
+    assert Path(testbed["teacher_model"], "model.safetensors").is_file()
+    assert (data["reward_funcs"], data["teacher_model"]) == ([], "my-teacher")

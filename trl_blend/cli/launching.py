@@ -27,22 +27,7 @@ _SECONDS_TO_SAVE = "3600"
 
 
 def launch(script: Path, launch_arguments: list[str], script_arguments: list[str], wants_cpu: bool) -> int:
-    """
-    Run a script to its end.
-
-    Args:
-        script (`Path`):
-            The script.
-        launch_arguments (`list[str]`):
-            Options of `accelerate launch`.
-        script_arguments (`list[str]`):
-            Arguments of the script.
-        wants_cpu (`bool`):
-            Whether the script is told to train on the CPU.
-
-    Returns:
-        `int`: 0, or the exit code of the script.
-    """
+    """Run a script, which may be told to train on the CPU, to its end; returns 0, or its exit code."""
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
 

@@ -11,6 +11,7 @@ from trl_blend.scripts import settings
 from trl_blend.scripts.messages import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
+    check_options,
     fail_in_one_line,
     name_options,
     nearest,
@@ -72,9 +73,7 @@ def _run(given: list[str]) -> int:
             raise unknown_options(given[:1], option_names(parser), PROGRAM)
         parser.parse_args(given)  # `--help`, `--version`, or the error that a command is required
     known = option_names(command)
-    misspelt = [item for item in given[1:] if item.startswith("--") and item[2:].partition("=")[0] not in known]
-    if misspelt:  # before argparse misses what it may stand for
-        raise unknown_options(misspelt, known, command.prog)
+    check_options(given[1:], known, command.prog)  # before argparse misses what it may stand for
     options, unknown = command.parse_known_args([*_from_config(given[1:], command), *given[1:]])
     if unknown:
         raise unknown_options(unknown, known, command.prog)
@@ -93,10 +92,8 @@ def _from_config(arguments: list[str], command: argparse.ArgumentParser) -> list
     file, _ = settings.take_option(arguments, "config")
     if file is None:
         return []
-    values, known = settings.read_yaml(file), option_names(command)
-    for name in values:
-        if name not in known:
-            raise settings.unknown_key(name, known, file)
+    values = settings.read_yaml(file)
+    settings.check_keys(values, option_names(command), file)
     return settings.as_options(command, values, file)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from trl_blend.errors import ConfigError, TrlBlendError
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 from trl_blend.scripts import settings
-from trl_blend.scripts.messages import EXIT_FAILED, name_options, option_names, say, tell, unknown_options
+from trl_blend.scripts.messages import EXIT_FAILED, check_options, name_options, option_names, say, tell
 
 
 # Commands whose options are the fields of a configuration
@@ -27,11 +27,9 @@ def run(name: str, arguments: Sequence[str]) -> int:
         parser.print_help()
         return 0
     known = option_names(parser)
-    misspelt = [item for item in arguments if item.startswith("--") and _option(item) not in known]
-    if misspelt:  # before TRL's parser misses what it may stand for
-        raise unknown_options(misspelt, known, parser.prog)
+    check_options(arguments, known, parser.prog)  # before importing TRL
     try:
-        args = settings.parse_config(config, arguments, parser.prog)
+        (args,) = settings.parse_script(settings.make_parser([config], prog=parser.prog), arguments, launched=False)
         if args.disable_tqdm:
             _silence_bars()
         store = _collect(args) if name == "rollouts" else _score(args)
@@ -72,10 +70,6 @@ def _option_parser(config: Any, prog: str, summary: str) -> argparse.ArgumentPar
         if field.default is True:
             parser.add_argument(f"--no_{field.name}", action="store_true", default=argparse.SUPPRESS)
     return parser
-
-
-def _option(argument: str) -> str:
-    return argument[2:].partition("=")[0].replace("-", "_")
 
 
 def _silence_bars() -> None:

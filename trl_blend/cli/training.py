@@ -5,34 +5,48 @@ Options and settings are checked in this process, with the script's own parser; 
 `accelerate launch`.
 """
 
-import importlib
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trl_blend import _resources
+from trl_blend.cli import options
 from trl_blend.errors import ConfigError
 from trl_blend.scripts import settings
-from trl_blend.scripts.messages import fail_in_one_line, nearest, option_names, unknown_options, without_token
+from trl_blend.scripts.messages import check_options, fail_in_one_line, nearest, option_names, without_token
 
 
-class Script(NamedTuple):
-    """A script of `examples/` that exposes `make_parser`."""
+class Command(NamedTuple):
+    """A script of `examples/`, and the dataclasses that its parser is made of."""
 
-    module: str
+    script: str
     summary: str
+    dataclasses: tuple[str, ...]
 
 
+_ARGUMENTS = "trl_blend.scripts.arguments"
+_TRL = ("trl:ModelConfig", "trl:DatasetMixtureConfig")
 COMMANDS = {
-    "grpo-mix": Script("grpo_mix", "train with GRPO on rollouts that a teacher helps to decode"),
-    "trust-region-opd": Script("trust_region_opd", "distil on rollouts inside a trust region around the student"),
-    "offline-opd": Script("offline_opd", "distil from stored rollouts that a teacher has scored"),
+    "grpo-mix": Command(
+        "grpo_mix.py",
+        "train with GRPO on rollouts that a teacher helps to decode",
+        (f"{_ARGUMENTS}:GRPOMixScriptArguments", "trl_blend:LogitMixGRPOConfig", *_TRL),
+    ),
+    "trust-region-opd": Command(
+        "trust_region_opd.py",
+        "distil on rollouts inside a trust region around the student",
+        (f"{_ARGUMENTS}:TrustRegionOPDScriptArguments", "trl_blend:TrustRegionOPDConfig", *_TRL),
+    ),
+    "offline-opd": Command(
+        "offline_opd.py",
+        "distil from stored rollouts that a teacher has scored",
+        (f"{_ARGUMENTS}:OfflineOPDScriptArguments", "trl_blend:OfflineOPDConfig", "trl:ModelConfig"),
+    ),
 }
 
-_HELP = (
+_EPILOG = (
     "Further options are those of `accelerate launch`, such as --num_processes N; --accelerate_config takes {names}, "
     "or a path. --config FILE reads any of these options from YAML; it also takes {configs}."
 )
@@ -40,75 +54,69 @@ _HELP = (
 
 def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
     """
-    Run one of [`COMMANDS`].
+    Run one of [`COMMANDS`] with options of its script and of `accelerate launch`; returns the exit code.
 
-    Args:
-        name (`str`):
-            The command.
-        arguments (`Sequence[str]`):
-            Options of the script and of `accelerate launch`.
-        command (`str`, *optional*):
-            Command line that the user is told to go on with after Ctrl-C. Defaults to this one.
-
-    Returns:
-        `int`: Exit code.
+    After Ctrl-C the user is told to go on with `command`, which is this one by default.
     """
+    if "--help-all" in arguments:
+        print(make_parser(name).format_help())
+        return 0
+    if {"-h", "--help"} & set(arguments):
+        fields = options.read_options(COMMANDS[name].dataclasses)
+        print(options.format_help(fields, f"trl-blend {name}", COMMANDS[name].summary, _epilog()))
+        return 0
     script_arguments, launch_arguments, wants_cpu = check_arguments(name, list(arguments))
     os.environ[settings.COMMAND_VARIABLE] = command or shlex.join(["trl-blend", name, *without_token(arguments)])
     from trl_blend.cli.launching import launch
 
-    return launch(_script(name), launch_arguments, script_arguments, wants_cpu)
+    return launch(script_path(name), launch_arguments, script_arguments, wants_cpu)
 
 
-def _script(name: str) -> Path:
-    return _resources.examples_dir() / f"{COMMANDS[name].module}.py"
+def script_path(name: str) -> Path:
+    return _resources.examples_dir() / COMMANDS[name].script
+
+
+def make_parser(name: str) -> Any:
+    """The parser of a script, as it makes it itself; this imports TRL."""
+    return settings.make_parser(COMMANDS[name].dataclasses, prog=f"trl-blend {name}", epilog=_epilog())
 
 
 def check_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[str], bool]:
     """Arguments of the script, those of `accelerate launch`, and whether training is to be on the CPU."""
-    file, rest = settings.take_option(arguments, "config")
-    named, rest = settings.take_option(rest, settings.ACCELERATE_CONFIG)
-    values, variables = settings.read_script_config(file) if file is not None else ({}, {})
-    config_file = _accelerate_config(named if named is not None else values.get(settings.ACCELERATE_CONFIG))
-    # What can be found without the imports has been found
-    os.environ.update(variables)
-    parser = _make_parser(name)
-    others = settings.apply_config(parser, values, file) if file is not None else {}
-    namespace, unknown = parser.parse_known_args(rest)
-    known = settings.launch_options()
-    for key in others:
-        if key not in known:
-            raise settings.unknown_key(key, option_names(parser) | known, file)
-    foreign = [item for item in unknown if item.startswith("--") and _option(item) not in known]
-    if foreign:
-        raise unknown_options(foreign, option_names(parser) | known, parser.prog)
-    others.pop(settings.ACCELERATE_CONFIG, None)
-    config = ["--config_file", str(config_file)] if config_file else []
-    from_file = settings.as_options(settings.launch_parser(), others, file) if file is not None else []
-    launch_arguments = [*config, *from_file, *unknown]
+    given = settings.read_arguments(arguments)
+    named, rest = settings.take_option(given.rest, settings.ACCELERATE_CONFIG)
+    in_file = given.values.pop(settings.ACCELERATE_CONFIG, None)
+    config_file = accelerate_config(named if named is not None else in_file)
+    _check_names(name, given._replace(rest=rest))
+    os.environ.update(given.variables)
+    parser = make_parser(name)
+    fail_in_one_line(parser)
+    parser.allow_abbrev = False
+    from_file, others = settings.apply_config(parser, given.values, given.file)
+    namespace, unknown = parser.parse_known_args([*from_file, *rest])
+    known = settings.launch_names()
+    check_options(unknown, known, parser.prog, option_names(parser))
+    launch_arguments = settings.as_options(settings.launch_parser(), others, given.file) + unknown
+    if config_file is not None:
+        launch_arguments = ["--config_file", str(config_file), *launch_arguments]
     script_arguments = _without(rest, unknown)
-    if file is not None:
-        script_arguments = ["--config", file, *script_arguments]
+    if given.file is not None:
+        script_arguments = ["--config", given.file, *script_arguments]
     return script_arguments, launch_arguments, bool(namespace.use_cpu)
 
 
-def _make_parser(name: str) -> Any:
-    """The parser of a script; this loads TRL."""
-    folder = str(_resources.examples_dir())
-    sys.path.insert(0, folder)
+def _check_names(name: str, given: settings.Given) -> None:
+    """Say what is misspelt before TRL is imported, which takes five seconds."""
     try:
-        module = importlib.import_module(COMMANDS[name].module)
-    finally:
-        sys.path.remove(folder)
-    parser = module.make_parser(prog=f"trl-blend {name}")
-    fail_in_one_line(parser)
-    parser.allow_abbrev = False
-    names, configs = (", ".join(_resources.shipped_yaml(kind)) for kind in ("accelerate_configs", "configs"))
-    parser.epilog = _HELP.format(names=names, configs=configs)
-    return parser
+        fields = options.read_options(COMMANDS[name].dataclasses)
+        known = options.spellings(fields) | options.launch_spellings() | {settings.ACCELERATE_CONFIG}
+    except (LookupError, ValueError, OSError):
+        return  # the parsers are asked below
+    settings.check_keys(given.values, known, given.file)
+    check_options(given.rest, known, f"trl-blend {name}")
 
 
-def _accelerate_config(named: Any) -> Path | None:
+def accelerate_config(named: Any) -> Path | None:
     """File of `--accelerate_config`: a path, or the name of a shipped one."""
     if named is None:
         return None
@@ -123,8 +131,9 @@ def _accelerate_config(named: Any) -> Path | None:
     return shipped[named]
 
 
-def _option(argument: str) -> str:
-    return argument[2:].partition("=")[0]
+def _epilog() -> str:
+    names, configs = (", ".join(_resources.shipped_yaml(kind)) for kind in ("accelerate_configs", "configs"))
+    return _EPILOG.format(names=names, configs=configs)
 
 
 def _without(arguments: list[str], removed: list[str]) -> list[str]:

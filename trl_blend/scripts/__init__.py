@@ -1,1 +1,1 @@
-"""What the training commands run, shared by the scripts of `examples/`."""
+"""What the training scripts of `examples/` share, and what the command line needs to run them."""

@@ -60,18 +60,16 @@ def option_names(parser: argparse.ArgumentParser) -> set[str]:
     return {option[2:] for option in parser._option_string_actions if option.startswith("--")}
 
 
-def unknown_options(arguments: Sequence[str], known: Iterable[str], seen: str) -> ConfigError:
-    """
-    The error for arguments that nobody knows.
+def check_options(arguments: Sequence[str], known: set[str], seen: str, similar: Iterable[str] = ()) -> None:
+    """Refuse long options of no known name, with the nearest one, also of those that are not meant but `similar`."""
+    options = [item for item in arguments if re.match(r"--[\w-]+(=|$)", item)]
+    foreign = [item for item in options if item[2:].partition("=")[0] not in known]
+    if foreign:
+        raise unknown_options(foreign, known.union(similar), seen)
 
-    Args:
-        arguments (`Sequence[str]`):
-            What is left over, options with their values.
-        known (`Iterable[str]`):
-            Option names to choose the nearest from.
-        seen (`str`):
-            Command whose help lists them.
-    """
+
+def unknown_options(arguments: Sequence[str], known: Iterable[str], seen: str) -> ConfigError:
+    """The error for arguments that nobody knows, with the nearest of `known`, which the help of `seen` lists."""
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     if not options:
         return ConfigError(f"unexpected argument `{arguments[0]}` (see `{seen} --help`)")
@@ -94,15 +92,7 @@ def fail_in_one_line(parser: argparse.ArgumentParser) -> None:
 def name_options(message: str, options: Iterable[str], renamed: dict[str, str]) -> str:
     """
     A message of the Python API in the words of the command line: `` `model='x'` `` becomes
-    `` `--model_name_or_path='x'` ``.
-
-    Args:
-        message (`str`):
-            Message of an error.
-        options (`Iterable[str]`):
-            Options of the command.
-        renamed (`dict[str, str]`):
-            Python arguments whose option has another name.
+    `` `--model_name_or_path='x'` ``. `renamed` has the Python arguments whose option has another name.
     """
     names = {name: name for name in options} | renamed
 

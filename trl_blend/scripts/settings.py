@@ -1,8 +1,9 @@
 """
 Settings of a training script from a YAML file and the command line, checked before anything is loaded.
 
-The scripts and `trl-blend` read them with the same functions. TRL's parser would start a training with half of the
-mistakes that are found here: a scalar where a list belongs, a fraction of a step, an abbreviated option.
+The scripts and `trl-blend` read them with the same functions: what a file says is parsed as if it stood on the command
+line. TRL's parser would start a training with half of the mistakes that are found so: a scalar where a list belongs, a
+fraction of a step, an abbreviated option.
 """
 
 import argparse
@@ -10,7 +11,8 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
 from trl_blend import _resources
 from trl_blend.errors import ConfigError
@@ -65,15 +67,9 @@ def _nearest_file(file: str, shipped: Iterable[str]) -> str:
 
 def read_script_config(file: str) -> tuple[dict[str, Any], dict[str, str]]:
     """
-    Settings and environment variables of a script's YAML file.
+    Settings and environment variables of a YAML file, or of one of `examples/configs`, named without its suffix.
 
-    Args:
-        file (`str`):
-            Path, or the name of a file of `examples/configs` without its suffix. Paths below `examples/` in a file
-            that ships with the package are found from any working directory.
-
-    Returns:
-        `tuple[dict, dict]`: Settings, and the variables that it lists under `env`.
+    Paths below `examples/` in a file that ships with the package are found from any working directory.
     """
     shipped = _resources.shipped_yaml("configs")
     path = Path(file)
@@ -97,58 +93,63 @@ def _find_example(value: Any) -> Any:
     return value
 
 
-def unknown_key(name: str, known: Iterable[str], file: str) -> ConfigError:
-    """The error for a key of a YAML file that nobody knows."""
-    return ConfigError(f"`--config {file}`: unknown key `{name}`{nearest(name, known) or '.'}")
+class Given(NamedTuple):
+    """Arguments of a command: the file of `--config`, its settings, the variables under `env` in it, and the rest."""
+
+    file: str | None
+    values: dict[str, Any]
+    variables: dict[str, str]
+    rest: list[str]
 
 
-def apply_config(parser: Any, values: dict[str, Any], file: str) -> dict[str, Any]:
+def read_arguments(arguments: Sequence[str]) -> Given:
+    """Take `--config` out of the arguments and read it."""
+    file, rest = take_option(arguments, "config")
+    values, variables = read_script_config(file) if file is not None else ({}, {})
+    return Given(file, values, variables, rest)
+
+
+def check_keys(keys: Iterable[str], known: set[str], file: str | None, similar: Iterable[str] = ()) -> None:
+    """Refuse keys of a YAML file that nobody knows, see [`check_options`]."""
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"`--config {file}`: unknown key `{key}`{nearest(key, known.union(similar)) or '.'}")
+
+
+def apply_config(
+    parser: Any, values: dict[str, Any], file: str | None, launched: bool = True
+) -> tuple[list[str], dict[str, Any]]:
     """
-    Make checked settings the defaults of a parser.
+    Settings of a YAML file as arguments to put in front of the others, which so override them.
 
     Args:
         parser ([`~trl.TrlParser`]):
-            Parser of a script.
+            Parser of a script. Settings that cannot be written as arguments become its defaults.
         values (`dict`):
-            Settings of a YAML file.
-        file (`str`):
+            Settings of the file.
+        file (`str` or `None`):
             Its name, for messages.
+        launched (`bool`, *optional*, defaults to `True`):
+            Whether keys of `accelerate launch` may be among them.
 
     Returns:
-        `dict`: Settings that are no option of the parser.
+        `tuple[list[str], dict]`: Arguments of the script, and settings for `accelerate launch`.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If neither of them knows a key.
     """
-    actions = {action.dest: action for action in parser._actions if action.type is not None or action.nargs != 0}
-    own = {name: _checked(actions[name], value, file) for name, value in values.items() if name in actions}
-    parser.set_defaults_with_config(**own)
-    return {name: value for name, value in values.items() if name not in actions}
-
-
-def _checked(action: argparse.Action, value: Any, file: str) -> Any:
-    if value is None:
-        return None
-    if action.nargs != "+":
-        return _converted(action, value, file)
-    return [_converted(action, one, file) for one in (value if isinstance(value, list) else [value])]
-
-
-def _converted(action: argparse.Action, value: Any, file: str) -> Any:
-    """The value as the command line would give it; mappings and lists stay what they are."""
-    nested = isinstance(value, (dict, list))
-    text = _text(action, value)
-    if nested and action.nargs == "+" or action.type in (None, dict, list):
-        return value
-    try:
-        converted = action.type(text)
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        kind = getattr(action.type, "__name__", "value").replace("string_to_bool", "true/false")
-        raise ConfigError(
-            f"`--config {file}`: `{action.dest}: {text}` is no {kind}{'' if not nested else ', but a nested value'}."
-        ) from None
-    if action.choices is not None and converted not in action.choices:
-        raise ConfigError(
-            f"`--config {file}`: `{action.dest}: {text}` is none of {', '.join(map(str, action.choices))}."
-        )
-    return value if nested else converted
+    types = {action.dest: action.type for action in parser._actions if action.dest != "help"}
+    others = {name: value for name, value in values.items() if name not in types}
+    check_keys(others, launch_names() if others and launched else set(), file, option_names(parser))
+    own = {name: value for name, value in values.items() if name in types}
+    unwritten = {
+        name: value
+        for name, value in own.items()
+        if value is None or isinstance(value, dict) and types[name] in (None, dict, str)
+    }
+    parser.set_defaults_with_config(**unwritten)
+    written = {name: value for name, value in own.items() if name not in unwritten}
+    return as_options(parser, written, file), others
 
 
 def _text(action: argparse.Action, value: Any) -> str:
@@ -158,17 +159,11 @@ def _text(action: argparse.Action, value: Any) -> str:
     return json.dumps(value, default=str) if isinstance(value, (bool, dict, list)) else str(value)
 
 
-def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: str) -> list[str]:
+def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: str | None) -> list[str]:
     """
-    Settings as arguments of a parser that cannot take them as defaults.
+    Settings of a YAML file as arguments of a parser that has an option for each of them.
 
-    Args:
-        parser (`argparse.ArgumentParser`):
-            Has an option for each of them.
-        values (`dict`):
-            Settings of a YAML file. A switch is set by `true`, and unset by `false` where there is a `--no_` one.
-        file (`str`):
-            Its name, for messages.
+    A switch is set by `true`, and unset by `false` where there is a `--no_` one.
     """
     known, options = parser._option_string_actions, []
     for name, value in values.items():
@@ -187,6 +182,13 @@ def as_options(parser: argparse.ArgumentParser, values: dict[str, Any], file: st
     return options
 
 
+def make_parser(dataclasses: Sequence[str], **settings: Any) -> Any:
+    """A [`~trl.TrlParser`] of dataclasses, such as `"trl:ModelConfig"`."""
+    from trl import TrlParser
+
+    return TrlParser([resolve_name(dataclass) for dataclass in dataclasses], **settings)
+
+
 def launch_parser() -> argparse.ArgumentParser:
     """The parser of `accelerate launch`."""
     from accelerate.commands.launch import launch_command_parser
@@ -194,54 +196,32 @@ def launch_parser() -> argparse.ArgumentParser:
     return launch_command_parser()
 
 
-def launch_options() -> set[str]:
+def launch_names() -> set[str]:
     """Names of the options of `accelerate launch`, and of our `--accelerate_config`."""
     return option_names(launch_parser()) - {"help"} | {ACCELERATE_CONFIG}
 
 
 def parse_script(parser: Any, arguments: Sequence[str], launched: bool = True) -> tuple[Any, ...]:
     """
-    The dataclasses of a training script, from its own arguments.
+    The dataclasses of a training script, from its own arguments; raises what to change.
 
-    Keys of the YAML file that `accelerate launch` understands are left to it.
-
-    Args:
-        parser ([`~trl.TrlParser`]):
-            Parser of the script.
-        arguments (`Sequence[str]`):
-            Arguments of the script.
-        launched (`bool`, *optional*, defaults to `True`):
-            Whether keys of `accelerate launch` are among those of the YAML file.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: With what to change.
+    Keys of the YAML file that `accelerate launch` understands are left to it, unless `launched` is `False`: then the
+    command is no training script.
     """
     fail_in_one_line(parser)
     parser.allow_abbrev = False
-    file, rest = take_option(arguments, "config")
-    if file is not None:
-        values, variables = read_script_config(file)
-        os.environ.update(variables)
-        others = apply_config(parser, values, file)
-        known = launch_options() if others and launched else set()
-        for name in others:
-            if name not in known:
-                raise unknown_key(name, option_names(parser) | known, file)
-        _check_processes(others.get("num_processes"), file)
-    *outputs, unknown = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    given = read_arguments(arguments)
+    os.environ.update(given.variables)
+    from_file, others = apply_config(parser, given.values, given.file, launched)
+    _check_processes(others.get("num_processes"), given.file)
+    arguments = [*from_file, *given.rest]
+    *outputs, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
         raise unknown_options(unknown, option_names(parser), parser.prog)
     return tuple(outputs)
 
 
-def parse_config(config: type, arguments: Sequence[str], prog: str) -> Any:
-    """One dataclass of a command that is no training script, from its arguments."""
-    from trl import TrlParser
-
-    return parse_script(TrlParser((config,), prog=prog), arguments, launched=False)[0]
-
-
-def _check_processes(wanted: Any, file: str) -> None:
+def _check_processes(wanted: Any, file: str | None) -> None:
     """A script started otherwise than by `trl-blend` cannot follow the number in its settings."""
     running = os.environ.get("WORLD_SIZE", "1")
     if wanted is not None and COMMAND_VARIABLE not in os.environ and str(wanted) != running:

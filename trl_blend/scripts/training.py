@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ from transformers import TrainerCallback
 
 from trl_blend.scripts.interrupt import StopOnInterrupt, say_how_to_go_on
 from trl_blend.scripts.messages import EXIT_INTERRUPTED
-from trl_blend.scripts.results import print_table
 from trl_blend.scripts.running import training_begins
+from trl_blend.scripts.scoring import print_table
 
 
 class _OnTrainBegin(TrainerCallback):
@@ -28,31 +27,11 @@ class _OnTrainBegin(TrainerCallback):
 
 
 class Scores(NamedTuple):
-    """
-    What a policy scored before and after a run.
-
-    Args:
-        before, after (`Any`): Scores, see [`train_and_score`].
-        first_step (`int`): Optimizer step of `before`: 0, or that of the checkpoint which the run went on from.
-    """
+    """Scores before and after a run, and the step of `before`: 0, or that of the checkpoint it went on from."""
 
     before: Any
     after: Any
     first_step: int
-
-
-class StepTimes(TrainerCallback):
-    """Wall time from the end of each optimizer step to the end of the next; a step's data are part of it."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-        self._last: float | None = None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
-        if self._last is not None:
-            self.seconds.append(now - self._last)
-        self._last = now
 
 
 def train_and_score(trainer: Any, score: Callable[[], Any]) -> Scores:

@@ -1,0 +1,71 @@
+"""The before/after table of the scripts, and the greedy scores in it."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_blend.trainers._greedy import generating_model, greedy_rewards
+from trl_blend.trainers.trust_region_opd.rewards import score_rollouts
+
+
+__all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table"]
+
+
+def greedy_scores(
+    model: AbstractContextManager[PreTrainedModel],
+    rows: Sequence[dict[str, Any]],
+    reward_funcs: Sequence[Callable[..., Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    trainer_state: Any,
+    **decoding: Any,
+) -> list[tuple[float, float]]:
+    """
+    Decode the prompts of `rows` greedily and average what each reward function says of the completions.
+
+    Args:
+        model (context manager of a [`~transformers.PreTrainedModel`]):
+            `generating_model(trainer.model_wrapped, trainer.accelerator)`, or `contextlib.nullcontext(teacher)`.
+        rows, reward_funcs, tokenizer, trainer_state:
+            Rows of a dataset, the same on every process, and what rewards their completions, as in
+            [`~trl.GRPOTrainer`]. The tokenizer may be that of a processor.
+        **decoding:
+            Further arguments of [`~trl_blend.trainers._greedy.greedy_rewards`].
+
+    Returns:
+        `list[tuple[float, float]]`: Mean and standard error of each function, equal on every process.
+    """
+
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+
+    def reward(mine: list[dict[str, Any]], completion_ids: list[list[int]]) -> torch.Tensor:
+        return score_rollouts(reward_funcs, mine, completion_ids, tokenizer, trainer_state)
+
+    return means_and_errors(greedy_rewards(model, rows, reward, tokenizer=tokenizer, **decoding))
+
+
+def means_and_errors(rewards: torch.Tensor) -> list[tuple[float, float]]:
+    """Mean and standard error of each column, over the rows that are not NaN."""
+    columns = [column[~column.isnan()] for column in rewards.double().T]
+    return [(column.mean().item(), column.std(correction=1).item() / len(column) ** 0.5) for column in columns]
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Before and after, side by side, one row per policy and one column per reward, see `RunMixin.card_results`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Greedy decoding of {results['prompts']} held-out prompts: mean ± standard error")
+    table.add_column("policy")
+    step = results.get("before_step")
+    for when in (f"at step {step}" if step else "before", "after"):
+        for name in results["rewards"]:
+            table.add_column(f"{name.removesuffix('_reward').replace('_', ' ')}\n{when}", justify="right")
+    # The adaptive weight moves, so rows are matched by position
+    for (policy, old), (policy_after, new) in zip(results["before"].items(), results["after"].items(), strict=True):
+        cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in [*old, *new]]
+        table.add_row(policy if policy == policy_after else f"{policy} → {policy_after.rsplit(' ', 1)[1]}", *cells)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)

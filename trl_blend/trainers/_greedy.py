@@ -1,0 +1,148 @@
+"""Greedy decoding of held-out prompts, on every process together, and what reward functions say of the completions."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import is_conversational
+from trl.models import unwrap_model_for_generation
+
+from trl_blend.models.wrappers import evaluation_mode
+
+
+SAMPLING_KEYS = frozenset({"do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"})
+
+
+def greedy_rewards(
+    model: AbstractContextManager[PreTrainedModel],
+    rows: Sequence[dict[str, Any]],
+    reward: Callable[[list[dict[str, Any]], list[list[int]]], Tensor],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    generation_kwargs: Mapping[str, Any],
+    batch_size: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Tensor:
+    """
+    Decode the prompts of `rows` and reward the completions. Use it for a table of accuracy before and after a run.
+
+    The rows are split over the processes. Nothing is drawn from the random generators, nothing is logged.
+
+    Args:
+        model (context manager of a [`~transformers.PreTrainedModel`]):
+            What to decode with, see [`generating_model`]; `contextlib.nullcontext(teacher)` for one that is whole.
+        rows (`Sequence[dict]`):
+            Rows of a dataset with a `prompt`, a conversation or a text; the same on every process.
+        reward (`Callable`):
+            Takes the rows of this process and the token ids of their completions, and returns their rewards, of shape
+            `(n, F)`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the prompts.
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes.
+        generation_kwargs (`Mapping`):
+            Settings of `generate`; those of sampling are left out. A completion also ends with the end-of-sequence
+            tokens of the tokenizer and of the model.
+        batch_size (`int`):
+            Prompts that a process decodes at once.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments of the chat template.
+
+    Returns:
+        `torch.Tensor` of shape `(N, F)`: Reward of each row by each function, on the CPU, equal on every process.
+    """
+    mine = own_share(rows, accelerator)
+    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in mine], chat_template_kwargs)
+    with model as decoding:
+        settings = greedy_settings(generation_kwargs, tokenizer, eos_token_ids(decoding))
+        completion_ids = decode(decoding, prompt_ids, settings, batch_size)
+    rewards = reward(mine, completion_ids)
+    return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
+
+
+@contextmanager
+def generating_model(model: Any, accelerator: Accelerator, **unwrapping: Any) -> Iterator[PreTrainedModel]:
+    """
+    The model inside a prepared one, whole and in evaluation mode.
+
+    Args:
+        model (`torch.nn.Module`):
+            `trainer.model_wrapped`, from `on_train_begin` on: before, FSDP and ZeRO have not put its weights in place.
+        accelerator ([`~accelerate.Accelerator`]):
+            That of the trainer.
+        **unwrapping:
+            Further arguments of [`~trl.models.unwrap_model_for_generation`].
+    """
+    with unwrap_model_for_generation(model, accelerator, **unwrapping) as unwrapped, evaluation_mode(unwrapped):
+        yield unwrapped
+
+
+def greedy_settings(
+    generation_kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, eos_of_model: Sequence[int]
+) -> GenerationConfig:
+    """Settings of `generate` without those of sampling, that stop at every end-of-sequence token there is."""
+    settings = {key: value for key, value in generation_kwargs.items() if key not in SAMPLING_KEYS}
+    given = settings.pop("eos_token_id", ())
+    settings["eos_token_id"] = sorted({*given, *eos_of_model, tokenizer.eos_token_id})
+    settings.setdefault("pad_token_id", pad_token_id(tokenizer))
+    return GenerationConfig(**settings, do_sample=False, disable_compile=True)
+
+
+def own_share(rows: Sequence[Any], state: Accelerator | PartialState) -> list[Any]:
+    """
+    The rows of this process: contiguous and as many on every process, so that sharded models stay in step.
+
+    The last row fills the shares up: concatenated in the order of the processes and cut to `len(rows)`, the shares are
+    the rows.
+    """
+    share = math.ceil(len(rows) / state.num_processes)
+    first = state.process_index * share
+    return [rows[min(first + offset, len(rows) - 1)] for offset in range(share)]
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt, a conversation or a text, without padding."""
+    if not is_conversational({"prompt": prompts[0]}):
+        return tokenizer(text=prompts)["input_ids"]
+    tokenized = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )
+    return tokenized["input_ids"]
+
+
+def decode(
+    model: PreTrainedModel, prompt_ids: list[list[int]], settings: GenerationConfig, batch_size: int
+) -> list[list[int]]:
+    """Token ids of one completion per prompt, from left-padded batches, up to and with the first EOS of `settings`."""
+    eos, completions = set(settings.eos_token_id), []
+    for start in range(0, len(prompt_ids), batch_size):
+        batch = prompt_ids[start : start + batch_size]
+        width = max(map(len, batch))
+        input_ids = torch.tensor([[settings.pad_token_id] * (width - len(ids)) + ids for ids in batch])
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch])
+        output = model.generate(
+            input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+        )
+        for ids in output[:, width:].tolist():
+            end = next((index for index, token in enumerate(ids) if token in eos), len(ids))
+            completions.append(ids[: end + 1])
+    return completions
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or else the end-of-sequence token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def eos_token_ids(model: PreTrainedModel) -> list[int]:
+    """End-of-sequence tokens that the `generation_config` of a model declares."""
+    declared = model.generation_config.eos_token_id
+    return [declared] if isinstance(declared, int) else list(declared or [])
