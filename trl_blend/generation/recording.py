@@ -43,6 +43,12 @@ class RolloutRecord:
     num_forward_steps: int
     partner_seconds: float
 
+    def mask_of(self, lengths: Sequence[int]) -> Tensor:
+        """Mask of the columns that belong to rows of the given lengths, of shape `(B, T)`."""
+        device = self.behavior_logps.device
+        columns = torch.arange(self.behavior_logps.size(1), device=device)
+        return columns < torch.tensor(lengths, device=device)[:, None]
+
 
 class RolloutRecorder:
     """

@@ -10,7 +10,7 @@ from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 
 from trl_blend.models.wrappers import evaluation_mode
-from trl_blend.trainers.trust_region_opd.rewards import score_rollouts
+from trl_blend.trainers.trust_region_opd.rewards import rollout_rewards
 
 
 _SAMPLING_KEYS = {"do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"}
@@ -96,7 +96,7 @@ def greedy_rewards(trainer: Any, rows: list[dict[str, Any]], role: str) -> torch
         ) as student:
             with evaluation_mode(student):
                 completion_ids = decode(student, prompt_ids, greedy, batch_size)
-    rewards = score_rollouts(trainer.reward_funcs, mine, completion_ids, tokenizer, trainer.state)
+    rewards = rollout_rewards(trainer.reward_funcs, mine, completion_ids, tokenizer, trainer.state)
     return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
 
 
@@ -137,7 +137,7 @@ def greedy_completion_rewards(
     with unwrap_model_for_generation(trainer.model_wrapped, accelerator) as student:
         with evaluation_mode(student):
             completion_ids = decode(student, prompt_ids, settings, args.per_device_train_batch_size)
-    rewards = score_rollouts(reward_funcs, mine, completion_ids, tokenizer, trainer.state)
+    rewards = rollout_rewards(reward_funcs, mine, completion_ids, tokenizer, trainer.state)
     return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
 
 

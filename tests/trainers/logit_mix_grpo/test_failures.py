@@ -31,7 +31,7 @@ def assert_clean(trainer, clean):
 
 def state(trainer):
     return (
-        trainer._policy_weights,
+        trainer._rule,
         trainer._generating,
         trainer._recording,
         trainer.epsilon_low,

@@ -86,7 +86,7 @@ def test_another_schedule_is_a_warning_with_both_values(build, checkpoint, caplo
     (message,) = [text for text in caplog.messages if "Resuming with" in text]
     assert f"`{name}`" in message and f"`{was}`" in message
     # What is given now is what runs
-    assert record.logged("mixing/teacher_weight")[-1] == trainer._schedules[0](1)
+    assert record.logged("mixing/teacher_weight")[-1] == trainer.args.weights_at(1)[0]
 
 
 def test_the_same_schedule_is_no_warning(build, checkpoint, caplog):

@@ -14,7 +14,6 @@ from tests.export.conftest import modules_cache  # noqa: F401
 from tests.hub.server import hub_endpoint  # noqa: F401
 from tests.tiny import tiny_tokenizer
 from tests.trainers import runs
-from trl_blend.trainers.logit_mix_grpo.greedy import _greedy
 
 
 MIX = {"objective": "mixed", "teacher_weight": 0.4, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -29,7 +28,7 @@ STUDENTS = {
 
 def trainers_greedy(trainer):
     """Completions of the trainer's own greedy decoding, the one that adaptive weights and evaluations use."""
-    with _greedy(trainer), trainer.policy(trainer.current_weights(), recording=False):
+    with trainer._decoding_greedily(), trainer.policy(trainer.current_weights(), recording=False):
         return trainer._generate(list(runs.PROMPTS))[1]
 
 
@@ -60,7 +59,7 @@ def test_saved_folders_decode_as_the_trainer(build, kind):
     assert exported_greedy(output) == expected
     assert exported_greedy(output / "checkpoint-2") == expected
     assert exported_greedy(output / "checkpoint-1") != expected
-    with trainer.policy((0.0,) * len(trainer.current_weights())), _greedy(trainer):
+    with trainer.policy((0.0,) * len(trainer.current_weights())), trainer._decoding_greedily():
         assert trainer._generate(list(runs.PROMPTS))[1] != expected, "the student decodes the same alone"
     assert [spec(output / f"checkpoint-{step}")["step"] for step in (1, 2)] == [1, 2]
     # One copy of each reference, whatever the number of checkpoints

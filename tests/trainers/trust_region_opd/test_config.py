@@ -11,6 +11,8 @@ from tests import reference
 from tests.trainers import runs
 from trl_blend import TrustRegionOPDConfig
 from trl_blend.errors import ConfigError
+from trl_blend.generation.rules import LogitMixing, SpeculativeKD, TrustRegion
+from trl_blend.trainers._options import choices_of
 
 
 INHERITED = {field.name for field in fields(DistillationConfig)}
@@ -105,8 +107,7 @@ def test_the_docstring_states_the_default(name):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_docstring_and_the_parser_name_every_choice(name):
-    field = next(one for one in OWN_FIELDS if one.name == name)
-    assert tuple(field.metadata["choices"]) == CHOICES[name]
+    assert choices_of(TrustRegionOPDConfig)[name] == CHOICES[name]
     for choice in CHOICES[name]:
         assert f'"{choice}"' in documented()[name]
 
@@ -315,26 +316,27 @@ def test_neutral_sampling_settings_are_accepted(make):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_budget_follows_its_schedule(make, schedule):
-    level = make(kl_budget=0.02, kl_budget_schedule=schedule, blend_warmup_steps=4).blend_level()
+    args = make(kl_budget=0.02, kl_budget_schedule=schedule, blend_warmup_steps=4)
     by_hand = {"linear": reference.linear_weight, "cosine": reference.cosine_weight}[schedule]
-    values = [level(step) for step in range(7)]
+    rules = [args.rule_at(step) for step in range(7)]
+    values = [rule.kl_budget if rule else 0.0 for rule in rules]
     assert values[:5] == pytest.approx([by_hand(step, 0.02, 4) for step in range(5)], abs=1e-17)
     assert values[0] == 0.02 and values[4:] == [0.0, 0.0, 0.0] and all(values[:4])
 
 
 @pytest.mark.parametrize(
-    ("settings", "value"),
+    ("settings", "rule"),
     [
-        ({"kl_budget": 0.02, "kl_budget_schedule": "constant"}, 0.02),
-        ({"rollout_policy": "fixed_weight", "teacher_weight": 0.3}, 0.3),
-        ({"rollout_policy": "speculative_kd"}, 1.0),
+        ({"kl_budget": 0.02, "kl_budget_schedule": "constant"}, TrustRegion(0.02)),
+        ({"rollout_policy": "fixed_weight", "teacher_weight": 0.3}, LogitMixing(0.3)),
+        ({"rollout_policy": "speculative_kd"}, SpeculativeKD(15, 0.2)),
     ],
 )
-def test_a_constant_level_lasts_the_run_or_the_warmup(make, settings, value):
-    level = make(**settings).blend_level()
-    assert [level(step) for step in (0, 3, 10**6)] == [value] * 3
-    level = make(**settings, blend_warmup_steps=3).blend_level()
-    assert [level(step) for step in range(5)] == [value] * 3 + [0.0] * 2
+def test_a_constant_rule_lasts_the_run_or_the_warmup(make, settings, rule):
+    args = make(**settings)
+    assert [args.rule_at(step) for step in (0, 3, 10**6)] == [rule] * 3
+    args = make(**settings, blend_warmup_steps=3)
+    assert [args.rule_at(step) for step in range(5)] == [rule] * 3 + [None] * 2
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ def test_a_constant_level_lasts_the_run_or_the_warmup(make, settings, value):
 def test_a_run_that_never_blends(make, settings):
     args = make(**settings)
     assert not args.blends
-    assert [args.blend_level()(step) for step in (0, 1, 10**6)] == [0.0] * 3
+    assert [args.rule_at(step) for step in (0, 1, 10**6)] == [None] * 3
 
 
 @pytest.mark.parametrize("policy", ["trust_region", "fixed_weight", "speculative_kd"])

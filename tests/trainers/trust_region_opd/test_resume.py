@@ -104,7 +104,7 @@ def test_another_setting_is_a_warning_with_both_values(build_opd, checkpoint, ca
     message = next(text for text in caplog.messages if "Resuming with" in text)
     assert f"`{name}`" in message and f"`{was}`" in message
     # What is given now is what runs
-    assert record.logged("blend/kl_budget")[-1] == trainer.args.blend_level()(1)
+    assert record.logged("blend/kl_budget")[-1] == trainer.args.rule_at(1).kl_budget
 
 
 def test_the_same_settings_are_no_warning(build_opd, checkpoint, caplog):

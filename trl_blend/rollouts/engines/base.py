@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 from trl_blend.errors import ConfigError
+from trl_blend.generation.settings import CUTS, active_settings
 
 
 OnRows = Callable[[int, int], object]
@@ -101,8 +102,10 @@ class SamplingSettings:
 
 def nucleus_settings(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a manifest's sampling settings that leave tokens out of the distribution."""
-    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0)}
-    return {name: sampling[name] for name, values in neutral.items() if sampling.get(name) not in values}
+    found = active_settings(sampling, CUTS)
+    if found.get("top_k") == -1:  # vLLM's word for all tokens
+        del found["top_k"]
+    return found
 
 
 def row_seed(seed: int, row: int) -> int:

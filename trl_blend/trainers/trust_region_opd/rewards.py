@@ -37,7 +37,7 @@ def as_reward_functions(reward_funcs: RewardFunction | Sequence[RewardFunction] 
     return functions
 
 
-def score_rollouts(
+def rollout_rewards(
     functions: Sequence[RewardFunction],
     rows: list[dict[str, Any]],
     completion_ids: list[list[int]],
