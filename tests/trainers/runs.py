@@ -140,7 +140,7 @@ def build(
 
 
 class LossCall(NamedTuple):
-    """One call of `_compute_loss`: what it saw, what it returned, and the trained weights at that moment."""
+    """One call of the loss: what it saw, what it returned, and the trained weights at that moment."""
 
     inputs: dict[str, Any]
     loss: float
@@ -155,14 +155,15 @@ class Record(TrainerCallback):
         self.trainer = trainer
         self.calls: list[LossCall] = []
         self.gradients: list[dict[str, Tensor]] = []
-        self._compute_loss = trainer._compute_loss
-        trainer._compute_loss = self
+        name = "_compute_loss" if hasattr(trainer, "_compute_loss") else "compute_loss"
+        self._compute_loss = getattr(trainer, name)
+        setattr(trainer, name, self)
         trainer.add_callback(self)
 
-    def __call__(self, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+    def __call__(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         seen, parameters = copy.deepcopy(inputs), snapshot(self.trainer.model)
         weights = self.trainer.current_weights() if hasattr(self.trainer, "current_weights") else ()
-        output = self._compute_loss(model, inputs, *args)
+        output = self._compute_loss(model, inputs, *args, **kwargs)
         loss = output[0] if isinstance(output, tuple) else output  # distillation: loss, entropy, number of tokens
         self.calls.append(LossCall(seen, loss.item(), parameters, weights))
         return output

@@ -1,104 +1,19 @@
-import ast
+"""The values of the mixture that are refused, and what it becomes at each step."""
+
 import re
-from dataclasses import MISSING, fields
-from pathlib import Path
 
 import pytest
-import yaml
-from trl import GRPOConfig, TrlParser
 
+from tests import reference
 from tests.trainers.runs import config
-from trl_blend import LogitMixGRPOConfig
 from trl_blend.errors import ConfigError
+from trl_blend.generation.rules import LogitMixing, ProbabilityMixing
 from trl_blend.generation.settings import distribution_warpers
-from trl_blend.trainers._options import choices_of
-
-
-OWN_FIELDS = [f for f in fields(LogitMixGRPOConfig) if f.name not in {p.name for p in fields(GRPOConfig)}]
-CHOICES = {
-    "teacher_weight_schedule": ("constant", "linear", "cosine", "adaptive"),
-    "mixing_space": ("logits", "probs"),
-    "objective": ("mixed", "student"),
-    "is_clip_mode": ("ppo", "none", "max"),
-    "eval_policy": ("mixed", "student", "both"),
-}
 
 
 @pytest.fixture
 def make(tmp_path):
     return lambda **settings: config(tmp_path, **settings)
-
-
-def test_defaults(make):
-    args = make()
-    assert {f.name: getattr(args, f.name) for f in OWN_FIELDS} == {
-        "teacher_model_name_or_path": None,
-        "teacher_model_revision": None,
-        "teacher_model_init_kwargs": None,
-        "teacher_weight": [0.5],
-        "teacher_weight_schedule": "constant",
-        "teacher_weight_decay_steps": None,
-        "mixing_space": "logits",
-        "objective": "mixed",
-        "is_clip_mode": "max",
-        "is_clip_max": 3.0,
-        "adaptive_num_prompts": 64,
-        "adaptive_interval": 1,
-        "adaptive_scale": 5.0,
-        "adaptive_offset": 0.1,
-        "adaptive_success_threshold": 1.0,
-        "eval_policy": "mixed",
-    }
-    assert args.beta == 0.0
-
-
-# Documentation
-
-
-def documented() -> dict[str, str]:
-    """Entry of each field in the class docstring."""
-    parts = re.split(r"^ {8}(\w+) \(", LogitMixGRPOConfig.__doc__, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2]))
-
-
-def test_every_field_is_documented_in_order_and_has_a_help_string():
-    assert list(documented()) == [f.name for f in OWN_FIELDS]
-    for f in OWN_FIELDS:
-        assert len(f.metadata["help"]) > 20, f.name
-
-
-@pytest.mark.parametrize("name", [f.name for f in OWN_FIELDS])
-def test_the_docstring_states_the_default(name):
-    field = next(f for f in OWN_FIELDS if f.name == name)
-    default = field.default if field.default is not MISSING else field.default_factory()
-    head = documented()[name].split("):\n")[0]
-    assert "*optional*" in head
-    stated = re.search(r"defaults to `(.+?)`", head)
-    if default is None:
-        assert stated is None
-    else:
-        value = ast.literal_eval(stated.group(1))
-        assert value == (default[0] if name == "teacher_weight" else default)
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_the_help_or_the_docstring_names_every_choice(name):
-    for choice in CHOICES[name]:
-        assert f'"{choice}"' in documented()[name]
-        assert choice in choices_of(LogitMixGRPOConfig)[name]
-
-
-# Values
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_an_unknown_value_of_a_choice_field_names_the_choices(make, name):
-    with pytest.raises(ConfigError) as error:
-        make(**{name: "nonsense"})
-    assert f"`{name}='nonsense'`" in str(error.value)
-    for choice in CHOICES[name]:
-        assert repr(choice) in str(error.value)
-    assert "None" not in str(error.value)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan"), [0.2, 1.2], [-0.2, 0.5]])
@@ -121,10 +36,6 @@ def test_a_bare_weight_becomes_a_list(make, given, held):
     args = make(teacher_weight=given)
     assert args.teacher_weight == held
     assert all(type(weight) is float for weight in args.teacher_weight)
-
-
-def test_a_bare_teacher_name_becomes_a_list(make):
-    assert make(teacher_model_name_or_path="some/model").teacher_model_name_or_path == ["some/model"]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -255,66 +166,26 @@ def test_the_cap_must_be_positive(make):
     make(objective="student", is_clip_mode="none", is_clip_max=0.0)
 
 
-# Command line and YAML
-
-BASE = ["--use_cpu", "--bf16", "False", "--report_to", "none"]
+# Schedules
 
 
-def parse(tmp_path: Path, *arguments: str, **settings) -> LogitMixGRPOConfig:
-    command = ["--output_dir", str(tmp_path), *BASE, *arguments]
-    if settings:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        command += ["--config", str(path)]
-    (args,) = TrlParser((LogitMixGRPOConfig,)).parse_args_and_config(command)
-    return args
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_rule_follows_the_schedule(make, schedule):
+    settings = {"teacher_weight_schedule": schedule, "teacher_weight_decay_steps": 4}
+    args = make(teacher_weight=[0.4, 0.2], **settings)
+    by_hand = {"linear": reference.linear_weight, "cosine": reference.cosine_weight}[schedule]
+    for step in range(4):
+        expected = [by_hand(step, weight, 4) for weight in (0.4, 0.2)]
+        assert args.weights_at(step) == pytest.approx(expected, abs=1e-15)
+        assert args.rule_at(step) == LogitMixing(args.weights_at(step))
+    assert [args.rule_at(step) for step in (4, 5, 10**6)] == [None] * 3
 
 
-@pytest.mark.parametrize("weight", [0.3, [0.2, 0.1]])
-@pytest.mark.parametrize("source", ["command line", "yaml"])
-def test_the_parser_takes_one_weight_or_several(tmp_path, weight, source):
-    values = weight if isinstance(weight, list) else [weight]
-    if source == "yaml":
-        args = parse(tmp_path, teacher_weight=weight)
-    else:
-        args = parse(tmp_path, "--teacher_weight", *map(str, values))
-    assert args.teacher_weight == values
-
-
-def test_the_parser_round_trips_every_other_field(tmp_path):
-    values = {
-        "teacher_model_name_or_path": ["some/teacher", "another/one"],
-        "teacher_model_revision": "v2",
-        "teacher_model_init_kwargs": {"dtype": "bfloat16"},
-        "teacher_weight_schedule": "cosine",
-        "teacher_weight_decay_steps": 12,
-        "mixing_space": "probs",
-        "objective": "student",
-        "is_clip_mode": "none",
-        "is_clip_max": 2.5,
-        "adaptive_num_prompts": 7,
-        "adaptive_interval": 3,
-        "adaptive_scale": 4.0,
-        "adaptive_offset": 0.2,
-        "adaptive_success_threshold": 0.5,
-        "eval_policy": "both",
-    }
-    assert set(values) == {f.name for f in OWN_FIELDS} - {"teacher_weight"}
-    arguments = []
-    for name, value in values.items():
-        words = value if isinstance(value, list) else [str(value).replace("'", '"')]
-        arguments += [f"--{name}", *words]
-    for args in (parse(tmp_path, *arguments), parse(tmp_path, **values)):
-        assert {name: getattr(args, name) for name in values} == values
-
-
-def test_the_command_line_overrides_the_yaml(tmp_path):
-    assert parse(tmp_path, "--teacher_weight", "0.1", teacher_weight=[0.2, 0.3]).teacher_weight == [0.1]
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_the_parser_names_the_choices_too(tmp_path, name, capsys):
-    with pytest.raises((SystemExit, ConfigError)) as error:
-        parse(tmp_path, f"--{name}", "nonsense")
-    message = str(error.value) + capsys.readouterr().err
-    assert all(choice in message for choice in CHOICES[name])
+def test_rules(make):
+    assert make(teacher_weight=0.3).rule_at(10**6) == LogitMixing((0.3,))
+    assert make(teacher_weight=0.3, mixing_space="probs").rule_at(0) == ProbabilityMixing((0.3,))
+    assert make(teacher_weight=[0.0, 0.0]).rule_at(0) is None
+    # The adaptive schedule knows the weight of step 0; the trainer gives the later ones
+    args = make(teacher_weight=0.3, teacher_weight_schedule="adaptive")
+    assert args.weights_at(7) == (0.3,) and args.rule_of((0.6,)) == LogitMixing((0.6,))
+    assert args.rule_of((0.0,)) is None

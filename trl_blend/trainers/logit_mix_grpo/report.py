@@ -95,11 +95,6 @@ FUSION = {
     "temperature": PaperValue("temperature", (1.0,), "code"),
     "prompts_per_step": PaperValue("prompts per step", text=_UNKNOWN),
 }
-FUSION_CLIPPING = {
-    "token": PaperValue("clipping of token-level ratios", ("max",), "code"),
-    "sequence": PaperValue("clipping of sequence-level ratios", ("none",), "code"),
-}
-FUSION_CAP = PaperValue("cap of the importance ratio", (3.0,), "code")
 
 
 def paper_values(config: LogitMixGRPOConfig) -> dict[str, PaperValue]:
@@ -109,9 +104,10 @@ def paper_values(config: LogitMixGRPOConfig) -> dict[str, PaperValue]:
     values = dict(FUSION)
     if config.mixes:
         level = config.importance_sampling_level
-        values["is_clip_mode"] = FUSION_CLIPPING.get(level, PaperValue(f"clipping of {level} ratios"))
+        label, known = f"clipping of {level}-level ratios", {"token": ("max",), "sequence": ("none",)}
+        values["is_clip_mode"] = PaperValue(label, known[level], "code") if level in known else PaperValue(label)
         if config.is_clip_mode == "max":
-            values["is_clip_max"] = FUSION_CAP
+            values["is_clip_max"] = PaperValue("cap of the importance ratio", (3.0,), "code")
     return values
 
 

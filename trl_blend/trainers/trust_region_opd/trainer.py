@@ -33,28 +33,9 @@ from trl_blend.trainers.trust_region_opd.rewards import RewardFunction, as_rewar
 logger = get_logger(__name__)
 
 _SETTINGS_FILE = "trust_region_opd_settings.json"
-# A resumed run with other values of these does not continue the interrupted one
-_SETTINGS = (
-    "rollout_policy",
-    "kl_budget",
-    "kl_budget_schedule",
-    "blend_warmup_steps",
-    "teacher_weight",
-    "skd_top_k",
-    "skd_teacher_temperature",
-    "temperature_warmup_start",
-    "temperature_warmup_steps",
-    "num_rollouts_per_prompt",
-    "kl_support",
-    "kl_top_k",
-    "distillation_target",
-    "veto_weight_start",
-    "veto_warmup_steps",
-    "canonicalize_eos",
-    "teacher_eos_token_id",
-    "temperature",
-    "beta",
-)
+# A resumed run with other values of these does not continue the interrupted one: all options but those of the logging
+_LOGGING = ("log_teacher_statistics", "success_threshold")
+_SETTINGS = [name for name in TrustRegionOPDConfig.__annotations__ if name not in _LOGGING] + ["temperature", "beta"]
 
 
 class BaseTeacher(nn.Module):
