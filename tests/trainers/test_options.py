@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -118,7 +119,7 @@ def test_the_words_are_these():
 @pytest.mark.parametrize(("config", "name"), WORDED)
 def test_an_unknown_word_names_the_others(tmp_path, capsys, config, name):
     words = [word for word in CHOICES[name] if word is not None]
-    entry = re.search(rf"^ {{8}}{name} \(.*?(?=^ {{8}}\w)", config.__doc__, flags=re.MULTILINE | re.DOTALL)[0]
+    entry = re.search(rf"^ {{8}}{name} \(.*?(?=^ {{0,8}}\S|\Z)", config.__doc__, flags=re.MULTILINE | re.DOTALL)[0]
     with pytest.raises(ConfigError) as error:
         MAKERS[config](tmp_path, **{name: "nonsense"})
     assert f"`{name}='nonsense'`" in str(error.value) and "None" not in str(error.value)
@@ -274,7 +275,8 @@ def test_the_default_config_is_named_after_the_student(models, loaded):
 )
 def test_a_trainer_without_a_config_asks_for_the_default(monkeypatch, module, trainer, config):
     asked = []
-    monkeypatch.setattr(module, "default_config", lambda *args: asked.append(args))
-    with pytest.raises(ConfigError, match="`args` is a NoneType"):
+    made = SimpleNamespace(teacher_model_name_or_path=None)
+    monkeypatch.setattr(module, "default_config", lambda *args: asked.append(args) or made)
+    with pytest.raises(ConfigError, match="`args` is a SimpleNamespace"):
         trainer("some/student")
     assert asked == [(config, "some/student")]
