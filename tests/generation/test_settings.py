@@ -145,6 +145,12 @@ def config(**settings):
     return SimpleNamespace(**{**defaults, "generation_kwargs": None, **settings})
 
 
+@pytest.mark.parametrize("name", sorted(names_with(SAMPLES, CUTS, RESHAPES)))
+def test_whatever_changes_the_distribution_is_found(name):
+    setting = {name: ACTIVE[name]}
+    assert distribution_warpers(config(generation_kwargs=setting)) == setting
+
+
 def test_warpers_of_a_configuration():
     assert distribution_warpers(config()) == {}
     assert distribution_warpers(config(top_k=5, min_p=0.1)) == {"top_k": 5, "min_p": 0.1}

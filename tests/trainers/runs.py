@@ -96,14 +96,17 @@ def build_opd(
     trainer_kwargs: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """A distillation trainer of the tiny models, or with `parent` TRL's own. Arguments are those of [`build`]."""
-    config_class, trainer_class = TrustRegionOPDConfig, TrustRegionOPDTrainer
-    if parent:
-        config_class, trainer_class = DistillationConfig, DistillationTrainer
+    """
+    A distillation trainer of the tiny models in `models`, or with `parent` TRL's own.
+
+    `student` and `teacher` are folder names in `models`, models, or (teacher) a list of these; the other settings
+    are the config's.
+    """
+    trainer_class = DistillationTrainer if parent else TrustRegionOPDTrainer
     return trainer_class(
         model=locate(models, student),
         teacher_model=locate(models, teacher),
-        args=opd_config(output_dir, config_class, **settings),
+        args=opd_config(output_dir, DistillationConfig if parent else TrustRegionOPDConfig, **settings),
         train_dataset=dataset() if train_dataset is None else train_dataset,
         **(trainer_kwargs or {}),
     )
@@ -121,22 +124,15 @@ def build(
     trainer_kwargs: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """
-    A trainer of the tiny models in `models`, or with `parent` TRL's own, which has no teacher.
-
-    `student` and `teacher` are folder names in `models`, models, or (teacher) a list of these; the other settings
-    are the config's.
-    """
-    kwargs: dict[str, Any] = {
-        "model": locate(models, student),
-        "reward_funcs": reward_funcs,
-        "train_dataset": dataset() if train_dataset is None else train_dataset,
+    """The same for GRPO, whose parent has no teacher."""
+    return (GRPOTrainer if parent else LogitMixGRPOTrainer)(
+        model=locate(models, student),
+        reward_funcs=reward_funcs,
+        args=config(output_dir, GRPOConfig if parent else LogitMixGRPOConfig, **settings),
+        train_dataset=dataset() if train_dataset is None else train_dataset,
+        **({} if parent else {"teacher_model": locate(models, teacher)}),
         **(trainer_kwargs or {}),
-    }
-    if parent:
-        return GRPOTrainer(args=config(output_dir, GRPOConfig, **settings), **kwargs)
-    args = config(output_dir, **settings)
-    return LogitMixGRPOTrainer(teacher_model=locate(models, teacher), args=args, **kwargs)
+    )
 
 
 class LossCall(NamedTuple):

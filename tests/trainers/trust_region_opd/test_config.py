@@ -191,45 +191,27 @@ def test_own_losses_are_those_of_the_reverse_kl(make, name):
 
 # Blended decoding is defined on full distributions
 
-WARPERS = {
-    "top_k": 5,
-    "top_p": 0.9,
-    "min_p": 0.1,
-    "repetition_penalty": 1.1,
-    "typical_p": 0.5,
-    "epsilon_cutoff": 0.01,
-    "eta_cutoff": 0.01,
-    "no_repeat_ngram_size": 2,
-    "do_sample": False,
-    "temperature": 0.5,
-    "num_beams": 2,
-    "num_return_sequences": 2,
-    "sequence_bias": [[[5], 2.0]],
-    "exponential_decay_length_penalty": [3, 1.1],
-    "encoder_repetition_penalty": 1.1,
-    "guidance_scale": 1.5,
-}
-FIELDS = ("top_k", "top_p", "min_p", "repetition_penalty")
-WARPER_CASES = [(name, True) for name in FIELDS] + [(name, False) for name in WARPERS]
-
 
 @pytest.mark.parametrize("policy", ["trust_region", "fixed_weight", "speculative_kd"])
-@pytest.mark.parametrize(("name", "as_field"), WARPER_CASES)
-def test_settings_that_reshape_the_distribution_after_the_blend(make, policy, name, as_field):
-    setting = {name: WARPERS[name]}
-    setting = setting if as_field else {"generation_kwargs": setting}
-    with pytest.raises(ConfigError, match=re.escape(f"`{name}={WARPERS[name]}`")) as error:
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"top_k": 5},
+        {"generation_kwargs": {"repetition_penalty": 1.1}},
+        {"generation_kwargs": {"do_sample": False}},
+        {"generation_kwargs": {"temperature": 0.5}},
+        {"generation_kwargs": {"num_beams": 2}},
+    ],
+    ids=str,
+)
+def test_settings_that_reshape_the_distribution_after_the_blend(make, policy, setting):
+    ((name, value),) = setting.get("generation_kwargs", setting).items()
+    with pytest.raises(ConfigError, match=f"`{name}={value}`") as error:
         make(rollout_policy=policy, **setting)
-    assert repr(policy) in str(error.value) or "sequence per prompt" in str(error.value)
+    assert repr(policy) in str(error.value) or name == "num_beams"
     make(rollout_policy="student", **setting)
     if policy == "trust_region":
         make(kl_budget=0.0, **setting)
-
-
-def test_neutral_sampling_settings_are_accepted(make):
-    make(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, generation_kwargs={"num_beams": 1})
-    make(temperature=0.7, generation_kwargs={"temperature": 0.7})
-    make(top_k=5, generation_kwargs={"top_k": 0})  # has the last word, as in the trainer
 
 
 # Schedules
