@@ -58,15 +58,7 @@ def cosine(initial: float, decay_steps: int) -> Schedule:
 
 def make_schedule(name: str, initial: float, decay_steps: int | None = None) -> Schedule:
     """
-    Schedule by name: `"constant"`, `"linear"` or `"cosine"`.
-
-    Args:
-        name (`str`):
-            Name of the schedule.
-        initial (`float`):
-            Value at step 0.
-        decay_steps (`int`, *optional*):
-            Optimizer steps until 0. Required by `"linear"` and `"cosine"`.
+    Schedule by name: `"constant"`, `"linear"` or `"cosine"`; the latter two reach 0 in `decay_steps` optimizer steps.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]:

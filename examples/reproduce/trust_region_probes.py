@@ -21,7 +21,7 @@ from reproduce.study import HELD, NOT_HELD, REVERSE, Claim, Estimate, over_seeds
 from testbed.evaluate import load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset, format_and_answer_reward
 from trl_blend.generation import TrustRegion, blended_generation
-from trl_blend.trainers.trust_region_opd.support import auroc
+from trl_blend.trainers.trust_region_opd.diagnostics import auroc
 
 
 BUDGETS = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05)

@@ -14,25 +14,12 @@ from torch import nn
 from transformers import GenerationConfig
 from trl.generation.vllm_generation import VLLMGeneration
 
-from tests.contract.seams import DISTILLATION_ATTRIBUTES
 from tests.tiny import PAD_ID, tiny_model
 from tests.trainers import runs
 from trl_blend import _compat
 
 
 PROMPTS = tuple(f"{number}+5=" for number in range(8))
-
-
-@pytest.mark.parametrize("name", DISTILLATION_ATTRIBUTES)
-def test_trainer_has_the_attribute(distillation, name):
-    assert hasattr(distillation, name), (
-        f"`DistillationTrainer.{name}` is gone: check trl_blend/{DISTILLATION_ATTRIBUTES[name]}."
-    )
-
-
-def test_metrics_are_lists_per_mode(distillation):
-    assert set(distillation._metrics) == {"train", "eval"} and distillation._metrics["train"]["anything"] == []
-    assert (distillation._dist.is_fsdp, distillation._dist.is_zero3) == (False, False)
 
 
 def test_metrics_are_averaged_and_cleared_by_log(make_distillation):
@@ -323,12 +310,3 @@ def test_a_checkpoint_is_saved_and_loaded_through_the_overridden_methods(make_di
     checkpoint = f"{trainer.args.output_dir}/checkpoint-1"
     make_distillation(Trainer, max_steps=2).train(resume_from_checkpoint=checkpoint)
     assert ("load", checkpoint) in calls
-
-
-def test_card_template_may_lie_outside_trl(make_distillation, tmp_path):
-    trainer = make_distillation()
-    (tmp_path / "mine.md").write_text("---\ntags: []\n---\nA card of {{ trainer_name }}.", encoding="utf-8")
-    trainer._template_file = _compat.card_template(str(tmp_path / "mine.md"))
-    trainer.create_model_card()
-    card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
-    assert card.rstrip().endswith("\nA card of Distillation.")

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
-from tests.contract.seams import TRAINER_ATTRIBUTES
+from tests.contract.seams import DISTILLATION_ATTRIBUTES, GRPO_ATTRIBUTES
 from tests.tiny import PAD_ID, tiny_lora, tiny_model
 from tests.trainers import runs
 from trl_blend import _compat
@@ -121,14 +121,22 @@ def test_generate_returns_what_the_greedy_decode_takes_from_it(make_trainer):
     torch.testing.assert_close(rewards, torch.tensor(runs.reward(completion_ids))[:, None])
 
 
-@pytest.mark.parametrize("name", TRAINER_ATTRIBUTES)
-def test_trainer_has_the_attribute(grpo, name):
-    assert hasattr(grpo, name), f"`GRPOTrainer.{name}` is gone: check trl_blend/{TRAINER_ATTRIBUTES[name]}."
+ATTRIBUTES = [("grpo", name) for name in GRPO_ATTRIBUTES] + [
+    ("distillation", name) for name in DISTILLATION_ATTRIBUTES
+]
 
 
-def test_metrics_are_lists_per_mode(grpo):
-    assert set(grpo._metrics) == {"train", "eval"} and grpo._metrics["train"]["anything"] == []
-    assert (grpo._dist.is_fsdp, grpo._dist.is_zero3) == (False, False)
+@pytest.mark.parametrize(("fixture", "name"), ATTRIBUTES)
+def test_trainer_has_the_attribute(request, fixture, name):
+    trainer = request.getfixturevalue(fixture)
+    assert hasattr(trainer, name), f"`{type(trainer).__name__}.{name}` is gone: check what uses it in trl_blend."
+
+
+@pytest.mark.parametrize("fixture", ["grpo", "distillation"])
+def test_metrics_are_lists_per_mode(request, fixture):
+    trainer = request.getfixturevalue(fixture)
+    assert set(trainer._metrics) == {"train", "eval"} and trainer._metrics["train"]["anything"] == []
+    assert (trainer._dist.is_fsdp, trainer._dist.is_zero3) == (False, False)
 
 
 # Loading and adapters
@@ -168,10 +176,11 @@ def test_adapter_layers_obey_the_flag_that_decoding_sets():
         assert layers[0].disable_adapters is True
 
 
-def test_card_template_may_lie_outside_trl(make_trainer, tmp_path):
-    trainer = make_trainer()
+@pytest.mark.parametrize(("fixture", "name"), [("make_trainer", "GRPO"), ("make_distillation", "Distillation")])
+def test_card_template_may_lie_outside_trl(request, tmp_path, fixture, name):
+    trainer = request.getfixturevalue(fixture)()
     (tmp_path / "mine.md").write_text("---\ntags: []\n---\nA card of {{ trainer_name }}.", encoding="utf-8")
     trainer._template_file = _compat.card_template(str(tmp_path / "mine.md"))
     trainer.create_model_card()
     card = (Path(trainer.args.output_dir) / "README.md").read_text(encoding="utf-8")
-    assert card.rstrip().endswith("\nA card of GRPO.")
+    assert card.rstrip().endswith(f"\nA card of {name}.")

@@ -54,7 +54,6 @@ class OfflineWorker(worker.Worker):
             "before": before,
             "parameters": full_parameters(trainer),
             "log": trainer.state.log_history,
-            "world_size": trainer.accelerator.num_processes,
         }
 
     def run(self) -> None:

@@ -69,20 +69,7 @@ class OPDWorker(worker.Worker):
         elif "trust_region" in name:
             trainer_kwargs["processing_class"] = tiny_tokenizer()
             arguments["teacher"] = tiny_model(seed=1, vocab_size=72)
-        trainer = self.build(name, **settings, **arguments)
-        if around_wrapper:
-            trainer._forward_redirection = call_around_wrapper
-        path = self.folder / "rollouts" / f"{name.removesuffix('_around_wrapper')}.pt"
-        before = full_parameters(trainer)
-        if self.launch == "single":
-            batches = record_rollouts(trainer)
-        else:
-            worker.replay_rollouts(trainer, torch.load(path, weights_only=False))
-        trainer.train()
-        log = [entry for entry in trainer.state.log_history if "loss" in entry]
-        self.found[name] = {"parameters": full_parameters(trainer), "before": before, "log": log}
-        if self.launch == "single":
-            torch.save(batches, path)
+        self.update(name, settings, call_around_wrapper if around_wrapper else None, arguments)
 
     def opd_sample(self, name: str, settings: dict[str, Any]) -> None:
         """Train with sampled rollouts: completions, prompts, this rank's sums, the log and the parameters."""
@@ -201,9 +188,9 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 
 
-def call_around_wrapper(wrapper: Any, model: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+def call_around_wrapper(trainer: Any) -> None:
     """The mistake that the update test must see: a forward that bypasses DDP skips its gradient synchronisation."""
-    return method(*args, **kwargs)
+    trainer._forward_redirection = lambda wrapper, model, method, *args, **kwargs: method(*args, **kwargs)
 
 
 if __name__ == "__main__":

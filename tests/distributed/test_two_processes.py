@@ -1,7 +1,5 @@
 """
-Two CPU processes against one: equal parameters, equal updates, equal metrics, no deadlock; under DDP and FSDP2.
-
-`worker.py` runs the trainer and keeps what it found; everything that is asserted is asserted here.
+Two CPU processes against one, for logit mixing beside `test_common.py`: metrics, the adaptive weight, loading, saving.
 """
 
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import worker
+from tests.distributed.test_common import largest_difference
 from tests.tiny import tiny_model
 
 
@@ -18,45 +17,6 @@ pytestmark = pytest.mark.distributed
 
 LAUNCHES = ("ddp", "fsdp2")
 SAMPLED = [(launch, name) for launch in LAUNCHES for name in worker.END_TO_END]
-UPDATES = [(launch, name) for launch in LAUNCHES for name in worker.UPDATES]
-UPDATES += [("ddp", name) for name in worker.PEFT_UPDATES]
-
-
-def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    assert first.keys() == second.keys() and first
-    return max((first[name] - second[name]).abs().max().item() for name in first)
-
-
-@pytest.mark.parametrize(("launch", "name"), UPDATES)
-def test_two_processes_take_the_steps_of_one(launched, launch, name):
-    (single,), ranks = launched("single"), launched(launch)
-    expected = single[name]["parameters"]
-    assert largest_difference(expected, single[name]["before"]) > 1e-3
-    for rank in ranks:
-        assert largest_difference(rank[name]["parameters"], expected) < 1e-5
-
-
-@pytest.mark.parametrize(("launch", "name"), UPDATES + SAMPLED)
-def test_ranks_end_with_equal_parameters(launched, launch, name):
-    first, second = launched(launch)
-    assert largest_difference(first[name]["parameters"], second[name]["parameters"]) == 0.0
-
-
-def test_a_forward_around_the_wrapper_is_seen(launched):
-    """The two tests above can fail: with DDP bypassed, ranks part from each other and from the single process."""
-    (single,), (first, second) = launched("single"), launched("ddp")
-    parameters = [rank["mixed_logits_around_wrapper"]["parameters"] for rank in (first, second)]
-    assert largest_difference(*parameters) > 1e-4
-    assert largest_difference(parameters[0], single["mixed_logits"]["parameters"]) > 1e-4
-
-
-@pytest.mark.parametrize(("launch", "name"), SAMPLED)
-def test_sampling_with_ranks_that_finish_at_different_steps(launched, launch, name):
-    first, second = (rank[name] for rank in launched(launch))
-    assert len(first["log"]) == len(second["log"]) == 3
-    longest = [(max(a), max(b)) for a, b in zip(first["lengths"], second["lengths"], strict=True)]
-    assert any(a != b for a, b in longest), f"both ranks decode equally long in every step: {longest}"
-    assert first["completions"] != second["completions"]
 
 
 @pytest.mark.parametrize(("launch", "name"), SAMPLED)
@@ -95,11 +55,6 @@ def test_partner_and_student_are_whole_where_weights_are_loaded_on_one_rank(laun
     found = launched("fsdp2")[rank]["efficient_loading"]
     assert largest_difference(found["partner"], worker.tensors(tiny_model(seed=1))) == 0.0
     assert largest_difference(found["parameters"], dict(tiny_model(seed=0).named_parameters())) == 0.0
-
-
-def test_base_of_a_sharded_peft_student_is_refused(launched):
-    for rank in launched("fsdp2"):
-        assert "`teacher_model=None`" in rank["peft_refused"] and "FSDP" in rank["peft_refused"]
 
 
 @pytest.mark.parametrize(

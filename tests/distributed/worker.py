@@ -77,24 +77,32 @@ class Worker:
         assert accelerator.is_fsdp2 == (self.launch == "fsdp2")
         return trainer
 
-    def update(self, name: str, settings: dict[str, Any], prepare: Callable[[Any], None] | None = None) -> None:
-        """Train on recorded rollouts (alone: record them) and keep the full parameters."""
-        peft = {"teacher": None, "trainer_kwargs": {"peft_config": lora()}} if "peft" in name else {}
-        trainer = self.build(name, **settings, **peft)
+    def update(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        prepare: Callable[[Any], None] | None = None,
+        arguments: dict[str, Any] | None = None,
+    ) -> None:
+        """Train on recorded rollouts (alone: record them) and keep the full parameters and the log."""
+        if arguments is None:
+            arguments = {"teacher": None, "trainer_kwargs": {"peft_config": lora()}} if "peft" in name else {}
+        trainer = self.build(name, **settings, **arguments)
         if prepare is not None:
             prepare(trainer)
         path = self.folder / "rollouts" / f"{name.removesuffix('_around_wrapper')}.pt"
+        before = full_parameters(trainer)
         if self.launch == "single":
-            before = full_parameters(trainer)
             batches = record_rollouts(trainer)
         else:
             replay_rollouts(trainer, torch.load(path, weights_only=False))
         trainer.train()
-        self.found[name] = {"parameters": full_parameters(trainer), "output_dir": trainer.args.output_dir}
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        self.found[name] = {"parameters": full_parameters(trainer), "before": before, "log": log}
+        self.found[name]["output_dir"] = trainer.args.output_dir
         if name in SAVED:
             trainer.save_model()
         if self.launch == "single":
-            self.found[name]["before"] = before
             torch.save(batches, path)
 
     def sample(self, name: str, settings: dict[str, Any]) -> None:

@@ -96,14 +96,17 @@ def build_opd(
     trainer_kwargs: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """A distillation trainer of the tiny models, or with `parent` TRL's own. Arguments are those of [`build`]."""
-    config_class, trainer_class = TrustRegionOPDConfig, TrustRegionOPDTrainer
-    if parent:
-        config_class, trainer_class = DistillationConfig, DistillationTrainer
+    """
+    A distillation trainer of the tiny models in `models`, or with `parent` TRL's own.
+
+    `student` and `teacher` are folder names in `models`, models, or (teacher) a list of these; the other settings
+    are the config's.
+    """
+    trainer_class = DistillationTrainer if parent else TrustRegionOPDTrainer
     return trainer_class(
         model=locate(models, student),
         teacher_model=locate(models, teacher),
-        args=opd_config(output_dir, config_class, **settings),
+        args=opd_config(output_dir, DistillationConfig if parent else TrustRegionOPDConfig, **settings),
         train_dataset=dataset() if train_dataset is None else train_dataset,
         **(trainer_kwargs or {}),
     )
@@ -121,26 +124,19 @@ def build(
     trainer_kwargs: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """
-    A trainer of the tiny models in `models`, or with `parent` TRL's own, which has no teacher.
-
-    `student` and `teacher` are folder names in `models`, models, or (teacher) a list of these; the other settings
-    are the config's.
-    """
-    kwargs: dict[str, Any] = {
-        "model": locate(models, student),
-        "reward_funcs": reward_funcs,
-        "train_dataset": dataset() if train_dataset is None else train_dataset,
+    """The same for GRPO, whose parent has no teacher."""
+    return (GRPOTrainer if parent else LogitMixGRPOTrainer)(
+        model=locate(models, student),
+        reward_funcs=reward_funcs,
+        args=config(output_dir, GRPOConfig if parent else LogitMixGRPOConfig, **settings),
+        train_dataset=dataset() if train_dataset is None else train_dataset,
+        **({} if parent else {"teacher_model": locate(models, teacher)}),
         **(trainer_kwargs or {}),
-    }
-    if parent:
-        return GRPOTrainer(args=config(output_dir, GRPOConfig, **settings), **kwargs)
-    args = config(output_dir, **settings)
-    return LogitMixGRPOTrainer(teacher_model=locate(models, teacher), args=args, **kwargs)
+    )
 
 
 class LossCall(NamedTuple):
-    """One call of `_compute_loss`: what it saw, what it returned, and the trained weights at that moment."""
+    """One call of the loss: what it saw, what it returned, and the trained weights at that moment."""
 
     inputs: dict[str, Any]
     loss: float
@@ -155,14 +151,15 @@ class Record(TrainerCallback):
         self.trainer = trainer
         self.calls: list[LossCall] = []
         self.gradients: list[dict[str, Tensor]] = []
-        self._compute_loss = trainer._compute_loss
-        trainer._compute_loss = self
+        name = "_compute_loss" if hasattr(trainer, "_compute_loss") else "compute_loss"
+        self._compute_loss = getattr(trainer, name)
+        setattr(trainer, name, self)
         trainer.add_callback(self)
 
-    def __call__(self, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+    def __call__(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         seen, parameters = copy.deepcopy(inputs), snapshot(self.trainer.model)
         weights = self.trainer.current_weights() if hasattr(self.trainer, "current_weights") else ()
-        output = self._compute_loss(model, inputs, *args)
+        output = self._compute_loss(model, inputs, *args, **kwargs)
         loss = output[0] if isinstance(output, tuple) else output  # distillation: loss, entropy, number of tokens
         self.calls.append(LossCall(seen, loss.item(), parameters, weights))
         return output

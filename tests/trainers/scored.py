@@ -1,14 +1,14 @@
 """Scored rollouts of the tiny models, made from full logits with nothing of the package, and trainers on them."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.trainers.runs import EOS_IDS, SETTINGS, locate, snapshot
+from tests.trainers.runs import EOS_IDS, SETTINGS, locate
 from trl_blend import OfflineOPDConfig, OfflineOPDTrainer
 
 
@@ -94,46 +94,3 @@ def scored_row(
 
 def load(models: Path, name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32).eval()
-
-
-class Step(NamedTuple):
-    """One call of `compute_loss`."""
-
-    inputs: dict[str, Tensor]
-    loss: float
-
-
-class OfflineRecord(TrainerCallback):
-    """Every loss, and every gradient that reached the optimizer."""
-
-    def __init__(self, trainer: OfflineOPDTrainer) -> None:
-        self.trainer = trainer
-        self.steps: list[Step] = []
-        self.gradients: list[dict[str, Tensor]] = []
-        self.parameters = [snapshot(trainer.model)]
-        compute_loss = trainer.compute_loss
-
-        def recorded(model, inputs, *args, **kwargs):
-            seen = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
-            loss = compute_loss(model, inputs, *args, **kwargs)
-            self.steps.append(Step(seen, (loss[0] if isinstance(loss, tuple) else loss).item()))
-            return loss
-
-        trainer.compute_loss = recorded
-        trainer.add_callback(self)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = model.named_parameters()
-        self.gradients.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.parameters.append(snapshot(model))
-
-    def logged(self, name: str) -> list[float]:
-        return [entry[name] for entry in self.trainer.state.log_history if name in entry]
-
-
-def train_offline(trainer: OfflineOPDTrainer, **kwargs: Any) -> OfflineRecord:
-    record = OfflineRecord(trainer)
-    trainer.train(**kwargs)
-    return record

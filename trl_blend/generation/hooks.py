@@ -17,6 +17,7 @@ from trl_blend.generation.partner import PartnerDecoder
 from trl_blend.generation.processor import BlendLogitsProcessor
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.generation.rules import BlendRule
+from trl_blend.generation.settings import FORBIDS, active_settings
 from trl_blend.models.wrappers import adapter_layers, check_adapters_can_be_disabled, innermost_model
 from trl_blend.ops.vocab import EosMap
 
@@ -25,18 +26,6 @@ _GENERATE_SIGNATURE = inspect.signature(GenerationMixin.generate)
 # Tensors that the partners get too, or that do not concern them; any other would reach the student alone
 _SHARED_TENSORS = frozenset(
     {"input_ids", "attention_mask", "past_key_values", "negative_prompt_ids", "negative_prompt_attention_mask"}
-)
-# Settings with which `generate` forbids tokens before the blend
-_FORBIDDING_SETTINGS = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "min_length",
-    "min_new_tokens",
-    "no_repeat_ngram_size",
-    "sequence_bias",
-    "suppress_tokens",
 )
 
 
@@ -207,7 +196,7 @@ class _BlendedGenerate:
                 for model in self._partners
             ],
             temperature=settings.temperature if settings.do_sample and settings.temperature is not None else 1.0,
-            keep_forbidden=forbids or any(getattr(settings, name, None) for name in _FORBIDDING_SETTINGS),
+            keep_forbidden=forbids or bool(active_settings(vars(settings), FORBIDS)),
             eos=self._eos,
             record=self._session is not None,
         )

@@ -60,18 +60,7 @@ class BlendLogitsProcessor(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """
-        Behaviour logits times the temperature.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, S)`):
-                Prompt and the tokens emitted so far.
-            scores (`torch.Tensor` of shape `(B, V)`):
-                The student's logits of the next token. Not modified.
-
-        Returns:
-            `torch.Tensor` of shape `(B, V)`: Scores for `generate` to go on with.
-        """
+        """Behaviour logits times the temperature `(B, V)`, given tokens `(B, S)` and the student's logits `(B, V)`."""
         partner_logits = [
             align_vocab(partner.step(input_ids).to(scores), scores.shape[-1]) for partner in self.partners
         ]
@@ -95,16 +84,7 @@ class BlendLogitsProcessor(LogitsProcessor):
 
     def finish(self, sequences: Tensor, prompt_length: int) -> RolloutRecord:
         """
-        Close the record with the sequences that `generate` returned.
-
-        Args:
-            sequences (`torch.Tensor` of shape `(B, prompt_length + T)`):
-                The returned sequences.
-            prompt_length (`int`):
-                Length of the padded prompt.
-
-        Returns:
-            [`RolloutRecord`]: What was recorded.
+        Close the record with the sequences `(B, prompt_length + T)` that `generate` returned.
 
         Raises:
             `RuntimeError`: If the processor was built with `record=False`.

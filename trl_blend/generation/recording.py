@@ -43,6 +43,12 @@ class RolloutRecord:
     num_forward_steps: int
     partner_seconds: float
 
+    def mask_of(self, lengths: Sequence[int]) -> Tensor:
+        """Mask of the columns that belong to rows of the given lengths, of shape `(B, T)`."""
+        device = self.behavior_logps.device
+        columns = torch.arange(self.behavior_logps.size(1), device=device)
+        return columns < torch.tensor(lengths, device=device)[:, None]
+
 
 class RolloutRecorder:
     """
@@ -60,17 +66,7 @@ class RolloutRecorder:
         self._statistics: list[dict[str, Tensor]] = []
 
     def add(self, input_ids: Tensor, step: BlendStep, partner_logits: Sequence[Tensor]) -> None:
-        """
-        Record one decoding step.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, S)`):
-                Prompt and the tokens emitted so far.
-            step ([`BlendStep`]):
-                Output of the rule at this prefix.
-            partner_logits (`Sequence[torch.Tensor]`, each of shape `(B, V)`):
-                The partners' logits, divided by the sampling temperature.
-        """
+        """Record one decoding step: the tokens so far `(B, S)`, and what follows from the tempered logits `(B, V)`."""
         if self._pending:
             self._gather(input_ids[:, -1])
         known = step.log_normalizer
@@ -83,22 +79,7 @@ class RolloutRecorder:
     def finish(
         self, sequences: Tensor, prompt_length: int, *, num_forward_steps: int, partner_seconds: float
     ) -> RolloutRecord:
-        """
-        Close the record with the tokens that `generate` returned.
-
-        Args:
-            sequences (`torch.Tensor` of shape `(B, prompt_length + T)`):
-                The returned sequences.
-            prompt_length (`int`):
-                Length of the padded prompt.
-            num_forward_steps (`int`):
-                Forward passes of each partner.
-            partner_seconds (`float`):
-                Wall time spent in the partners.
-
-        Returns:
-            [`RolloutRecord`]: Tensors of `T` columns.
-        """
+        """Close the record with the sequences `(B, prompt_length + T)` that `generate` returned."""
         length = sequences.shape[1] - prompt_length
         # `generate` may have undone its last step (deferred stop check): then no token belongs to it
         if len(self._logps) < length:

@@ -1,104 +1,16 @@
-import ast
-import re
-from dataclasses import MISSING, fields
-from pathlib import Path
+"""The values of the mixture that are refused, and what it becomes at each step."""
 
 import pytest
-import yaml
-from trl import GRPOConfig, TrlParser
 
+from tests import reference
 from tests.trainers.runs import config
-from trl_blend import LogitMixGRPOConfig
 from trl_blend.errors import ConfigError
-from trl_blend.trainers._sampling import distribution_warpers
-
-
-OWN_FIELDS = [f for f in fields(LogitMixGRPOConfig) if f.name not in {p.name for p in fields(GRPOConfig)}]
-CHOICES = {
-    "teacher_weight_schedule": ("constant", "linear", "cosine", "adaptive"),
-    "mixing_space": ("logits", "probs"),
-    "objective": ("mixed", "student"),
-    "is_clip_mode": ("ppo", "none", "max"),
-    "eval_policy": ("mixed", "student", "both"),
-}
+from trl_blend.generation.rules import LogitMixing, ProbabilityMixing
 
 
 @pytest.fixture
 def make(tmp_path):
     return lambda **settings: config(tmp_path, **settings)
-
-
-def test_defaults(make):
-    args = make()
-    assert {f.name: getattr(args, f.name) for f in OWN_FIELDS} == {
-        "teacher_model_name_or_path": None,
-        "teacher_model_revision": None,
-        "teacher_model_init_kwargs": None,
-        "teacher_weight": [0.5],
-        "teacher_weight_schedule": "constant",
-        "teacher_weight_decay_steps": None,
-        "mixing_space": "logits",
-        "objective": "mixed",
-        "is_clip_mode": "max",
-        "is_clip_max": 3.0,
-        "adaptive_num_prompts": 64,
-        "adaptive_interval": 1,
-        "adaptive_scale": 5.0,
-        "adaptive_offset": 0.1,
-        "adaptive_success_threshold": 1.0,
-        "eval_policy": "mixed",
-    }
-    assert args.beta == 0.0
-
-
-# Documentation
-
-
-def documented() -> dict[str, str]:
-    """Entry of each field in the class docstring."""
-    parts = re.split(r"^ {8}(\w+) \(", LogitMixGRPOConfig.__doc__, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2]))
-
-
-def test_every_field_is_documented_in_order_and_has_a_help_string():
-    assert list(documented()) == [f.name for f in OWN_FIELDS]
-    for f in OWN_FIELDS:
-        assert len(f.metadata["help"]) > 20, f.name
-
-
-@pytest.mark.parametrize("name", [f.name for f in OWN_FIELDS])
-def test_the_docstring_states_the_default(name):
-    field = next(f for f in OWN_FIELDS if f.name == name)
-    default = field.default if field.default is not MISSING else field.default_factory()
-    head = documented()[name].split("):\n")[0]
-    assert "*optional*" in head
-    stated = re.search(r"defaults to `(.+?)`", head)
-    if default is None:
-        assert stated is None
-    else:
-        value = ast.literal_eval(stated.group(1))
-        assert value == (default[0] if name == "teacher_weight" else default)
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_the_help_or_the_docstring_names_every_choice(name):
-    field = next(f for f in OWN_FIELDS if f.name == name)
-    for choice in CHOICES[name]:
-        assert f'"{choice}"' in documented()[name]
-        assert choice in field.metadata.get("choices", field.metadata["help"])
-
-
-# Values
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_an_unknown_value_of_a_choice_field_names_the_choices(make, name):
-    with pytest.raises(ConfigError) as error:
-        make(**{name: "nonsense"})
-    assert f"`{name}='nonsense'`" in str(error.value)
-    for choice in CHOICES[name]:
-        assert repr(choice) in str(error.value)
-    assert "None" not in str(error.value)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan"), [0.2, 1.2], [-0.2, 0.5]])
@@ -121,10 +33,6 @@ def test_a_bare_weight_becomes_a_list(make, given, held):
     args = make(teacher_weight=given)
     assert args.teacher_weight == held
     assert all(type(weight) is float for weight in args.teacher_weight)
-
-
-def test_a_bare_teacher_name_becomes_a_list(make):
-    assert make(teacher_model_name_or_path="some/model").teacher_model_name_or_path == ["some/model"]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -174,50 +82,25 @@ def test_mixes_only_if_a_step_can_have_a_weight(make):
 
 # The sampling distribution of the objective "student"
 
-WARPERS = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
 
-
-@pytest.mark.parametrize("through", ["field", "generation_kwargs"])
-@pytest.mark.parametrize("name", WARPERS)
-def test_student_refuses_settings_that_change_the_sampling_distribution(make, name, through):
-    setting = {name: WARPERS[name]}
-    setting = setting if through == "field" else {"generation_kwargs": setting}
-    with pytest.raises(ConfigError, match=f"`{name}={WARPERS[name]}` changes the distribution"):
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"top_k": 5},
+        {"repetition_penalty": 1.1},
+        {"generation_kwargs": {"top_p": 0.9}},
+        {"generation_kwargs": {"do_sample": False}},
+        {"generation_kwargs": {"temperature": 0.5}},
+    ],
+    ids=str,
+)
+def test_student_refuses_settings_that_change_the_sampling_distribution(make, setting):
+    ((name, value),) = setting.get("generation_kwargs", setting).items()
+    with pytest.raises(ConfigError, match=f"`{name}={value}` changes the distribution"):
         make(objective="student", **setting)
     # Nothing is sampled from a mixture at weight 0, and "mixed" only warns, in the trainer
     make(objective="student", teacher_weight=0.0, **setting)
-    assert distribution_warpers(make(objective="mixed", **setting)) == {name: WARPERS[name]}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("typical_p", 0.5),
-        ("epsilon_cutoff", 0.01),
-        ("eta_cutoff", 0.01),
-        ("no_repeat_ngram_size", 2),
-        ("top_h", 0.5),
-        ("watermarking_config", {"bias": 2.0}),
-        ("do_sample", False),
-    ],
-)
-def test_student_refuses_every_other_warper_of_generation_kwargs(make, name, value):
-    with pytest.raises(ConfigError, match=re.escape(f"`{name}={value}`")):
-        make(objective="student", generation_kwargs={name: value})
-
-
-def test_student_refuses_a_generation_temperature_that_is_not_the_loss_temperature(make):
-    with pytest.raises(ConfigError, match="`temperature=0.5`"):
-        make(objective="student", temperature=1.0, generation_kwargs={"temperature": 0.5})
-    make(objective="student", temperature=0.5, generation_kwargs={"temperature": 0.5})
-
-
-def test_neutral_values_are_no_warpers(make):
-    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert distribution_warpers(make(objective="student", **neutral)) == {}
-    assert distribution_warpers(make(objective="student", generation_kwargs=neutral)) == {}
-    # `generation_kwargs` has the last word, as in the trainer
-    assert distribution_warpers(make(objective="student", top_k=5, generation_kwargs={"top_k": 0})) == {}
+    make(objective="mixed", **setting)
 
 
 @pytest.mark.parametrize("objective", ["mixed", "student"])
@@ -255,66 +138,26 @@ def test_the_cap_must_be_positive(make):
     make(objective="student", is_clip_mode="none", is_clip_max=0.0)
 
 
-# Command line and YAML
-
-BASE = ["--use_cpu", "--bf16", "False", "--report_to", "none"]
+# Schedules
 
 
-def parse(tmp_path: Path, *arguments: str, **settings) -> LogitMixGRPOConfig:
-    command = ["--output_dir", str(tmp_path), *BASE, *arguments]
-    if settings:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        command += ["--config", str(path)]
-    (args,) = TrlParser((LogitMixGRPOConfig,)).parse_args_and_config(command)
-    return args
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_rule_follows_the_schedule(make, schedule):
+    settings = {"teacher_weight_schedule": schedule, "teacher_weight_decay_steps": 4}
+    args = make(teacher_weight=[0.4, 0.2], **settings)
+    by_hand = {"linear": reference.linear_weight, "cosine": reference.cosine_weight}[schedule]
+    for step in range(4):
+        expected = [by_hand(step, weight, 4) for weight in (0.4, 0.2)]
+        assert args.weights_at(step) == pytest.approx(expected, abs=1e-15)
+        assert args.rule_at(step) == LogitMixing(args.weights_at(step))
+    assert [args.rule_at(step) for step in (4, 5, 10**6)] == [None] * 3
 
 
-@pytest.mark.parametrize("weight", [0.3, [0.2, 0.1]])
-@pytest.mark.parametrize("source", ["command line", "yaml"])
-def test_the_parser_takes_one_weight_or_several(tmp_path, weight, source):
-    values = weight if isinstance(weight, list) else [weight]
-    if source == "yaml":
-        args = parse(tmp_path, teacher_weight=weight)
-    else:
-        args = parse(tmp_path, "--teacher_weight", *map(str, values))
-    assert args.teacher_weight == values
-
-
-def test_the_parser_round_trips_every_other_field(tmp_path):
-    values = {
-        "teacher_model_name_or_path": ["some/teacher", "another/one"],
-        "teacher_model_revision": "v2",
-        "teacher_model_init_kwargs": {"dtype": "bfloat16"},
-        "teacher_weight_schedule": "cosine",
-        "teacher_weight_decay_steps": 12,
-        "mixing_space": "probs",
-        "objective": "student",
-        "is_clip_mode": "none",
-        "is_clip_max": 2.5,
-        "adaptive_num_prompts": 7,
-        "adaptive_interval": 3,
-        "adaptive_scale": 4.0,
-        "adaptive_offset": 0.2,
-        "adaptive_success_threshold": 0.5,
-        "eval_policy": "both",
-    }
-    assert set(values) == {f.name for f in OWN_FIELDS} - {"teacher_weight"}
-    arguments = []
-    for name, value in values.items():
-        words = value if isinstance(value, list) else [str(value).replace("'", '"')]
-        arguments += [f"--{name}", *words]
-    for args in (parse(tmp_path, *arguments), parse(tmp_path, **values)):
-        assert {name: getattr(args, name) for name in values} == values
-
-
-def test_the_command_line_overrides_the_yaml(tmp_path):
-    assert parse(tmp_path, "--teacher_weight", "0.1", teacher_weight=[0.2, 0.3]).teacher_weight == [0.1]
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_the_parser_names_the_choices_too(tmp_path, name, capsys):
-    with pytest.raises((SystemExit, ConfigError)) as error:
-        parse(tmp_path, f"--{name}", "nonsense")
-    message = str(error.value) + capsys.readouterr().err
-    assert all(choice in message for choice in CHOICES[name])
+def test_rules(make):
+    assert make(teacher_weight=0.3).rule_at(10**6) == LogitMixing((0.3,))
+    assert make(teacher_weight=0.3, mixing_space="probs").rule_at(0) == ProbabilityMixing((0.3,))
+    assert make(teacher_weight=[0.0, 0.0]).rule_at(0) is None
+    # The adaptive schedule knows the weight of step 0; the trainer gives the later ones
+    args = make(teacher_weight=0.3, teacher_weight_schedule="adaptive")
+    assert args.weights_at(7) == (0.3,) and args.rule_of((0.6,)) == LogitMixing((0.6,))
+    assert args.rule_of((0.0,)) is None

@@ -102,7 +102,7 @@ def test_evaluation_during_training_leaves_the_training_metrics_alone(build):
     assert not any("reward" in entry and "eval_reward" in entry for entry in entries)
     # Training samples from the mixture again after an evaluation of the student
     assert record.logged("mixing/kl_behavior_student")[1] > 0.05
-    assert trainer._policy_weights == (0.0,)
+    assert trainer._rule is None
 
 
 def test_the_schedule_applies_to_the_evaluation(build):

@@ -69,7 +69,7 @@ def state_of(trainer):
             "generation_kwargs": trainer.generation_kwargs,
             "generation_config": trainer.generation_config.to_dict(),
             "model_generation_config": trainer.model.generation_config.to_dict(),
-            "weights": (trainer._policy_weights, trainer._recording, trainer._generating),
+            "weights": (trainer._rule, trainer._recording, trainer._generating),
             "pending": (dict(trainer._pending_extra_logs), dict(trainer._pending_metrics)),
             "training": trainer.model.training,
         }

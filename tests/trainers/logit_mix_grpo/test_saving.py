@@ -17,7 +17,6 @@ from tests.tiny import tiny_tokenizer
 from tests.trainers import runs
 from trl_blend import export_mixed_policy
 from trl_blend.errors import ConfigError
-from trl_blend.trainers.logit_mix_grpo.greedy import _greedy
 
 
 MIX = {"objective": "mixed", "teacher_weight": 0.4, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -32,7 +31,7 @@ STUDENTS = {
 
 def trainers_greedy(trainer):
     """Completions of the trainer's own greedy decoding, the one that adaptive weights and evaluations use."""
-    with _greedy(trainer), trainer.policy(trainer.current_weights(), recording=False):
+    with trainer._decoding_greedily(), trainer.policy(trainer.current_weights(), recording=False):
         return trainer._generate(list(runs.PROMPTS))[1]
 
 
@@ -68,7 +67,7 @@ def test_what_is_saved_and_exported_decodes_as_the_trainer(build, tmp_path, kind
         same = ("weights", "space", "tokenizer_sha256", "step")
         assert [spec(policy)[name] for name in same] == [spec(checkpoint)[name] for name in same]
         assert spec(policy)["step"] == step and (exported_greedy(policy) == expected) == (step == 2)
-    with trainer.policy((0.0,) * len(trainer.current_weights())), _greedy(trainer):
+    with trainer.policy((0.0,) * len(trainer.current_weights())), trainer._decoding_greedily():
         assert trainer._generate(list(runs.PROMPTS))[1] != expected, "the student decodes the same alone"
     # One copy of each reference
     weights = [path for path in output.rglob("model.safetensors") if path.parent.name.startswith(("ref", "base"))]

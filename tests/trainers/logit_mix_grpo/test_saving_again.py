@@ -14,7 +14,6 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import runs
 from tests.trainers.logit_mix_grpo.test_saving import LORA, MIX, exported_greedy, spec, trainers_greedy
 from trl_blend.errors import UnsupportedError
-from trl_blend.trainers.logit_mix_grpo.greedy import _greedy
 
 
 NO_CHECKPOINTS = {**MIX, "max_steps": 1, "save_strategy": "no"}
@@ -98,7 +97,7 @@ def test_another_run_in_the_folder_does_not_mix(models, tmp_path, kind, other):
     trainer = runs.build(models, tmp_path, **{**NO_CHECKPOINTS, **other}, **kind)
     trainer.save_model()
     assert not names(tmp_path) & {"mixing.json", "custom_generate", "reference", "base", "adapter"}
-    with _greedy(trainer), trainer.policy((0.0,)):
+    with trainer._decoding_greedily(), trainer.policy((0.0,)):
         assert exported_greedy(tmp_path) == trainer._generate(list(runs.PROMPTS))[1]
 
 

@@ -1,47 +1,18 @@
 """Tools come with the parent: both models decode every turn of a conversation, and tool output is not trained on."""
 
-import itertools
-from importlib.resources import files
-
 import pytest
 import torch
 import trl.trainer.grpo_trainer as grpo
 from datasets import Dataset
 
-from testbed.tokenizer import build_tokenizer
-from tests.tiny import tiny_model
+from tests.trainers import tools
 from tests.trainers.runs import train
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First number.
-        b: Second number.
-    """
-    return a + b
-
-
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 
 
 @pytest.mark.parametrize("objective", ["mixed", "student"])
 def test_log_probs_of_every_turn_are_those_of_the_behavior_policy(build, monkeypatch, objective):
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text()
-    counter = itertools.count()
-
-    def parse(tokenizer, ids, **kwargs):
-        # A random model writes no tool calls: every other completion of the first turn gets one
-        message = {"role": "assistant", "content": "x"}
-        turn = next(counter)
-        return message | ({"tool_calls": [CALL]} if turn < 8 and turn % 2 else {})
-
-    monkeypatch.setattr(grpo, "parse_response", parse)
-    models = [tiny_model(seed=seed, vocab_size=264, max_position_embeddings=1024) for seed in range(2)]
-    models[0].generation_config.eos_token_id = list(range(100, 130))  # most rows end early
+    monkeypatch.setattr(grpo, "parse_response", tools.every_other_call())
+    models = tools.models()
     prompts = [[{"role": "user", "content": text}] for text in ("1+2", "what is 3+4?")]
     trainer = build(
         student=models[0],
@@ -51,7 +22,7 @@ def test_log_probs_of_every_turn_are_those_of_the_behavior_policy(build, monkeyp
         learning_rate=0.0,
         max_completion_length=200,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        trainer_kwargs={"processing_class": tokenizer, "tools": [add]},
+        trainer_kwargs={"processing_class": tools.tokenizer(), "tools": [tools.add]},
     )
     inputs = train(trainer).calls[0].inputs
     tool_mask, mask = inputs["tool_mask"].bool(), inputs["completion_mask"].bool()

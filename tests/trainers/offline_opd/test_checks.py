@@ -4,13 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from tests.tiny import tiny_tokenizer
 from tests.trainers import scored
 from tests.trainers.runs import check_refusal
-from trl_blend import OfflineOPDTrainer
 from trl_blend.errors import ConfigError, StoreError, UnsupportedError
 from trl_blend.trainers.offline_opd import checks
 from trl_blend.trainers.offline_opd.checks import check_parallelism
@@ -34,13 +32,6 @@ KWARGS = {
 @pytest.mark.parametrize("name", KWARGS)
 def test_arguments_without_a_use(build_offline, monkeypatch, name):
     refusal(build_offline, monkeypatch, ConfigError, f"`{name}` has no use", trainer_kwargs=KWARGS[name])
-
-
-def test_adapters_that_the_head_would_ignore(build_offline, monkeypatch):
-    config = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")
-    refusal(build_offline, monkeypatch, UnsupportedError, "lm_head", trainer_kwargs={"peft_config": config})
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    refusal(build_offline, monkeypatch, UnsupportedError, "virtual tokens", trainer_kwargs={"peft_config": config})
 
 
 def test_data_of_the_wrong_kind(build_offline, monkeypatch, rows):
@@ -74,12 +65,6 @@ def test_a_ratio_to_an_unknown_policy(build_offline, monkeypatch, rows):
     data = rows.remove_columns("rollout_logps")
     settings = {"train_dataset": data, "importance_correction": "token"}
     refusal(build_offline, monkeypatch, ConfigError, "importance_correction='token'.*lacks rollout_logps", **settings)
-
-
-def test_another_configuration(models, rows, tmp_path):
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(ConfigError, match="is a SFTConfig"):
-        OfflineOPDTrainer(model=str(models / "student"), args=args, train_dataset=rows)
 
 
 def test_unknown_model_and_unknown_store(build_offline, monkeypatch):

@@ -21,10 +21,6 @@ def test_defaults_are_those_of_the_reference(tmp_path):
 
 
 REFUSED = {
-    "offline_loss": {"offline_loss": "kl"},
-    "loss_aggregation": {"loss_aggregation": "mean"},
-    "teacher_consistency": {"teacher_consistency": "maybe"},
-    "policy_drift_action": {"policy_drift_action": "explode"},
     "loss_type": {"loss_type": "dft"},
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},
     "assistant_only_loss": {"assistant_only_loss": True},
@@ -48,7 +44,6 @@ REFUSED = {
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
     },
-    "importance_correction": {"importance_correction": "sequence"},
     "importance_correction='token'": {"importance_correction": "token", "offline_loss": "top_k_reverse_kl"},
     "importance_cap=5": {"importance_cap": 5.0},
     "importance_cap=0": {"importance_cap": 0.0, "importance_correction": "token"},
@@ -77,10 +72,3 @@ def test_a_teacher_is_asked_to_score_some_rows(tmp_path):
 
 def test_packing_strategy_without_packing_is_left_alone(tmp_path):
     assert offline_config(tmp_path, packing_strategy="wrapped").packing_strategy == "wrapped"
-
-
-def test_the_fields_fit_beside_those_of_a_trl_script():
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
-
-    parser = TrlParser((ScriptArguments, OfflineOPDConfig, ModelConfig, DatasetMixtureConfig))
-    assert "stream_rollouts" in parser.format_help()

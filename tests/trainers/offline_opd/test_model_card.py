@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.trainers import scored
+from tests.trainers import runs
 from tests.trainers.card_reading import metadata_of, rows_of, run_of, settings_of, tables_of, write_card
 from tests.trainers.runs import PROMPTS
 from trl_blend import load_scored_rollouts
@@ -30,7 +30,7 @@ def checks_of(card):
 
 def test_card(build_on_store, folder):
     trainer = build_on_store(max_steps=2)
-    record = scored.train_offline(trainer)
+    record = runs.train(trainer)
     card = write_card(trainer)
     assert str(folder) not in card  # findings quote paths
     manifest = json.loads((folder / "scored_teacher" / "manifest.json").read_text())

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from tests import reference_offline
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
-from tests.trainers import scored
+from tests.trainers import runs, scored
 from tests.trainers.runs import assert_close_tensors, set_parameters, snapshot
 from trl_blend.ops import LMHead
 from trl_blend.ops.head.top_k import top_k_divergence
@@ -74,9 +74,9 @@ def test_step_equals_the_reference(build_offline, models, rows, offline_loss, ag
     student = moved(scored.load(models, "student"))
     expected_loss, expected = reference_step(student, rows, offline_loss, aggregation)
     trainer = build_offline(student=student, offline_loss=offline_loss, loss_aggregation=aggregation, **layout)
-    record = scored.train_offline(trainer)
-    assert len(record.steps) == layout.get("gradient_accumulation_steps", 1)
-    assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
+    record = runs.train(trainer)
+    assert len(record.calls) == layout.get("gradient_accumulation_steps", 1)
+    assert sum(step.loss for step in record.calls) == pytest.approx(expected_loss, rel=1e-5)
     (gradients,) = record.gradients
     assert_close_tensors(gradients, expected, 1e-4)
 
@@ -106,9 +106,9 @@ def test_ratio_to_the_policy_of_the_rollouts(build_offline, models, rows, layout
     expected_loss, expected = reference_step(student, rows, "corrected", "sequence")
     plain, _ = reference_step(student, rows, "sampled_token", "sequence")
     trainer = build_offline(student=student, importance_correction="token", **LAYOUTS[layout])
-    record = scored.train_offline(trainer)
+    record = runs.train(trainer)
     assert abs(expected_loss - plain) > 0.1
-    assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
+    assert sum(step.loss for step in record.calls) == pytest.approx(expected_loss, rel=1e-5)
     assert_close_tensors(record.gradients[0], expected, 1e-4)
     assert record.logged("offline/importance_ratio")[0] > 0
 
@@ -116,7 +116,7 @@ def test_ratio_to_the_policy_of_the_rollouts(build_offline, models, rows, layout
 def test_cap_of_the_ratio(build_offline, models):
     student = moved(scored.load(models, "student"))
     trainer = build_offline(student=student, importance_correction="token", importance_cap=0.25)
-    assert scored.train_offline(trainer).logged("offline/importance_ratio")[0] <= 0.25
+    assert runs.train(trainer).logged("offline/importance_ratio")[0] <= 0.25
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
@@ -130,8 +130,8 @@ def test_a_model_that_transformers_does_not_take_for_a_shifting_one(build_offlin
         trainer_kwargs={"processing_class": tiny_tokenizer()},
         **LAYOUTS["accumulated"],
     )
-    record = scored.train_offline(trainer)
-    assert sum(step.loss for step in record.steps) == pytest.approx(expected_loss, rel=1e-5)
+    record = runs.train(trainer)
+    assert sum(step.loss for step in record.calls) == pytest.approx(expected_loss, rel=1e-5)
     assert_close_tensors(record.gradients[0], expected, 1e-4)
 
 
@@ -151,7 +151,7 @@ def test_packs_hold_several_rows(build_offline, rows):
 def test_adapters(build_offline, models, rows):
     student = tiny_lora(scored.load(models, "student"))
     _, expected = reference_step(student, rows, "sampled_token", "sequence")
-    record = scored.train_offline(build_offline(student=student))
+    record = runs.train(build_offline(student=student))
     assert_close_tensors(record.gradients[0], expected, 1e-4)
 
 
@@ -159,17 +159,18 @@ def test_adapters(build_offline, models, rows):
 def test_new_adapter_on_a_frozen_head(build_offline, offline_loss):
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
     trainer = build_offline(trainer_kwargs={"peft_config": config}, offline_loss=offline_loss, max_steps=2)
-    record = scored.train_offline(trainer)
+    record = runs.train(trainer)
     names = {name for name, _ in trainer.model.named_parameters() if "lora" in name}
     assert names == set(record.gradients[0])
-    moved_names = {n for n, p in record.parameters[2].items() if not torch.equal(p, record.parameters[0][n])}
+    final, first = runs.snapshot(trainer.model), record.calls[0].parameters
+    moved_names = {name for name, value in final.items() if not torch.equal(value, first[name])}
     assert moved_names == names
 
 
 def test_first_gradient_is_that_of_live_distillation_on_the_same_rollouts(build_offline, models, rows):
     """Live: both models in memory, log-probs of both computed in the step, nothing read from the data but tokens."""
     student, teacher = scored.load(models, "student"), scored.load(models, "teacher")
-    record = scored.train_offline(build_offline())
+    record = runs.train(build_offline())
     total = 0.0
     for row in rows:
         ids, start = torch.tensor([row["prompt_ids"] + row["completion_ids"]]), len(row["prompt_ids"])
@@ -186,16 +187,16 @@ def test_first_gradient_is_that_of_live_distillation_on_the_same_rollouts(build_
 def test_student_equal_to_its_teacher_has_no_loss_and_no_gradient(build_offline, models, offline_loss):
     student = scored.load(models, "student")
     rows = scored.scored_rollouts(student, student)
-    record = scored.train_offline(build_offline(student=student, train_dataset=rows, offline_loss=offline_loss))
+    record = runs.train(build_offline(student=student, train_dataset=rows, offline_loss=offline_loss))
     _, other = reference_step(scored.load(models, "teacher"), rows, offline_loss, "sequence")
-    assert abs(record.steps[0].loss) < 1e-5
+    assert abs(record.calls[0].loss) < 1e-5
     largest = max(grad.abs().max() for grad in record.gradients[0].values())
     assert largest < 1e-5 * max(grad.abs().max() for grad in other.values())
 
 
 def test_half_precision_columns_change_the_loss_by_their_rounding(build_offline, rows):
     half = rows.map(lambda row: {"teacher_logps": torch.tensor(row["teacher_logps"]).half().tolist()})
-    first, second = (scored.train_offline(build_offline(train_dataset=data)).steps[0].loss for data in (rows, half))
+    first, second = (runs.train(build_offline(train_dataset=data)).calls[0].loss for data in (rows, half))
     assert first != second and first == pytest.approx(second, rel=1e-3)
 
 

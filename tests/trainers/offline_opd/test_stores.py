@@ -9,7 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.trainers import scored
+from tests.trainers import runs, scored
 from tests.trainers.runs import PROMPTS, check_refusal, snapshot
 from trl_blend import load_scored_rollouts
 from trl_blend.consistency.provenance import PROVENANCE_FILE, TeacherProvenance, record_teacher
@@ -28,7 +28,7 @@ def test_from_rollouts_to_a_trained_model(build, folder, offline_loss):
     )
     assert trainer.consistency_report.ok and len(trainer.train_dataset) == len(PROMPTS)
     before = snapshot(trainer.model)
-    record = scored.train_offline(trainer)
+    record = runs.train(trainer)
     assert any(not torch.equal(before[name], value) for name, value in snapshot(trainer.model).items())
     # float16 log-probs of the student that drew the rollouts
     assert abs(record.logged("offline/drift_kl")[0]) < 1e-5
@@ -60,8 +60,8 @@ def test_an_opened_store_and_rows_of_it(build, folder):
 
 def test_streaming_a_store(build):
     trainer = build(stream_rollouts=True, max_steps=2, per_device_train_batch_size=4)
-    record = scored.train_offline(trainer)
-    assert len(record.steps) == 2 and trainer.consistency_report.ok
+    record = runs.train(trainer)
+    assert len(record.calls) == 2 and trainer.consistency_report.ok
 
 
 def test_a_ratio_to_rollouts_of_a_nucleus_is_warned_of(build, folder, caplog):

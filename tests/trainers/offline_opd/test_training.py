@@ -1,4 +1,4 @@
-"""Whole runs: resumption, streaming, metrics, the bound on the drift."""
+"""Whole runs: streaming, metrics, the bound on the drift."""
 
 import logging
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.trainers import scored
+from tests.trainers import runs, scored
 from tests.trainers.runs import assert_same_tensors, set_parameters, snapshot
 from trl_blend.trainers.offline_opd import metrics
 
@@ -21,30 +21,12 @@ def many_rows(models):
 RUN = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"packing": True, "max_length": 24, "per_device_train_batch_size": 1}], ids=["padded", "packed"]
-)
-def test_resumed_is_uninterrupted(build_offline, many_rows, layout):
-    settings = {**RUN, **layout, "train_dataset": many_rows}
-    whole = scored.train_offline(build_offline(save_strategy="steps", save_steps=2, **settings))
-    checkpoint = f"{whole.trainer.args.output_dir}/checkpoint-2"
-    resumed = scored.train_offline(build_offline(**settings), resume_from_checkpoint=checkpoint)
-    assert len(whole.steps) >= 7 and len(whole.gradients) == 4
-    assert [step.loss for step in resumed.steps] == [step.loss for step in whole.steps[4:]]
-    for gradients, expected in zip(resumed.gradients, whole.gradients[2:], strict=True):
-        assert_same_tensors(gradients, expected)
-    assert_same_tensors(snapshot(resumed.trainer.model), snapshot(whole.trainer.model))
-    # The counters of the log go on as well
-    for name in ("offline/advantage", "offline/drift_kl"):
-        assert resumed.logged(name) == whole.logged(name) and len(whole.logged(name)) == 4
-
-
 def test_streaming_takes_the_same_steps(build_offline, many_rows):
     # In their order: a stream has no random access
     settings = {**RUN, "train_sampling_strategy": "sequential"}
-    whole = scored.train_offline(build_offline(train_dataset=many_rows, **settings))
-    streamed = scored.train_offline(build_offline(train_dataset=many_rows.to_iterable_dataset(), **settings))
-    assert [step.loss for step in streamed.steps] == [step.loss for step in whole.steps] and len(whole.steps) == 8
+    whole = runs.train(build_offline(train_dataset=many_rows, **settings))
+    streamed = runs.train(build_offline(train_dataset=many_rows.to_iterable_dataset(), **settings))
+    assert [step.loss for step in streamed.calls] == [step.loss for step in whole.calls] and len(whole.calls) == 8
     assert_same_tensors(snapshot(streamed.trainer.model), snapshot(whole.trainer.model))
 
 
@@ -80,7 +62,7 @@ def expected_metrics(model, rows):
 def test_metrics_are_token_means_since_the_last_log(build_offline, models, many_rows, layout):
     settings = {**RUN, **layout, "logging_steps": 2, "train_sampling_strategy": "sequential", "learning_rate": 0.0}
     trainer = build_offline(train_dataset=many_rows, **settings)
-    record = scored.train_offline(trainer)
+    record = runs.train(trainer)
     for log in range(2):
         rows = many_rows.select(range(8 * log, 8 * log + 8))
         for name, value in expected_metrics(scored.load(models, "student"), rows).items():
@@ -90,15 +72,15 @@ def test_metrics_are_token_means_since_the_last_log(build_offline, models, many_
 
 
 def test_drift_is_zero_before_the_first_update_and_grows(build_offline, models, many_rows):
-    record = scored.train_offline(build_offline(train_dataset=many_rows, **RUN))
+    record = runs.train(build_offline(train_dataset=many_rows, **RUN))
     drift = record.logged("offline/drift_kl")
     assert abs(drift[0]) < 1e-6 and drift[1] > 1e-3
     # The rows of the last step, with the weights before it
     model = scored.load(models, "student")
-    set_parameters(model, record.parameters[3])
+    set_parameters(model, record.calls[6].parameters)
     seen = [
         row
-        for step in record.steps[6:]
+        for step in record.calls[6:]
         for row in many_rows
         if any(row["completion_ids"] == labels[labels != -100].tolist() for labels in step.inputs["labels"])
     ]
@@ -118,10 +100,10 @@ def test_metrics_of_evaluation_and_of_a_top_k_loss(build_offline, models, rows):
 
 def test_what_the_data_does_not_hold_is_not_measured(build_offline, rows):
     fewer = rows.remove_columns(["student_logps"])
-    record = scored.train_offline(build_offline(train_dataset=fewer))
+    record = runs.train(build_offline(train_dataset=fewer))
     assert record.logged("offline/reverse_kl") and not record.logged("offline/drift_kl")
     fewer = rows.remove_columns(["student_logps", "rollout_logps"])
-    record = scored.train_offline(build_offline(train_dataset=fewer))
+    record = runs.train(build_offline(train_dataset=fewer))
     assert record.logged("offline/advantage") and not record.logged("offline/reverse_kl")
 
 

@@ -10,6 +10,7 @@ from transformers.utils import is_rich_available
 
 from tests.trainers import runs
 from trl_blend.generation.recording import RolloutRecord
+from trl_blend.generation.rules import TrustRegion
 from trl_blend.trainers.trust_region_opd.completions import CompletionsTable
 
 
@@ -93,7 +94,7 @@ def test_the_students_own_rollouts_have_zeros(build_opd):
         assert found["kl_budget"].tolist() == pytest.approx([level] * 8)
         assert ((found[STATISTICS] > 0).all() == (level > 0)).all()
     trainer.state.global_step = 4
-    trainer._rollout_level = 0.3  # evaluation in the middle of the warmup
+    trainer._rule = TrustRegion(0.3)  # evaluation in the middle of the warmup
     trainer.evaluate()
     found = table(trainer, 4)
     assert (found[["kl_budget", *STATISTICS]] == 0.0).all(axis=None) and len(found) == 8
@@ -172,14 +173,10 @@ def test_nothing_is_gathered_unless_it_is_logged(build_opd, monkeypatch):
 # Turns of a conversation
 
 
-class FakeTrainer:
-    log_completions, max_completion_length = True, 6
-    reward_funcs: list = []
+class Args:
+    """What the table reads of a configuration."""
 
-    class args:
-        rollout_policy, blends = "trust_region", True
-
-    _logs = {"prompt": type("Texts", (), {"maxlen": 8})()}
+    log_completions, blends, rollout_policy, max_completion_length = True, True, "trust_region", 6
 
 
 def record_of(weights):
@@ -190,21 +187,21 @@ def record_of(weights):
 
 def test_a_mean_is_over_all_turns_of_its_completion():
     """Two rows of one prompt, the second of which goes on after a tool call and is cut at six tokens."""
-    completions = CompletionsTable(FakeTrainer())
+    completions = CompletionsTable(Args, [], 8)
     completions.start()
     completions.add_turn(record_of([[0.1, 0.3], [0.5, 9.0], [1.0, 1.0]]), [[7], [7], [8]], [[1, 2], [3], [4, 5]])
     completions.add_turn(record_of([[0.2, 0.4, 0.6, 9.0]]), [[7, 3, 60, 61]], [[5, 5, 5, 5]])
-    completions.finish(3, 0.3, None)
+    completions.finish(3, TrustRegion(0.3), None)
     found = {name: list(values) for name, values in completions._extra.items()}
     assert found["teacher_weight"] == pytest.approx([0.2, (0.5 + 0.2 + 0.4 + 0.6) / 4, 1.0])
     assert found["kl_budget"] == [0.3] * 3 and found["kl_behavior_student"] == [0.0] * 3
     completions.start()
-    completions.finish(2, 0.0, None)
+    completions.finish(2, None, None)
     assert list(completions._extra["teacher_weight"])[3:] == [0.0, 0.0]
 
 
 def test_values_that_are_not_finite_are_left_out():
-    completions = CompletionsTable(FakeTrainer())
+    completions = CompletionsTable(Args, [], 8)
     completions.add_turn(record_of([[float("inf"), 0.5], [float("inf"), float("nan")]]), [[1], [2]], [[1, 2], [1, 2]])
-    completions.finish(2, 0.3, None)
+    completions.finish(2, TrustRegion(0.3), None)
     assert list(completions._extra["teacher_weight"]) == [0.5, 0.0]

@@ -11,8 +11,8 @@ from tests.trainers import forced, runs
 from tests.trainers.trust_region_opd import policies
 from tests.trainers.trust_region_opd.policies import mean
 from trl_blend.errors import ConfigError
-from trl_blend.trainers.trust_region_opd.rewards import score_rollouts
-from trl_blend.trainers.trust_region_opd.support import auroc
+from trl_blend.trainers.trust_region_opd.diagnostics import auroc
+from trl_blend.trainers.trust_region_opd.rewards import rollout_rewards
 
 
 STUDENT = {"rollout_policy": "student"}
@@ -191,7 +191,7 @@ def test_scores_of_plain_prompts_are_of_texts(models):
 
     tokenizer = AutoTokenizer.from_pretrained(models / "student")
     rows = [{"prompt": "a"}, {"prompt": "b"}]
-    rewards = score_rollouts([judge, lambda **kwargs: [None, 2]], rows, [[16, 17, 1], [18]], tokenizer, None)
+    rewards = rollout_rewards([judge, lambda **kwargs: [None, 2]], rows, [[16, 17, 1], [18]], tokenizer, None)
     assert rewards[:, 0].tolist() == [2.0, 1.0]
     assert math.isnan(rewards[0, 1]) and rewards[1, 1] == 2.0
 

@@ -1,11 +1,7 @@
-"""A LoRA student whose own base is the teacher: one set of weights, and the results of an explicit copy of it."""
-
-import gc
+"""A LoRA student whose own base is the teacher: its loss and rollouts against the reference."""
 
 import pytest
-import torch
 from peft import LoraConfig
-from transformers import Qwen3ForCausalLM
 
 from tests import reference_divergences
 from tests.tiny import tiny_lora, tiny_model
@@ -16,10 +12,7 @@ from tests.trainers.trust_region_opd import policies
 RUN = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2, "learning_rate": 1e-3}
 SETTINGS = {
     "trust_region": {"kl_budget": 0.3, "blend_warmup_steps": 4},
-    "speculative_kd": {"rollout_policy": "speculative_kd", "skd_top_k": 4},
     "student": {"rollout_policy": "student"},
-    "veto_top_k": {"kl_support": "student_top_k", "distillation_target": "veto", "kl_budget": 0.3}
-    | {"blend_warmup_steps": 4},
 }
 
 
@@ -33,20 +26,6 @@ def lora(**settings):
 def train_lora(build_opd, teacher, name, **settings):
     trainer_kwargs = {"peft_config": lora()}
     return runs.train(build_opd(teacher=teacher, trainer_kwargs=trainer_kwargs, **RUN, **SETTINGS[name], **settings))
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_base_as_teacher_equals_a_copy_of_it(build_opd, name):
-    own = train_lora(build_opd, None, name, log_teacher_statistics=True)
-    copy = train_lora(build_opd, "student", name, log_teacher_statistics=True)
-    for call, other in zip(own.calls, copy.calls, strict=True):
-        assert torch.equal(call.inputs["completion_ids"], other.inputs["completion_ids"])
-    assert own.losses == pytest.approx(copy.losses, abs=1e-6) and any(abs(loss) > 0.05 for loss in own.losses)
-    for gradients, others in zip(own.gradients, copy.gradients, strict=True):
-        runs.assert_close_tensors(gradients, others, relative=1e-4)
-    for metric in ("kl_behavior_student", "teacher_weight/mean", "teacher_logp", "teacher_entropy", "student_logp"):
-        assert own.logged(f"blend/{metric}") == pytest.approx(copy.logged(f"blend/{metric}"), rel=1e-5)
-    assert own.logged("blend/teacher_logp")[0] != pytest.approx(own.logged("blend/student_logp")[0], abs=0.05)
 
 
 def test_loss_and_gradient_equal_the_reference(build_opd):
@@ -63,7 +42,7 @@ def test_loss_and_gradient_equal_the_reference(build_opd):
 
 
 def test_rollouts_are_those_of_the_trust_region_around_the_student(build_opd):
-    trainer = build_opd(teacher=None, trainer_kwargs={"peft_config": lora()}, **{**SETTINGS["trust_region"]})
+    trainer = build_opd(teacher=None, trainer_kwargs={"peft_config": lora()}, **SETTINGS["trust_region"])
     rollouts = runs.record_opd_rollouts(trainer)
     trainer.train()
     (rollout,) = rollouts
@@ -73,31 +52,6 @@ def test_rollouts_are_those_of_the_trust_region_around_the_student(build_opd):
     expected = [row[token] for row, token in zip(behavior, policies.emitted(rollout.inputs), strict=True)]
     recorded = policies.kept(rollout.records[0].behavior_logps, rollout.inputs)
     assert recorded == pytest.approx(expected, abs=2e-3)
-
-
-def live_models():
-    gc.collect()
-    return [module for module in gc.get_objects() if type(module) is Qwen3ForCausalLM]
-
-
-def test_there_is_no_second_copy(build_opd):
-    before = len(live_models())
-    trainer = build_opd(teacher=None, trainer_kwargs={"peft_config": lora()})
-    assert len(live_models()) == before + 1
-    assert not list(trainer.teacher_model.parameters())
-
-
-def test_adapters_stay_active_and_trainable(build_opd):
-    record = train_lora(build_opd, None, "trust_region")
-    layers = [module for module in record.trainer.model.modules() if hasattr(module, "_disable_adapters")]
-    assert layers and not any(layer._disable_adapters for layer in layers)
-    trainable = {name for name, parameter in record.trainer.model.named_parameters() if parameter.requires_grad}
-    assert trainable == set(record.gradients[0]) and all("lora" in name for name in trainable)
-    base = dict(tiny_model(seed=0).named_parameters())
-    for name, parameter in record.trainer.model.named_parameters():
-        if "lora" not in name:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            assert torch.equal(parameter, base[plain]), name
 
 
 def test_gradient_checkpointing_recomputes_with_the_adapters(build_opd):

@@ -108,3 +108,14 @@ def test_accumulation_is_the_sum_over_the_tokens_of_the_batch(build_opd, name):
         assert call.loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-5)
     gradients = {key: parameter.grad for key, parameter in student.named_parameters()}
     runs.assert_close_tensors(record.gradients[0], gradients, relative=2e-4)
+
+
+def test_the_losses_of_both_kernels_agree(build_opd):
+    """This package's reverse KL on the whole vocabulary, at Veto weight 0, is TRL's."""
+    settings = {"max_steps": 3, "max_grad_norm": 1.0}
+    veto = {"distillation_target": "veto", "veto_weight_start": 0.0}
+    ours, parent = runs.train(build_opd(**STUDENT, **veto, **settings)), runs.train(build_opd(parent=True, **settings))
+    assert ours.trainer.uses_own_divergence
+    assert ours.losses == pytest.approx(parent.losses, rel=1e-4) and ours.losses != parent.losses
+    assert ours.logged("blend/reverse_kl") == pytest.approx(ours.losses, rel=1e-5)
+    runs.assert_close_tensors(ours.gradients[0], parent.gradients[0], relative=1e-4)

@@ -1,12 +1,13 @@
 """What blended rollouts are drawn from, against the policies of `tests.reference_trust_region`, token by token."""
 
+import logging
 import math
 
 import pytest
 import torch
 from peft import LoraConfig
 
-from tests import reference, reference_trust_region
+from tests import reference_trust_region
 from tests.tiny import VOCAB_SIZE, tiny_model
 from tests.trainers import forced, runs
 from tests.trainers.trust_region_opd import policies
@@ -187,30 +188,46 @@ def test_the_students_own_rollouts_stop_with_any_of_the_merged_tokens(build_opd)
     assert set(trainer.model.generation_config.eos_token_id) == stops  # so that the saved model stops there, too
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_rollouts_are_drawn_without_dropout(build_opd, dropout):
+def test_rollouts_are_drawn_without_dropout(build_opd):
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=dropout
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5
     )
     trainer = build_opd(learning_rate=0.0, **{**ANNEALED, "max_steps": 1}, trainer_kwargs={"peft_config": config})
-    rollouts, record = train(trainer)
+    rollouts, _ = train(trainer)
     assert trainer.model.training  # for the loss
-    inputs = rollouts[0].inputs
     student = trainer.accelerator.unwrap_model(trainer.model).eval().double()
+    inputs = rollouts[0].inputs
     rows = [policies.logprob_rows(model, inputs, 1.0) for model in (student, forced.frozen(1))]
     behavior = [policies.trust_region(0.3)(s, t) for s, t in zip(*rows, strict=True)]
     expected = [row[token] for row, token in zip(behavior, policies.emitted(inputs), strict=True)]
     assert policies.kept(rollouts[0].records[0].behavior_logps, inputs) == pytest.approx(expected, abs=2e-3)
 
 
-def test_evaluation_decodes_the_student_alone(build_opd):
-    settings = {"trainer_kwargs": {"eval_dataset": runs.dataset()}}
-    metrics = [
-        build_opd(**kwargs, **settings).evaluate()
-        for kwargs in ({"parent": True}, {"kl_budget": 0.5, "blend_warmup_steps": 9})
-    ]
-    shared = [name for name in metrics[0] if "second" not in name and "time" not in name]
-    assert {name: metrics[1][name] for name in shared} == {name: metrics[0][name] for name in shared}
+WARMUPS = {
+    "linear": {"kl_budget": 0.05},
+    "constant": {"kl_budget": 0.05, "kl_budget_schedule": "constant"},
+    "fixed_weight": {"rollout_policy": "fixed_weight"},
+    "speculative_kd": {"rollout_policy": "speculative_kd"},
+}
+
+
+@pytest.mark.parametrize("name", WARMUPS)
+def test_the_switch_to_the_student_is_made_and_said_once(build_opd, caplog, name):
+    trainer = build_opd(blend_warmup_steps=2, max_steps=4, **WARMUPS[name])
+    with caplog.at_level(logging.WARNING):
+        rollouts, record = train(trainer)
+    assert [bool(rollout.records) for rollout in rollouts] == [True, True, False, False]
+    (message,) = [text for text in caplog.messages if "warmup of" in text]
+    assert "Step 2:" in message and "transformers" in message
+    assert f"`rollout_policy='{trainer.args.rollout_policy}'`" in message
+    assert len(record.logged("blend/kl_behavior_student")) == 2
+
+
+@pytest.mark.parametrize("settings", [{"rollout_policy": "student"}, {"kl_budget": 0.0}], ids=str)
+def test_a_run_that_never_blends_says_nothing(build_opd, caplog, settings):
+    with caplog.at_level(logging.WARNING):
+        build_opd(max_steps=2, **settings).train()
+    assert "warmup of" not in caplog.text
 
 
 # Temperature warmup
@@ -249,12 +266,3 @@ def test_a_temperature_warmup_changes_what_is_drawn(build_opd):
         for prompt, mask in prompts
     ]
     assert forced.tokens(call.inputs) == expected
-
-
-def test_after_the_temperature_warmup_it_is_trl(build_opd):
-    epoch = {"per_device_train_batch_size": 2, "max_steps": 4}
-    interrupted = runs.train(build_opd(parent=True, save_strategy="steps", save_steps=2, **epoch))
-    ours = build_opd(rollout_policy="student", temperature_warmup_start=0.7, temperature_warmup_steps=2, **epoch)
-    resumed = runs.train(ours, resume_from_checkpoint=f"{interrupted.trainer.args.output_dir}/checkpoint-2")
-    assert resumed.losses == interrupted.losses[2:]
-    assert reference.linear_weight(2, 0.3, 2) == 0.0 and resumed.logged("blend/temperature") == [1.0, 1.0]

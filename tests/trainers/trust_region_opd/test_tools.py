@@ -1,57 +1,29 @@
 """Tools come with the parent: both models decode every turn of a conversation, and tool output is not trained on."""
 
-import itertools
-from importlib.resources import files
-
 import pandas as pd
 import pytest
 import torch
 import trl.trainer.distillation_trainer as trl_distillation
 from datasets import Dataset
 
-from testbed.tokenizer import build_tokenizer
 from tests import reference_trust_region
-from tests.tiny import tiny_model
-from tests.trainers import runs
+from tests.trainers import runs, tools
 
 
 BUDGET = 0.3
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
-
-
-def add(a: int, b: int) -> int:
-    """
-    Add two numbers.
-
-    Args:
-        a: First number.
-        b: Second number.
-    """
-    return a + b
 
 
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
     """One step with a tool call in every other completion of the first turn: rollouts, record and both models."""
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text()
-    counter = itertools.count()
-
-    def parse(tokenizer, ids, **kwargs):
-        # A random model writes no tool calls
-        turn = next(counter)
-        return {"role": "assistant", "content": "x"} | ({"tool_calls": [CALL]} if turn < 8 and turn % 2 else {})
-
-    pair = [tiny_model(seed=seed, vocab_size=264, max_position_embeddings=1024) for seed in range(2)]
-    for model in pair:
-        model.generation_config.eos_token_id = list(range(100, 130))  # most rows end early
+    tokenizer, pair = tools.tokenizer(), tools.models()
     prompts = [[{"role": "user", "content": text}] for text in ("1+2", "what is 3+4?") * 4]
     trainer = runs.build_opd(
         models,
         tmp_path_factory.mktemp("tools"),
         student=pair[0],
         teacher=pair[1],
-        teacher_eos_token_id=[tokenizer.eos_token_id, *range(100, 130)],
+        teacher_eos_token_id=[tokenizer.eos_token_id, *tools.EOS_IDS],
         kl_budget=BUDGET,
         blend_warmup_steps=5,
         learning_rate=0.0,
@@ -59,12 +31,12 @@ def run(models, tmp_path_factory):
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         log_teacher_statistics=True,
         log_completions=True,
-        trainer_kwargs={"processing_class": tokenizer, "tools": [add], "reward_funcs": runs.reward},
+        trainer_kwargs={"processing_class": tokenizer, "tools": [tools.add], "reward_funcs": runs.reward},
     )
     assert trainer.eos is None
     rollouts = runs.record_opd_rollouts(trainer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trl_distillation, "parse_response", parse)
+        patch.setattr(trl_distillation, "parse_response", tools.every_other_call())
         record = runs.train(trainer)
     return rollouts, record, pair
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from trl_blend.generation.settings import CUTS, active_settings
 from trl_blend.models.loading import LoadOptions
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 
@@ -176,8 +177,10 @@ def load_options(args: RolloutConfig | ScoringConfig) -> LoadOptions:
 
 def nucleus_settings(sampling: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a manifest's sampling settings that leave tokens out of the distribution."""
-    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0)}
-    return {name: sampling[name] for name, values in neutral.items() if sampling.get(name) not in values}
+    found = active_settings(sampling, CUTS)
+    if found.get("top_k") == -1:  # vLLM's word for all tokens
+        del found["top_k"]
+    return found
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 
 from trl_blend import _compat
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.generation.settings import GENERATION_SETTINGS
 from trl_blend.models.loading import find_config, load_model
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
@@ -204,32 +205,6 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint's generation_config.json may hold that changes the distribution of a token, or where a text ends
-_LEFT_OUT = {
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "encoder_repetition_penalty",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "exponential_decay_length_penalty",
-    "force_words_ids",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "guidance_scale",
-    "min_length",
-    "min_new_tokens",
-    "no_repeat_ngram_size",
-    "num_beams",
-    "penalty_alpha",
-    "repetition_penalty",
-    "sequence_bias",
-    "stop_strings",
-    "suppress_tokens",
-    "top_h",
-    "typical_p",
-    "watermarking_config",
-}
-
 
 class LocalEngine:
     """
@@ -276,7 +251,9 @@ class LocalEngine:
         self.eos_token_ids = sampling.eos_token_ids
         pad = sampling.pad_token_id
         self.pad_token_id = self.eos_token_ids[0] if pad is None else pad
-        left_out = sorted(name for name in self.model.generation_config.to_diff_dict() if name in _LEFT_OUT)
+        ours = {"do_sample", *sampling.to_dict()}
+        declared = self.model.generation_config.to_diff_dict()
+        left_out = sorted(name for name in declared if name in GENERATION_SETTINGS and name not in ours)
         if left_out:
             logger.warning(
                 f"The checkpoint's generation_config.json sets {left_out}, which rollouts leave out: they are drawn "

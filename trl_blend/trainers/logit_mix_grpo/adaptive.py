@@ -10,17 +10,7 @@ from transformers import TrainerCallback
 
 
 class NetGain(NamedTuple):
-    """
-    How much mixing helps on the validation prompts.
-
-    Args:
-        net_gain (`float`):
-            Share of prompts that only the mixed policy answers right, minus the share that only the student does.
-        mixed_accuracy (`float`):
-            Share of prompts that the mixed policy answers right.
-        student_accuracy (`float`):
-            Share of prompts that the student answers right.
-    """
+    """Shares of the validation prompts: right with mixing only minus right without only, and right with each."""
 
     net_gain: float
     mixed_accuracy: float
@@ -28,15 +18,7 @@ class NetGain(NamedTuple):
 
 
 def net_gain(mixed_right: Sequence[bool], student_right: Sequence[bool]) -> NetGain:
-    r"""
-    `frac(mixed right, student wrong) − frac(student right, mixed wrong)` over the same prompts, Eq. 8 of the paper.
-
-    Args:
-        mixed_right (`Sequence[bool]`):
-            Whether the mixed policy answers each prompt right.
-        student_right (`Sequence[bool]`):
-            Whether the student does.
-    """
+    """Eq. 8 of the paper: the share that only the mixed policy answers right, minus that of only the student."""
     pairs = list(zip(mixed_right, student_right, strict=True))
     only_mixed = sum(mixed and not student for mixed, student in pairs) / len(pairs)
     only_student = sum(student and not mixed for mixed, student in pairs) / len(pairs)

@@ -7,8 +7,8 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.generation.settings import distribution_warpers
 from trl_blend.trainers import _partners
-from trl_blend.trainers._sampling import distribution_warpers
 from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
 
 
@@ -26,17 +26,7 @@ def check_arguments(
     rollout_func: Any,
     uses_tools: bool,
 ) -> None:
-    """
-    Check the constructor's arguments against each other.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]:
-            If they contradict each other.
-        [`~trl_blend.errors.TokenizerMismatchError`]:
-            If a teacher has another tokenizer.
-        [`~trl_blend.errors.UnsupportedError`]:
-            If the combination would run but not correctly.
-    """
+    """Check the constructor's arguments against each other; the errors are those of the trainer."""
     if not isinstance(args, LogitMixGRPOConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}. Pass a `LogitMixGRPOConfig`.")
     _partners.check_teacher_arguments(teachers, args.teacher_weight, args)
@@ -61,25 +51,10 @@ def check_arguments(
     _partners.check_names(model, teachers, processing_class, args)
 
 
-def check_student(trainer: Any, teachers: list) -> None:
-    """
-    Check what only the loaded and prepared student shows.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]:
-            If `objective="student"` would sample with truncation or penalties that its checkpoint carries.
-        [`~trl_blend.errors.UnsupportedError`]:
-            If it is a vision-language model, or its base cannot serve as the reference.
-    """
-    _partners.check_text_only(trainer._is_vlm, "`teacher_weight=0`")
-    if not teachers:
-        _partners.check_base_as_reference(
-            trainer.model,
-            is_fsdp=trainer._dist.is_fsdp,
-            decodes_from_shards=trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation,
-        )
-    args = trainer.args
-    if warpers := distribution_warpers(args, trainer.model.generation_config):
+def check_student(student: PreTrainedModel, args: LogitMixGRPOConfig, *, is_vision_language: bool) -> None:
+    """Check what only the loaded student shows."""
+    _partners.check_text_only(is_vision_language, "`teacher_weight=0`")
+    if warpers := distribution_warpers(args, student.generation_config):
         message = (
             f"{warpers}, from the configuration or the student's `generation_config.json`, change the distribution "
             "that tokens are drawn from"
@@ -91,7 +66,7 @@ def check_student(trainer: Any, teachers: list) -> None:
             )
         logger.warning(f"{message}; the ratio of `objective='mixed'` is that of the full mixed policy.")
     if not args.disable_dropout and any(
-        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.model.modules()
+        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in student.modules()
     ):
         logger.warning(
             "The student has dropout. Rollouts are decoded without it, but the forward passes of the loss use it, so "

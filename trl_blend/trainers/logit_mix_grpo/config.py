@@ -1,28 +1,25 @@
 """Configuration of [`LogitMixGRPOTrainer`]."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from trl import GRPOConfig
 
 from trl_blend.errors import ConfigError
+from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.ops.mixing import validate_weights
-from trl_blend.schedules import DECAYING_SCHEDULES
-from trl_blend.trainers._sampling import distribution_warpers
+from trl_blend.schedules import DECAYING_SCHEDULES, make_schedule
+from trl_blend.trainers._options import check_choices, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
-_CHOICES = {
-    "teacher_weight_schedule": ("constant", "linear", "cosine", "adaptive"),
-    "mixing_space": ("logits", "probs"),
-    "objective": ("mixed", "student"),
-    "is_clip_mode": ("ppo", "none", "max"),
-    "eval_policy": (None, "mixed", "student", "both"),
-}
 # Losses whose per-token term is the clipped surrogate that `is_clip_mode` reshapes
 _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 
+@with_help
 @dataclass
 class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     r"""
@@ -39,7 +36,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`list[str]`, *optional*):
-            Model id or path of each teacher (the frozen reference). Read by scripts, which pass it on as the
+            Model id or path of each teacher. Read by scripts, which pass it on as the
             `teacher_model` argument of the trainer.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher (branch, tag or commit), used when the teacher is given as a string.
@@ -70,12 +67,12 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             of the ratio; the mixed policy is also what is meant to be deployed. `"student"` (logit fusion): the
             student, with the sampling (mixed) policy in the denominator; the student alone is deployed.
         is_clip_mode (`str`, *optional*, defaults to `"max"`):
-            Treatment of the importance ratio \\( r \\) for `objective="student"` while the weight is positive:
-            `"ppo"` (TRL's clipping), `"none"` (loss \\( -rA \\); the logit-fusion code uses it with
-            sequence-level ratios), `"max"` (loss \\( -\min(r, c)A \\) for either sign of \\( A \\); used there
+            Treatment of the importance ratio `r` for `objective="student"` while the weight is positive:
+            `"ppo"` (TRL's clipping), `"none"` (loss `-rA`; the logit-fusion code uses it with
+            sequence-level ratios), `"max"` (loss `-min(r, c)A` for either sign of `A`; used there
             with token-level ratios). Once the weight is 0, ordinary clipping applies.
         is_clip_max (`float`, *optional*, defaults to `3.0`):
-            The cap \\( c \\) of `is_clip_mode="max"`.
+            The cap `c` of `is_clip_mode="max"`.
 
         > Parameters that control the adaptive weight
 
@@ -101,102 +98,30 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
 
     # Parameters that control the teacher
-    teacher_model_name_or_path: list[str] | None = field(
-        default=None,
-        metadata={"help": "Model id or path of each teacher (the frozen reference). Read by scripts."},
-    )
-    teacher_model_revision: str | None = field(
-        default=None,
-        metadata={"help": "Revision of the teacher (branch, tag or commit), when it is given as a string."},
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained` when the teacher is given as a "
-            "string. `dtype` and `attn_implementation` default to the student's."
-        },
-    )
+    teacher_model_name_or_path: list[str] | None = None
+    teacher_model_revision: str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
 
     # Parameters that control the mixture
-    teacher_weight: list[float] = field(
-        default_factory=lambda: [0.5],
-        metadata={
-            "help": "Weight of the teacher in the mixed policy, at step 0 if it moves: a number in [0, 1], or one per "
-            "teacher with a sum of at most 1. 0 reproduces GRPOTrainer."
-        },
-    )
-    teacher_weight_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "How the weight moves with the optimizer step: decay to 0 in `teacher_weight_decay_steps` steps, "
-            "or after each step by the net gain of mixing on validation prompts.",
-            "choices": list(_CHOICES["teacher_weight_schedule"]),
-        },
-    )
-    teacher_weight_decay_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps until the weight is 0. Required by the decaying schedules."},
-    )
-    mixing_space: str = field(
-        default="logits",
-        metadata={
-            "help": "Mix logits (a renormalised geometric mean of the policies) or probabilities.",
-            "choices": list(_CHOICES["mixing_space"]),
-        },
-    )
+    teacher_weight: list[float] = field(default_factory=lambda: [0.5])
+    teacher_weight_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
+    teacher_weight_decay_steps: int | None = None
+    mixing_space: Literal["logits", "probs"] = "logits"
 
     # Parameters that control the objective
-    objective: str = field(
-        default="mixed",
-        metadata={
-            "help": "Policy that the objective is written on: the mixed policy (logit averaging), or the student with "
-            "the sampling policy in the denominator of the ratio (logit fusion).",
-            "choices": list(_CHOICES["objective"]),
-        },
-    )
-    is_clip_mode: str = field(
-        default="max",
-        metadata={
-            "help": "Treatment of the importance ratio r for `objective='student'` while the weight is positive: "
-            "TRL's clipping, none, or min(r, is_clip_max) for either sign of the advantage.",
-            "choices": list(_CHOICES["is_clip_mode"]),
-        },
-    )
-    is_clip_max: float = field(
-        default=3.0,
-        metadata={"help": "Cap of the importance ratio for `is_clip_mode='max'`."},
-    )
+    objective: Literal["mixed", "student"] = "mixed"
+    is_clip_mode: Literal["ppo", "none", "max"] = "max"
+    is_clip_max: float = 3.0
 
     # Parameters that control the adaptive weight
-    adaptive_num_prompts: int = field(
-        default=64,
-        metadata={"help": "Number of validation prompts decoded twice for each update of the adaptive weight."},
-    )
-    adaptive_interval: int = field(
-        default=1,
-        metadata={"help": "Optimizer steps between two updates of the adaptive weight."},
-    )
-    adaptive_scale: float = field(
-        default=5.0,
-        metadata={"help": "Scale in sigmoid(scale * (net_gain - offset))."},
-    )
-    adaptive_offset: float = field(
-        default=0.1,
-        metadata={"help": "Offset in sigmoid(scale * (net_gain - offset))."},
-    )
-    adaptive_success_threshold: float = field(
-        default=1.0,
-        metadata={"help": "Weighted reward from which a validation response counts as right."},
-    )
+    adaptive_num_prompts: int = 64
+    adaptive_interval: int = 1
+    adaptive_scale: float = 5.0
+    adaptive_offset: float = 0.1
+    adaptive_success_threshold: float = 1.0
 
     # Parameters that control the evaluation
-    eval_policy: str | None = field(
-        default=None,
-        metadata={
-            "help": "Policy that `evaluate` samples from: mixed, student or both. Defaults to the deployed policy of "
-            "the objective."
-        },
-    )
+    eval_policy: Literal["mixed", "student", "both"] | None = None
 
     def __post_init__(self):
         # A single name or weight may be given bare; several come as a list
@@ -204,10 +129,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             self.teacher_model_name_or_path = [self.teacher_model_name_or_path]
         weights = self.teacher_weight if isinstance(self.teacher_weight, (list, tuple)) else [self.teacher_weight]
         self.teacher_weight = list(validate_weights(weights, "teacher_weight"))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(repr(choice) for choice in choices if choice is not None)
-                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
+        check_choices(self)
         self._check_schedule()
         if self.eval_policy is None:
             self.eval_policy = self.objective
@@ -218,6 +140,22 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     def mixes(self) -> bool:
         """Whether any step of this run can use a teacher."""
         return self.teacher_weight_schedule == "adaptive" or any(self.teacher_weight)
+
+    def weights_at(self, step: int) -> tuple[float, ...]:
+        """Teacher weights at an optimizer step; those of step 0 with the adaptive schedule, which knows no others."""
+        schedule = "constant" if self.teacher_weight_schedule == "adaptive" else self.teacher_weight_schedule
+        steps = self.teacher_weight_decay_steps
+        return tuple(make_schedule(schedule, weight, steps)(step) for weight in self.teacher_weight)
+
+    def rule_at(self, step: int) -> BlendRule | None:
+        """What the tokens of a step are drawn from; `None` where that is the student alone."""
+        return self.rule_of(self.weights_at(step))
+
+    def rule_of(self, weights: Sequence[float]) -> BlendRule | None:
+        """The mixture with the given teacher weights; `None` where all are 0."""
+        if not any(weights):
+            return None
+        return (LogitMixing if self.mixing_space == "logits" else ProbabilityMixing)(tuple(weights))
 
     def _check_schedule(self):
         schedule, steps = self.teacher_weight_schedule, self.teacher_weight_decay_steps
@@ -244,13 +182,8 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                 )
 
     def _check_objective(self):
-        for name in ("num_beams", "num_return_sequences"):
-            value = (self.generation_kwargs or {}).get(name)
-            if self.mixes and value not in (None, 1):
-                raise ConfigError(
-                    f"`generation_kwargs` has `{name}={value}`, but blended decoding samples one sequence per prompt "
-                    f"row. Drop `{name}`; the number of completions is `num_generations`."
-                )
+        if self.mixes:
+            check_one_sequence(self.generation_kwargs, "num_generations")
         if self.objective != "student" or not self.mixes:
             return
         if self.is_clip_mode != "ppo" and self.loss_type not in _CLIPPED_LOSSES:

@@ -1,6 +1,7 @@
 """The model that TRL's log-prob code sees when the objective is written on the mixed policy."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,48 +13,41 @@ from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.mixed import mixed_log_probs
 
 
+@dataclass(eq=False)
 class MixedForward:
     r"""
     Stands in for the student in `GRPOTrainer._get_per_token_logps_and_entropies`: same inputs, same outputs, but the
     log-probabilities and entropies are those of the mixed policy.
 
-    Each partner's forward comes first, without gradient, and leaves its hidden states and LM head; the student's
+    Each teacher's forward comes first, without gradient, and leaves its hidden states and LM head; the student's
     forward then goes through the wrapped module (DDP, FSDP2, DeepSpeed), and where TRL's fused head would compute
     \\( \log p_S(y_t) \\) it computes \\( \log p_{mix}(y_t) \\) from both. The gradient reaches the student only.
 
-    Left out on purpose: the partners' router losses, and image features (the trainer refuses vision-language models).
+    Left out on purpose: the teachers' router losses, and image features (the trainer refuses vision-language models).
 
     Args:
         student (`nn.Module`):
             The (wrapped) student.
-        partners (`Sequence[nn.Module]`):
-            The frozen partners; empty when the base of a PEFT student is the reference.
+        teachers (`Sequence[nn.Module]`):
+            The frozen teachers; empty when the base of a PEFT student is the only one.
         weights (`Sequence[float]`):
-            Weight of each partner.
+            Weight of each teacher.
         space (`str`):
             `"logits"` or `"probs"`.
         unwrapped_student (`nn.Module`):
-            The PEFT model inside `student`, whose adapters are disabled when there are no partners.
+            The PEFT model inside `student`, whose adapters are disabled when there are no teachers.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        partners: Sequence[nn.Module],
-        weights: Sequence[float],
-        space: str,
-        unwrapped_student: nn.Module,
-    ):
-        self.student = student
-        self.partners = partners
-        self.weights = weights
-        self.space = space
-        self.unwrapped_student = unwrapped_student
+    student: nn.Module
+    teachers: Sequence[nn.Module]
+    weights: Sequence[float]
+    space: str
+    unwrapped_student: nn.Module
 
     def __call__(self, **inputs: Any) -> Any:
         frozen = {key: value for key, value in inputs.items() if key != "output_router_logits"}
-        if self.partners:
-            heads = [self._capture_head(partner, frozen) for partner in self.partners]
+        if self.teachers:
+            heads = [self._capture_head(teacher, frozen) for teacher in self.teachers]
         else:
             with evaluation_mode(self.unwrapped_student, disable_adapters=True):
                 heads = [self._capture_head(self.student, frozen)]

@@ -1,9 +1,12 @@
-"""What the plot of a [`LogitMixGRPOTrainer`] run shows."""
+"""What a [`LogitMixGRPOTrainer`] run shows: its plot, and its model card beside what the papers do."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from trl_blend.reports.cards import PaperValue
+from trl_blend.reports.cards import CardTeacher, PaperValue, code
 from trl_blend.reports.curves import NATS, Curve, Panel
+from trl_blend.trainers import _cards
 from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
 
 
@@ -103,11 +106,6 @@ FUSION = {
     "temperature": PaperValue("temperature", (1.0,), "code"),
     "prompts_per_step": PaperValue("prompts per step", text=_UNKNOWN),
 }
-FUSION_CLIPPING = {
-    "token": PaperValue("clipping of token-level ratios", ("max",), "code"),
-    "sequence": PaperValue("clipping of sequence-level ratios", ("none",), "code"),
-}
-FUSION_CAP = PaperValue("cap of the importance ratio", (3.0,), "code")
 
 
 def paper_values(config: LogitMixGRPOConfig) -> dict[str, PaperValue]:
@@ -117,9 +115,10 @@ def paper_values(config: LogitMixGRPOConfig) -> dict[str, PaperValue]:
     values = dict(FUSION)
     if config.mixes:
         level = config.importance_sampling_level
-        values["is_clip_mode"] = FUSION_CLIPPING.get(level, PaperValue(f"clipping of {level} ratios"))
+        label, known = f"clipping of {level}-level ratios", {"token": ("max",), "sequence": ("none",)}
+        values["is_clip_mode"] = PaperValue(label, known[level], "code") if level in known else PaperValue(label)
         if config.is_clip_mode == "max":
-            values["is_clip_max"] = FUSION_CAP
+            values["is_clip_max"] = PaperValue("cap of the importance ratio", (3.0,), "code")
     return values
 
 
@@ -144,3 +143,31 @@ def choices(config: LogitMixGRPOConfig) -> list[str]:
             "decays it to 0."
         )
     return found
+
+
+def card_fields(
+    config: LogitMixGRPOConfig,
+    *,
+    teachers: Sequence[CardTeacher],
+    weights: Sequence[float],
+    rewards: Sequence[tuple[str, float]],
+    num_prompts: int | None,
+) -> dict[str, Any]:
+    """Fields of `model_cards/logit_mix_grpo.md`, see [`~trl_blend.trainers._run.RunMixin.card_fields`]."""
+    averages, rollouts = config.objective == "mixed", _cards.rows_per_step(config)
+    return {
+        "paper_name": "the logit-averaging paper" if averages else "logit fusion",
+        "paper": paper_values(config),
+        "settings": {"prompts_per_step": rollouts // config.num_generations},
+        "choices": choices(config),
+        "teachers": list(teachers),
+        "data_rows": num_prompts,
+        "data_unit": "prompts",
+        "per_step": _cards.rollouts_text(rollouts, config.num_generations),
+        "result_metrics": r"((mixed|student)/)?(reward|rewards/.+/mean)",
+        "curves_text": "The teacher weight, rewards and other metrics against the optimizer step",
+        "mixed": averages and config.mixes,  # where `MixedPolicyFiles` are written
+        "still_mixes": any(weights),
+        "last_weights": [f"{weight:.4g}" for weight in weights],
+        "rewards": ", ".join(f"{code(name)} ({weight:g})" for name, weight in rewards),
+    }

@@ -1,46 +1,76 @@
 """GRPO on rollouts that student and teacher decode together."""
 
 import copy
+import math
 import textwrap
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOTrainer
 
 from trl_blend import _compat
 from trl_blend.generation.hooks import blended_generation
 from trl_blend.generation.recording import RolloutRecord
-from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from trl_blend.generation.rules import BlendRule
+from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.wrappers import adapter_layers, evaluation_mode
-from trl_blend.ops.importance import ImportanceSums
-from trl_blend.reports import cards
-from trl_blend.schedules import make_schedule
+from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
 from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers._options import default_config
 from trl_blend.trainers._run import RunMixin
+from trl_blend.trainers._settings import read_settings, write_settings
 from trl_blend.trainers._statistics import TokenMeans
-from trl_blend.trainers.logit_mix_grpo import report
+from trl_blend.trainers.logit_mix_grpo import checks, report
 from trl_blend.trainers.logit_mix_grpo.adaptive import AdaptiveWeightCallback
-from trl_blend.trainers.logit_mix_grpo.checks import check_arguments, check_student, warn_of_few_prompts
 from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
-from trl_blend.trainers.logit_mix_grpo.greedy import GreedyRewards, greedy_rewards
-from trl_blend.trainers.logit_mix_grpo.importance import importance_clip, log_importance
 from trl_blend.trainers.logit_mix_grpo.mixed_forward import MixedForward
-from trl_blend.trainers.logit_mix_grpo.report import PANELS
 from trl_blend.trainers.logit_mix_grpo.saving import MixedPolicyFiles, MixedPolicySaving
-from trl_blend.trainers.logit_mix_grpo.state import load_state, save_state
+
+
+_STATE_FILE = "logit_mix_state.json"
+# A resumed run with other values of these does not continue the interrupted one
+_SETTINGS = (
+    "teacher_weight",
+    "teacher_weight_schedule",
+    "teacher_weight_decay_steps",
+    "mixing_space",
+    "objective",
+    "adaptive_interval",
+    "adaptive_scale",
+    "adaptive_offset",
+)
+
+
+class GreedyRewards(NamedTuple):
+    """
+    Rewards of one greedy decode.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`):
+            Reward of each row by each reward function, NaN where a function returned `None`. Equal on every rank.
+        num_tokens (`int`):
+            Tokens decoded by all ranks together.
+        seconds (`float`):
+            Wall time on this rank.
+    """
+
+    rewards: Tensor
+    num_tokens: int
+    seconds: float
 
 
 class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     r"""
-    Trainer for GRPO with a teacher (or frozen SFT reference) mixed into every decoding step.
+    Trainer for GRPO with a teacher (such as the SFT model) mixed into every decoding step.
 
     Tokens are drawn from \\( p_{mix} = \mathrm{softmax}(z_{mix} / \tau) \\) with
     \\( z_{mix} = (1 - \sum_i w_i)\, z_S + \sum_i w_i z_i \\) (Eq. 1 of the logit-averaging paper). With
@@ -52,7 +82,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     log-probabilities are computed, not the loss. At weight 0 it is `GRPOTrainer`, bit for bit.
 
     Left out on purpose: sampling with vLLM or continuous batching while the weight is positive, and vision-language
-    students, whose partner would need the image features at each step. Both are refused. A partner is held in full by
+    students, whose teacher would need the image features at each step. Both are refused. A teacher is held in full by
     every process, also under FSDP2 and ZeRO-3.
 
     Example:
@@ -74,7 +104,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student to train, see [`~trl.GRPOTrainer`].
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or a `list` of them, *optional*):
-            Frozen partner(s) with the student's tokenizer. `None` with PEFT means the student's own base, adapters
+            Frozen teacher(s) with the student's tokenizer. `None` with PEFT means the student's own base, adapters
             disabled: one set of weights, no second copy.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             See [`~trl.GRPOTrainer`].
@@ -109,7 +139,6 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             }"""),
     }
     _template_name = "logit_mix_grpo.md"
-    _panels = PANELS
 
     def __init__(
         self,
@@ -124,11 +153,9 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
-        if args is None:
-            model_id = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
-            args = LogitMixGRPOConfig(f"{model_id.split('/')[-1]}-LogitMixGRPO")
+        args = default_config(LogitMixGRPOConfig, model) if args is None else args
         teachers = _partners.as_list(teacher_model)
-        check_arguments(
+        checks.check_arguments(
             model,
             teachers,
             args,
@@ -140,14 +167,14 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         )
         self.partners: list[nn.Module] = []
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
-        self._policy_weights: tuple[float, ...] = (0.0,) * len(args.teacher_weight)
+        self._rule: BlendRule | None = None
         self._generating = False
         self._recording = True
         self._eval_policy: str = args.objective
         self._panels = report.panels(len(args.teacher_weight))
         self._rollout_means = TokenMeans()
         self._latest_logps: Tensor | None = None
-        self.importance_sums: ImportanceSums | None = None
+        self._importance_sums: ImportanceSums | None = None
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -158,14 +185,16 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self._schedules = [
-            make_schedule(args.teacher_weight_schedule, weight, args.teacher_weight_decay_steps)
-            for weight in (args.teacher_weight if args.teacher_weight_schedule != "adaptive" else [])
-        ]
         if not args.mixes:
             return
-        check_student(self, teachers)
-        self._prepare_partners(teachers)
+        checks.check_student(self.model, args, is_vision_language=self._is_vlm)
+        if not teachers:
+            _partners.check_base_as_reference(
+                self.model,
+                is_fsdp=self._dist.is_fsdp,
+                decodes_from_shards=self._dist.is_zero3 and not args.ds3_gather_for_generation,
+            )
+        self._prepare_teachers(teachers)
         if args.objective == "mixed":
             self.mixed_policy_files = MixedPolicyFiles(
                 self.accelerator.unwrap_model(self.model),
@@ -178,10 +207,10 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             )
         if args.teacher_weight_schedule == "adaptive":
             rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
-            warn_of_few_prompts(len(rows), args.adaptive_num_prompts)
+            checks.warn_of_few_prompts(len(rows), args.adaptive_num_prompts)
             self.add_callback(AdaptiveWeightCallback(self, rows))
 
-    def _prepare_partners(self, teachers: list) -> None:
+    def _prepare_teachers(self, teachers: list) -> None:
         attention = self.model.config._attn_implementation
         like_student = {"dtype": self.model.dtype, "attn_implementation": attention, "device_map": None}
         for partner in _partners.load_partners(teachers, self.args, like_student):
@@ -195,33 +224,30 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
                 missing += self.generation_kwargs.get("suppress_tokens") or []
                 self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = missing
 
-    # Weights
-
     def current_weights(self) -> tuple[float, ...]:
         """Teacher weights of the next generation batch; of the best checkpoint, once that is loaded."""
         if self.loaded_policy is not None:
             return self.loaded_policy.weights
         if self.args.teacher_weight_schedule == "adaptive":
             return self.adaptive_weights
-        return tuple(schedule(self.state.global_step) for schedule in self._schedules)
+        return self.args.weights_at(self.state.global_step)
+
+    @contextmanager
+    def policy(
+        self, weights: tuple[float, ...], *, generating: bool = False, recording: bool = True
+    ) -> Iterator[None]:
+        """Teacher weights that decoding and scoring inside the context use."""
+        saved = self._rule, self._generating, self._recording
+        self._rule, self._generating, self._recording = self.args.rule_of(weights), generating, recording
+        try:
+            yield
+        finally:
+            self._rule, self._generating, self._recording = saved
 
     def _suffix(self, index: int) -> str:
         return f"_{index}" if len(self.args.teacher_weight) > 1 else ""
 
-    def _rule(self, weights: tuple[float, ...]) -> BlendRule:
-        return (LogitMixing if self.args.mixing_space == "logits" else ProbabilityMixing)(weights)
-
-    @contextmanager
-    def policy(self, weights: tuple[float, ...], *, generating: bool = False, recording: bool = True) -> Iterator:
-        """Weights that decoding and scoring inside the context use."""
-        saved = self._policy_weights, self._generating, self._recording
-        self._policy_weights, self._generating, self._recording = weights, generating, recording
-        try:
-            yield
-        finally:
-            self._policy_weights, self._generating, self._recording = saved
-
-    # Generation
+    # Rollouts
 
     def _generate_and_score_completions(self, inputs):
         if not self.args.mixes:
@@ -246,13 +272,12 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         turn = (prompt_ids, images, multimodal_fields, num_generations)
-        if not any(self._policy_weights):
+        if self._rule is None:
             return super()._generate_single_turn(*turn, **kwargs)
         student = self.accelerator.unwrap_model(self.model_wrapped)
-        rule = self._rule(self._policy_weights)
         with (
             evaluation_mode(student),  # dropout would draw tokens from another policy than the one that is scored
-            blended_generation(student, self.partners or None, rule, record=self._recording) as session,
+            blended_generation(student, self.partners or None, self._rule, record=self._recording) as session,
         ):
             completion_ids, logps = super()._generate_single_turn(*turn, **kwargs)
         if not self._recording:
@@ -263,25 +288,74 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         return completion_ids, [row[:n] for row, n in zip(record.behavior_logps.tolist(), lengths, strict=True)]
 
     def _collect_rollout_means(self, record: RolloutRecord, lengths: list[int]) -> None:
-        logps = record.behavior_logps
-        mask = torch.arange(logps.size(1), device=logps.device) < torch.tensor(lengths, device=logps.device)[:, None]
+        mask = record.mask_of(lengths)
         for name, values in record.statistics.items():
             self._rollout_means.add(name, values, mask)
-        for index, values in enumerate(record.teacher_logps.view(-1, *logps.shape)):
+        for index, values in enumerate(record.teacher_logps):
             self._rollout_means.add(f"teacher_logp{self._suffix(index)}", values, mask & values.isfinite())
 
     def greedy_rewards(self, rows: list[dict[str, Any]], weights: tuple[float, ...]) -> GreedyRewards:
-        """Decode `rows` greedily at the given teacher weights and reward the completions, see [`greedy_rewards`]."""
-        return greedy_rewards(self, rows, weights)
+        """
+        Decode `rows` greedily at the given teacher weights and reward the completions.
 
-    # Scoring
+        The rows are split over the ranks. The student is in evaluation mode, nothing is drawn from the random
+        generators, no metric or completion is logged, and no token is counted as trained on. As always with greedy
+        decoding, models are mixed at temperature 1; for `mixing_space="probs"` the most likely token depends on that.
+
+        Args:
+            rows (`list[dict]`):
+                Rows of a dataset, as for training. Every rank passes the same ones.
+            weights (`tuple[float, ...]`):
+                Weight of each teacher: all 0 is the student alone, 1 the teacher alone.
+
+        Returns:
+            [`GreedyRewards`]: The rewards, and what they cost.
+        """
+        started, ranks = time.perf_counter(), self.accelerator.num_processes
+        chunk = max(self.args.generation_batch_size // ranks, 1) * ranks
+        rewards, tokens = [], torch.zeros((), dtype=torch.long, device=self.accelerator.device)
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        with self._decoding_greedily(), self.policy(weights, recording=False), evaluation_mode(student):
+            for start in range(0, len(rows), chunk):
+                part = rows[start : start + chunk]
+                # Each rank takes a slice of equal length; the last row is repeated to fill it, and dropped again
+                share = math.ceil(len(part) / ranks)
+                first = self.accelerator.process_index * share
+                mine = [part[min(first + offset, len(part) - 1)] for offset in range(share)]
+                prompts = [row["prompt"] for row in mine]
+                _, completion_ids, _, completions, *_ = self._generate(prompts)
+                gathered = self._calculate_rewards(mine, prompts, completions, completion_ids)
+                rewards.append(gathered[: len(part)])
+                tokens += sum(map(len, completion_ids))
+        num_tokens = int(self.accelerator.reduce(tokens, reduction="sum"))
+        return GreedyRewards(torch.cat(rewards), num_tokens, time.perf_counter() - started)
+
+    @contextmanager
+    def _decoding_greedily(self) -> Iterator[None]:
+        """Greedy settings; logs and counters are put back on exit."""
+        saved_settings = self.generation_kwargs, self.generation_config
+        saved_logs = self._metrics, self.state.num_input_tokens_seen
+        sampling = names_with(SAMPLES, CUTS)
+        settings = {key: value for key, value in self.generation_kwargs.items() if key not in sampling}
+        self.generation_kwargs = {**settings, "do_sample": False}
+        self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
+        self._metrics = {mode: defaultdict(list) for mode in saved_logs[0]}
+        try:
+            yield
+        finally:
+            self.generation_kwargs, self.generation_config = saved_settings
+            self._metrics, self.state.num_input_tokens_seen = saved_logs
+            # Reward functions may have logged extra columns and metrics for rows that are not part of the run
+            self._pending_extra_logs.clear()
+            self._pending_metrics.clear()
+
+    # Loss
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        mixed, weights = self.args.objective == "mixed", self._policy_weights
-        if any(weights) and self._is_student(model):
-            if mixed:
+        if self._rule is not None and self._is_student(model):
+            if self.args.objective == "mixed":
                 unwrapped = self.accelerator.unwrap_model(model)
-                model = MixedForward(model, self.partners, weights, self.args.mixing_space, unwrapped)
+                model = MixedForward(model, self.partners, self._rule.weights, self.args.mixing_space, unwrapped)
             elif self._generating:
                 # The old log-probs of `objective="student"` are those recorded while decoding: no forward is needed
                 return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
@@ -303,10 +377,58 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         if self.args.objective == "mixed" or not any(weights):
             with self.policy(weights):
                 return super()._compute_loss(model, inputs)
-        with self.policy(weights), importance_clip(self):
+        with self.policy(weights), self._importance_clip():
             loss = super()._compute_loss(model, inputs)
-        log_importance(self, inputs, self._latest_logps)
+        self._log_importance(inputs)
         return loss
+
+    @contextmanager
+    def _importance_clip(self) -> Iterator[None]:
+        r"""
+        Turn TRL's clipped surrogate into \\( -rA \\) (`"none"`) or \\( -\min(r, c)A \\) (`"max"`), by its own bounds:
+        without a lower bound, and with the upper bound and `delta` at \\( c \\), both arms of its minimum are equal.
+
+        Source: logit fusion, reference code. `"ppo"` leaves TRL's clipping as it is.
+        """
+        args = self.args
+        if args.is_clip_mode == "ppo":
+            yield
+            return
+        saved = self.epsilon_low, self.epsilon_high, args.delta
+        cap = args.is_clip_max if args.is_clip_mode == "max" else None
+        self.epsilon_low = float("inf")
+        self.epsilon_high = float("inf") if cap is None else cap - 1
+        args.delta = cap
+        try:
+            yield
+        finally:
+            self.epsilon_low, self.epsilon_high, args.delta = saved
+
+    def _log_importance(self, inputs: dict[str, Any]) -> None:
+        """Log the ratio of the latest log-probabilities to the recorded ones, over the tokens of all ranks."""
+        sums = importance_statistics(
+            self._latest_logps - inputs["old_per_token_logps"],
+            inputs["completion_mask"] * inputs.get("tool_mask", 1),
+            level=self.importance_sampling_level,
+            clip_max=self._ratio_cap(),
+        )
+        total = _combined(self.accelerator.gather(torch.stack(sums).float()[None]))
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if "importance/ratio_mean" in metrics:
+            total = _combined(torch.stack([torch.stack(self._importance_sums), torch.stack(total)]))
+        self._importance_sums = total
+        # One value for everything since the last log: TRL would otherwise average maxima and shares of micro-batches
+        for name, value in summarize_importance(total).items():
+            metrics[f"importance/{name}"] = [value]
+
+    def _ratio_cap(self) -> float | None:
+        """Ratio above which the loss no longer grows with it; `None` where the loss has no such bound."""
+        args = self.args
+        if args.loss_type == "cispo":
+            return self.epsilon_high
+        if args.loss_type in ("sapo", "vespo") or args.is_clip_mode == "none":
+            return None
+        return args.is_clip_max if args.is_clip_mode == "max" else 1 + self.epsilon_high
 
     # Evaluation
 
@@ -330,36 +452,29 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     # Checkpoints and card
 
     def write_run_state(self, folder: Path) -> None:
-        """Write the teacher weights and the settings of the mixture into a checkpoint."""
-        save_state(self, folder)
+        """Write the adaptive weight and the settings of the mixture into a checkpoint."""
+        write_settings(folder / _STATE_FILE, self.args, _SETTINGS, adaptive_weights=self.adaptive_weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            load_state(self, Path(checkpoint))
+        state = None if checkpoint is None else read_settings(Path(checkpoint) / _STATE_FILE, self.args, _SETTINGS)
+        if state is not None:  # a checkpoint of TRL's has none
+            self.adaptive_weights = tuple(state["adaptive_weights"])
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/logit_mix_grpo.md`."""
-        args, rollouts = self.args, _cards.rows_per_step(self.args)
-        weights = self.current_weights() if args.mixes else (0.0,)
         teachers = [_cards.live_teacher(partner, self.args) for partner in self.partners]
-        if args.mixes and not teachers:
+        if self.args.mixes and not teachers:
             teachers = [_cards.base_teacher(self.model, self.args)]
-        averages = args.objective == "mixed"
-        rewards = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
-        return {
-            "paper_name": "the logit-averaging paper" if averages else "logit fusion",
-            "paper": report.paper_values(args),
-            "settings": {"prompts_per_step": rollouts // self.num_generations},
-            "choices": report.choices(args),
-            "teachers": teachers,
-            "data_rows": _cards.num_rows(self.train_dataset),
-            "data_unit": "prompts",
-            "per_step": _cards.rollouts_text(rollouts, self.num_generations),
-            "result_metrics": r"((mixed|student)/)?(reward|rewards/.+/mean)",
-            "curves_text": "The teacher weight, rewards and other metrics against the optimizer step",
-            "mixed": averages and args.mixes,  # where `MixedPolicyFiles` are written
-            "still_mixes": any(weights),
-            "last_weights": [f"{weight:.4g}" for weight in weights],
-            "rewards": ", ".join(f"{cards.code(name)} ({weight:g})" for name, weight in rewards),
-        }
+        return report.card_fields(
+            self.args,
+            teachers=teachers,
+            weights=self.current_weights() if self.args.mixes else (0.0,),
+            rewards=list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)),
+            num_prompts=_cards.num_rows(self.train_dataset),
+        )
+
+
+def _combined(sums: Tensor) -> ImportanceSums:
+    """Sums of several batches, `(n, 5)`, as those of one."""
+    return ImportanceSums(*sums.sum(dim=0))._replace(ratio_max=sums[:, 3].max())

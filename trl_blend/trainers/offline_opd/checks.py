@@ -26,15 +26,7 @@ logger = get_logger(__name__)
 def check_arguments(
     model: Any, args: OfflineOPDConfig, processing_class: Any, peft_config: Any, kwargs: dict[str, Any]
 ) -> None:
-    """
-    Check the constructor's arguments.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]:
-            If they contradict each other, or one has no meaning for stored rollouts.
-        [`~trl_blend.errors.UnsupportedError`]:
-            If the combination would run but not correctly.
-    """
+    """Check the constructor's arguments; the errors are those of the trainer."""
     if not isinstance(args, OfflineOPDConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}. Pass an `OfflineOPDConfig`.")
     for name in ("data_collator", "compute_loss_func", "formatting_func"):
@@ -106,17 +98,7 @@ def warn_of_long_rows(dataset: Any, max_length: int | None) -> None:
 
 
 def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:
-    """
-    The store behind an argument, if there is one, and its rows.
-
-    Args:
-        value (`str`, [`RolloutStore`], [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Folder or Hub id of a store, a store, or rows.
-        name (`str`):
-            Name of the argument, for messages.
-        args ([`OfflineOPDConfig`]):
-            Configuration.
-    """
+    """The store behind the argument `name`, if there is one, and its rows."""
     if isinstance(value, str):
         value = RolloutStore.open(value)
     if isinstance(value, RolloutStore):
@@ -160,10 +142,7 @@ def check_teacher(
     processing_class: Any,
 ) -> ConsistencyReport | None:
     """
-    Run the consistency check on the main process, and act on its findings on all of them.
-
-    Returns:
-        [`ConsistencyReport`] or `None`: The findings; `None` with `teacher_consistency="off"`.
+    Run the consistency check on the main process, and act on its findings on all of them; `None` with `"off"`.
 
     Raises:
         [`~trl_blend.errors.ConsistencyError`]:

@@ -1,22 +1,16 @@
 """Configuration of [`OfflineOPDTrainer`]."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from trl import SFTConfig
 
 from trl_blend.errors import ConfigError
+from trl_blend.trainers._options import check_choices, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
-_CHOICES = {
-    "loss_aggregation": ("sequence", "token"),
-    "offline_loss": ("sampled_token", "top_k_reverse_kl", "top_k_forward_kl"),
-    "importance_correction": ("none", "token"),
-    "teacher_consistency": ("strict", "warn", "off"),
-    "policy_drift_action": ("warn", "stop"),
-}
 # Settings of the parent that have no meaning for rows of token ids with the teacher's log-probabilities, with the
 # value that leaves them out and why
 _FIXED: dict[str, tuple[Any, str]] = {
@@ -29,6 +23,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 
 
+@with_help
 @dataclass
 class OfflineOPDConfig(TokensUnwritten, SFTConfig):
     r"""
@@ -109,85 +104,41 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
 
-    learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
-    adam_beta2: float = field(default=0.98, metadata={"help": "The beta2 of Adam."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Total number of training epochs."})
-    gradient_accumulation_steps: int = field(
-        default=32, metadata={"help": "Micro-batches per step. With 8 rows on one process: 256 rows per step."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a row, prompt included; the rest is cut off. Required by packing."}
-    )
+    learning_rate: float = 2e-6
+    lr_scheduler_type: str = "constant"
+    adam_beta2: float = 0.98
+    weight_decay: float = 0.1
+    num_train_epochs: float = 1.0
+    gradient_accumulation_steps: int = 32
+    max_length: int | None = None
 
     # Loss
-    offline_loss: str = field(
-        default="sampled_token",
-        metadata={
-            "help": "Loss on the stored tokens (Lightning OPD) or over the teacher's stored top-k tokens.",
-            "choices": list(_CHOICES["offline_loss"]),
-        },
-    )
-    importance_correction: str = field(
-        default="none",
-        metadata={
-            "help": "Whether the sampled-token loss is multiplied by the ratio to the policy of the rollouts.",
-            "choices": list(_CHOICES["importance_correction"]),
-        },
-    )
-    importance_cap: float | None = field(default=None, metadata={"help": "Cap of that ratio. None: no cap."})
-    loss_aggregation: str = field(
-        default="sequence",
-        metadata={
-            "help": "Mean over tokens of each completion, then over completions; or mean over all tokens.",
-            "choices": list(_CHOICES["loss_aggregation"]),
-        },
-    )
+    offline_loss: Literal["sampled_token", "top_k_reverse_kl", "top_k_forward_kl"] = "sampled_token"
+    importance_correction: Literal["none", "token"] = "none"
+    importance_cap: float | None = None
+    loss_aggregation: Literal["sequence", "token"] = "sequence"
 
     # Teacher consistency
-    teacher_consistency: str = field(
-        default="strict",
-        metadata={
-            "help": "Whether a failed consistency check is an error, a warning, or not made at all.",
-            "choices": list(_CHOICES["teacher_consistency"]),
-        },
-    )
-    sft_teacher: str | None = field(
-        default=None,
-        metadata={"help": "Teacher of the student's SFT stage, where the student carries no teacher_provenance.json."},
-    )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher to score some rows with again. The loss needs none."}
-    )
-    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of that teacher."})
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments to load that teacher with, such as its dtype."}
-    )
-    rescore_num_rows: int | None = field(
-        default=None, metadata={"help": "Rows to score again. 64 with teacher_model_name_or_path, 0 without."}
-    )
+    teacher_consistency: Literal["strict", "warn", "off"] = "strict"
+    sft_teacher: str | None = None
+    teacher_model_name_or_path: str | None = None
+    teacher_model_revision: str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    rescore_num_rows: int | None = None
 
     # Drift
-    max_policy_drift: float | None = field(
-        default=None, metadata={"help": "Bound on offline/drift_kl, in nats per token. None: no bound."}
-    )
-    policy_drift_action: str = field(
-        default="warn",
-        metadata={"help": "What to do above max_policy_drift.", "choices": list(_CHOICES["policy_drift_action"])},
-    )
+    max_policy_drift: float | None = None
+    policy_drift_action: Literal["warn", "stop"] = "warn"
 
     # Data
-    stream_rollouts: bool = field(default=False, metadata={"help": "Read the shards while training. Needs max_steps."})
+    stream_rollouts: bool = False
 
     def __post_init__(self):
         for name, (value, reason) in _FIXED.items():
             if getattr(self, name) != value:
                 raise ConfigError(f"`{name}={getattr(self, name)!r}` has no use here: {reason}. Leave `{name}` out.")
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Use one of {', '.join(choices)}.")
+        check_choices(self)
         self._check_parent_settings()
         self._check_rescoring()
         if self.importance_correction != "none" and self.uses_top_k:

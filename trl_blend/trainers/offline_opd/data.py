@@ -78,23 +78,8 @@ def prepare(
     per-token columns, 0 on the prompt. Rows are cut to `max_length` at their end, and left out where nothing of the
     completion remains.
 
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Columns of a store of scored rollouts.
-        uses_top_k (`bool`):
-            Whether to keep the teacher's top-k columns.
-        vocab_size (`int`):
-            Rows of the student's embedding.
-        max_length (`int`, *optional*):
-            Tokens of a row.
-        packing (`bool`):
-            Whether to pack rows up to `max_length`, each of them whole.
-        shuffle_seed (`int`, *optional*):
-            Seed to shuffle with; `None` keeps the order.
-        num_proc (`int`, *optional*):
-            Processes to prepare with.
-        as_one_shard (`bool`, *optional*, defaults to `False`):
-            Whether every process is to read all of a streaming dataset, see [`OfflineOPDConfig`].
+    With `packing`, whole rows are packed up to `max_length`. A `shuffle_seed` shuffles them. `as_one_shard` lets every
+    process read all of a streaming dataset. `vocab_size` is the number of rows of the student's embedding.
 
     Raises:
         [`~trl_blend.errors.StoreError`]:

@@ -1,9 +1,14 @@
-"""What the plot of an [`OfflineOPDTrainer`] run shows."""
+"""What an [`OfflineOPDTrainer`] run shows: its plot, and its card beside what the paper's authors do."""
 
 from typing import Any
 
-from trl_blend.reports.cards import PaperValue
+from trl_blend.consistency.provenance import TeacherProvenance
+from trl_blend.consistency.report import ConsistencyReport
+from trl_blend.models.identity import ModelIdentity
+from trl_blend.reports.cards import CardTeacher, PaperValue, model_link
 from trl_blend.reports.curves import NATS, Curve, Panel
+from trl_blend.rollouts.format import Manifest
+from trl_blend.trainers import _cards
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
 
 
@@ -75,3 +80,80 @@ def choices(config: OfflineOPDConfig) -> list[str]:
             f"which {what} the training."
         )
     return found
+
+
+def card_fields(
+    config: OfflineOPDConfig,
+    *,
+    manifest: Manifest | None,
+    report: ConsistencyReport | None,
+    provenance: TeacherProvenance | None,
+    num_rows: int | None,
+    log_history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Fields of `model_cards/offline_opd.md`, see [`~trl_blend.trainers._run.RunMixin.card_fields`]."""
+    sampling = manifest and manifest.sampling
+    teacher = card_teacher(manifest, report)
+    rollouts = _cards.rows_per_step(config)
+    identities = [manifest.teacher, manifest.student] if manifest else []
+    names = [identity.get("name") for identity in identities if identity]
+    return {
+        "paper_name": "Lightning OPD",
+        "paper": paper_values(sampling),
+        "settings": rollout_settings(sampling),
+        "choices": choices(config),
+        "teachers": [teacher],
+        "data_rows": manifest.num_rows if manifest else num_rows,
+        "data_unit": "rollouts",
+        "per_step": f"{rollouts:,} {'packed rows of rollouts' if config.packing else 'rollouts'}",
+        "result_metrics": r"(?:.+_)?(loss|offline/reverse_kl)",
+        "curves_text": "Drift from the policy of the rollouts and other metrics against the optimizer step",
+        "manifest": manifest,
+        "student": describe(manifest and manifest.student),
+        "report": report,
+        "drift": [entry for entry in log_history if "offline/drift_kl" in entry],
+        # What the findings of the check may quote
+        "named": [
+            *names,
+            provenance.teacher.name if provenance else None,
+            config.teacher_model_name_or_path,
+            config.sft_teacher,
+        ],
+    }
+
+
+def card_teacher(manifest: Manifest | None, report: ConsistencyReport | None) -> CardTeacher:
+    """The teacher of the scores; verified where its recorded weights are those of the SFT teacher."""
+    if manifest is None or not manifest.teacher:
+        return CardTeacher(None, None, None, "unknown", "the data do not record who scored them")
+    teacher = ModelIdentity.from_dict(manifest.teacher)
+    dtype = (manifest.scoring or {}).get("dtype")
+    return CardTeacher(teacher.name, teacher.commit, dtype, *_state(teacher, report))
+
+
+def _state(teacher: ModelIdentity, report: ConsistencyReport | None) -> tuple[str, str]:
+    digest = f"weights {teacher.weights.sha256[:12]}" if teacher.weights else "its weights were not hashed"
+    recorded = f"recorded with the data ({digest})"
+    if report is None:
+        return "stated", f"{recorded}, compared with nothing"
+    compared, provenance = report["teacher"].evidence, report["provenance"].evidence.get("how")
+    relation, by_weights = compared.get("relation"), compared.get("compared_by") == "weights"
+    if relation == "different":
+        return "stated", f"{recorded}, and another one than the teacher that the student was fine-tuned on"
+    if relation not in ("same", "bfloat16_copy") or not by_weights:
+        return "stated", f"{recorded}; its weights could not be compared with those of the student's own teacher"
+    if provenance != "recorded":
+        return "stated", f"{recorded}; that the student was fine-tuned on it is what the user says"
+    copy = ", up to rounding to bfloat16" if relation == "bfloat16_copy" else ""
+    return "verified", f"{recorded}, the same as those recorded in the student's fine-tuning{copy}"
+
+
+def describe(identity: dict[str, Any] | None) -> str:
+    """One line about a model, without the folders of this machine."""
+    if not identity:
+        return "unknown: no identity was recorded"
+    model = ModelIdentity.from_dict(identity)
+    digests = [f"weights {model.weights.sha256[:12]}" if model.weights else "weights not hashed"]
+    if model.adapter is not None:
+        digests.append(f"adapter {model.adapter.weights.sha256[:12]}")
+    return f"{model_link(model.name, model.commit)}, {', '.join(digests)}"

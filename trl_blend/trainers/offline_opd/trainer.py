@@ -9,17 +9,15 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from trl_blend import _compat
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _cards
+from trl_blend.trainers._options import default_config
 from trl_blend.trainers._run import RunMixin
 from trl_blend.trainers.offline_opd import checks, data, report
-from trl_blend.trainers.offline_opd.card_identities import card_teacher, describe, named
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
 from trl_blend.trainers.offline_opd.forward import OfflineForward
 from trl_blend.trainers.offline_opd.metrics import OfflineMetrics
-from trl_blend.trainers.offline_opd.report import PANELS
 
 
 logger = get_logger(__name__)
@@ -108,7 +106,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             }"""),
     }
     _template_name = "offline_opd.md"
-    _panels = PANELS
+    _panels = report.PANELS
 
     def __init__(
         self,
@@ -122,9 +120,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
-        if args is None:
-            model_id = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
-            args = OfflineOPDConfig(f"{model_id.split('/')[-1]}-OfflineOPD")
+        args = default_config(OfflineOPDConfig, model) if args is None else args
         checks.check_arguments(model, args, processing_class, peft_config, kwargs)
         self._vocab_size = checks.vocab_size(model, args)
         self.rollout_store, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
@@ -262,24 +258,11 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/offline_opd.md`."""
-        args, manifest = self.args, self.rollout_store.manifest if self.rollout_store else None
-        sampling = manifest and manifest.sampling
-        teacher = card_teacher(manifest, self.consistency_report)
-        rollouts = _cards.rows_per_step(args)
-        return {
-            "paper_name": "Lightning OPD",
-            "paper": report.paper_values(sampling),
-            "settings": report.rollout_settings(sampling),
-            "choices": report.choices(args),
-            "teachers": [teacher],
-            "data_rows": manifest.num_rows if manifest else _cards.num_rows(self.train_dataset),
-            "data_unit": "rollouts",
-            "per_step": f"{rollouts:,} {'packed rows of rollouts' if args.packing else 'rollouts'}",
-            "result_metrics": r"(?:.+_)?(loss|offline/reverse_kl)",
-            "curves_text": "Drift from the policy of the rollouts and other metrics against the optimizer step",
-            "manifest": manifest,
-            "student": describe(manifest and manifest.student),
-            "report": self.consistency_report,
-            "drift": [entry for entry in self.state.log_history if "offline/drift_kl" in entry],
-            "named": [*named(manifest, self._provenance), args.teacher_model_name_or_path, args.sft_teacher],
-        }
+        return report.card_fields(
+            self.args,
+            manifest=self.rollout_store.manifest if self.rollout_store else None,
+            report=self.consistency_report,
+            provenance=self._provenance,
+            num_rows=_cards.num_rows(self.train_dataset),
+            log_history=self.state.log_history,
+        )

@@ -6,10 +6,10 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.generation.settings import distribution_warpers
 from trl_blend.models.loading import find_tokenizer
 from trl_blend.ops.vocab import EosMap, eos_map
 from trl_blend.trainers import _partners
-from trl_blend.trainers._sampling import distribution_warpers
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 
@@ -29,17 +29,7 @@ def check_arguments(
     train_dataset: Any = None,
     eval_dataset: Any = None,
 ) -> None:
-    """
-    Check the constructor's arguments against each other.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]:
-            If they contradict each other.
-        [`~trl_blend.errors.TokenizerMismatchError`]:
-            If the teacher has another tokenizer.
-        [`~trl_blend.errors.UnsupportedError`]:
-            If the combination would run but not correctly.
-    """
+    """Check the constructor's arguments against each other; the errors are those of the trainer."""
     if not isinstance(args, TrustRegionOPDConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}. Pass a `TrustRegionOPDConfig`.")
     if len(teachers) > 1:
@@ -90,81 +80,82 @@ def _check_prompts(datasets: dict[str, Any]) -> None:
             )
 
 
-def check_loaded(trainer: Any, teachers: list) -> None:
-    """
-    Check what only the loaded and prepared models show.
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]:
-            If the checkpoint's own sampling settings reshape the blend, the LM heads are on different devices, or a
-            divergence other than the reverse KL would need one of this package's own.
-        [`~trl_blend.errors.UnsupportedError`]:
-            If the student is a vision-language model, its base cannot serve as the teacher, or vLLM could emit tokens
-            that the teacher does not have.
-    """
-    args = trainer.args
-    if not teachers:
-        _partners.check_base_as_reference(
-            trainer.model,
-            is_fsdp=trainer._dist.is_fsdp,
-            decodes_from_shards=trainer._dist.is_zero3 and not trainer.args.ds3_gather_for_generation,
-        )
+def check_loaded(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    args: TrustRegionOPDConfig,
+    *,
+    is_vision_language: bool,
+    uses_own_divergence: bool,
+    missing_token_ids: list[int],
+) -> None:
+    """Check what only the loaded and prepared models show."""
     if args.blends:
-        _partners.check_text_only(trainer._is_vlm, _OFF)
-        for name, value in distribution_warpers(args, trainer.model.generation_config).items():
+        _partners.check_text_only(is_vision_language, _OFF)
+        for name, value in distribution_warpers(args, student.generation_config).items():
             raise ConfigError(
                 f"The student's `generation_config.json` has `{name}={value}`, which cuts or reshapes the "
                 f"distribution after the blend, but `rollout_policy={args.rollout_policy!r}` is defined on full "
                 f"distributions. Set `generation_kwargs={{'{name}': ...}}` to its neutral value."
             )
-    heads = [model.get_output_embeddings().weight.device for model in (trainer.model, trainer.teacher_model)]
+    heads = [model.get_output_embeddings().weight.device for model in (student, teacher)]
     if heads[0] != heads[1]:
         raise ConfigError(
             f"The student's `lm_head` is on {heads[0]} and the teacher's on {heads[1]}, but the loss compares their "
             "logits tile by tile. Put the teacher's `lm_head` on the student's device in the `device_map` of "
             "`teacher_model_init_kwargs`; its other layers may be elsewhere."
         )
-    if args.beta != 1.0 and trainer.uses_own_divergence:
+    if args.beta != 1.0 and uses_own_divergence:
         raise ConfigError(
             f"`beta={args.beta}` selects another divergence than the reverse KL, which is not available for two "
             "models whose vocabulary sizes or end-of-sequence tokens differ, or with ZeRO-3. Set `beta=1.0`, or "
             "make the models alike (`canonicalize_eos=False` leaves their end-of-sequence tokens as they are)."
         )
-    if trainer.use_vllm and trainer.missing_token_ids:
+    if args.use_vllm and missing_token_ids:
         raise UnsupportedError(
-            f"`use_vllm=True`: the student has {len(trainer.missing_token_ids)} vocabulary rows that the teacher "
+            f"`use_vllm=True`: the student has {len(missing_token_ids)} vocabulary rows that the teacher "
             "lacks, and vLLM cannot be told never to emit them. Set `use_vllm=False`, or resize the "
             "student's embeddings."
         )
 
 
-def find_eos_map(trainer: Any, teachers: list) -> EosMap | None:
-    """End-of-sequence tokens to merge, or `None` where both models end with the same ones."""
-    args = trainer.args
-    if not args.canonicalize_eos or not teachers:
+def find_eos_map(
+    given: str | PreTrainedModel,
+    teacher: PreTrainedModel,
+    args: TrustRegionOPDConfig,
+    *,
+    student_ids: list[int],
+    target: int,
+) -> EosMap | None:
+    """
+    End-of-sequence tokens to merge into `target`; `None` where both models end with the same ones.
+
+    `given` is the teacher as the user passed it, which leads to its tokenizer.
+    """
+    if not args.canonicalize_eos:
         return None
-    teacher_ids = args.teacher_eos_token_id or _teacher_eos_ids(teachers, trainer.teacher_model, args)
+    teacher_ids = args.teacher_eos_token_id or _teacher_eos_ids(given, teacher, args)
     if not teacher_ids:
         logger.warning(
             "The teacher's end-of-sequence tokens are unknown: it was built in memory and its `generation_config` has "
             "none. They are taken to be the student's. Set `teacher_eos_token_id` if they are not."
         )
         return None
-    merged = eos_map(trainer.eos_token_ids, teacher_ids, target=trainer._tokenizer.eos_token_id)
+    merged = eos_map(student_ids, teacher_ids, target=target)
     if merged is not None:
         logger.warning(
-            f"The student ends its sequences with {trainer.eos_token_ids} and the teacher with {teacher_ids}. They "
+            f"The student ends its sequences with {student_ids} and the teacher with {teacher_ids}. They "
             f"are treated as one event in the loss and in blended rollouts, which emit {merged.target}; each of them "
             "ends the student's own generations. Set `canonicalize_eos=False` to keep them apart."
         )
     return merged
 
 
-def _teacher_eos_ids(teachers: list, teacher: Any, args: TrustRegionOPDConfig) -> list[int]:
+def _teacher_eos_ids(given: str | PreTrainedModel, teacher: Any, args: TrustRegionOPDConfig) -> list[int]:
     # As TRL does for the student: the tokenizer's EOS first, then every id that the checkpoint declares
     declared = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
     declared = [declared] if isinstance(declared, int) else list(declared or [])
     load = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = find_tokenizer(teachers[0], "teacher_model", **load)
+    tokenizer = find_tokenizer(given, "teacher_model", **load)
     own = getattr(tokenizer, "eos_token_id", None)
     return declared if own is None or own in declared else [own, *declared]

@@ -1,8 +1,6 @@
 """The completions table of [`TrustRegionOPDTrainer`]: TRL's, with the blend and the rewards of each completion."""
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,9 +14,12 @@ from transformers.utils import is_rich_available
 
 from trl_blend import _compat
 from trl_blend.generation.recording import RolloutRecord
+from trl_blend.generation.rules import BlendRule
+from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 
-_LEVEL = {"trust_region": "kl_budget", "fixed_weight": "teacher_weight"}
+# Column of what the rule of a policy was set to, and the rule's field
+_LEVEL = {"trust_region": ("kl_budget", "kl_budget"), "fixed_weight": ("teacher_weight", "weight")}
 _STATISTICS = {
     "trust_region": ("teacher_weight", "kl_behavior_student"),
     "fixed_weight": ("kl_behavior_student",),
@@ -57,15 +58,26 @@ class CompletionsTable:
     column to add TRL writes its own.
 
     Args:
-        trainer ([`TrustRegionOPDTrainer`]):
-            Whose rollouts to show.
+        args ([`TrustRegionOPDConfig`]):
+            Configuration of the trainer.
+        reward_names (`list[str]`):
+            Names of its reward functions.
+        num_rows (`int`, *optional*):
+            Length of the table: that of the columns which TRL keeps.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, args: TrustRegionOPDConfig, reward_names: list[str], num_rows: int | None):
+        self.args = args
+        self.reward_names = reward_names
+        self.num_rows = num_rows
         self._turns: list[_Completion] = []
         self._rewards: dict[str, deque[float]] = {}
         self._extra: dict[str, deque[float]] = {}
+
+    @property
+    def is_own(self) -> bool:
+        """Whether there are columns that TRL's table has no place for."""
+        return self.args.log_completions and bool(self._extra or self._rewards)
 
     def start(self) -> None:
         """Begin a generation batch."""
@@ -73,7 +85,7 @@ class CompletionsTable:
 
     def add_turn(self, record: RolloutRecord, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
         """Add what one blended `generate` call recorded: of all completions at first, then of those that go on."""
-        if not self.trainer.log_completions:
+        if not self.args.log_completions:
             return
         if not self._turns:
             self._turns = [_Completion(len(ids), list(ids)) for ids in prompt_ids]
@@ -85,75 +97,56 @@ class CompletionsTable:
                 break
             one.ids = [*prompt, *drawn]
             # TRL cuts the last turn at the length limit
-            kept = min(len(drawn), self.trainer.max_completion_length - (len(prompt) - one.prompt_length))
-            for name in _STATISTICS[self.trainer.args.rollout_policy]:
+            kept = min(len(drawn), self.args.max_completion_length - (len(prompt) - one.prompt_length))
+            for name in _STATISTICS[self.args.rollout_policy]:
                 one.add(name, record.statistics[name][row, :kept])
 
-    def finish(self, num_rows: int, level: float, rewards: Tensor | None) -> None:
+    def finish(self, num_rows: int, rule: BlendRule | None, rewards: Tensor | None) -> None:
         """
         End a generation batch. Every rank must call it.
 
         Args:
             num_rows (`int`):
                 Completions of this rank.
-            level (`float`):
-                What the blend was decoded with; 0 for the student's own rollouts.
+            rule ([`BlendRule`], *optional*):
+                What they were drawn from; `None` for the student.
             rewards (`torch.Tensor` of shape `(num_rows, len(reward_funcs))`, *optional*):
                 Rewards of the completions.
         """
-        trainer = self.trainer
-        if not trainer.log_completions:
+        args, turns = self.args, self._turns
+        if not args.log_completions:
             return
-        args, turns = trainer.args, self._turns
         if args.blends:
             if args.rollout_policy in _LEVEL:
-                self._keep(self._extra, _LEVEL[args.rollout_policy], [level] * num_rows)
+                column, field_name = _LEVEL[args.rollout_policy]
+                self._keep(self._extra, column, [getattr(rule, field_name, 0.0)] * num_rows)
             for name in _STATISTICS[args.rollout_policy]:
                 self._keep(self._extra, name, [one.mean(name) for one in turns] if turns else [0.0] * num_rows)
         if rewards is not None:
-            names = [_compat.get_callable_name(function) for function in trainer.reward_funcs]
-            for name, values in dict(zip(names, rewards.T.tolist(), strict=True)).items():
+            for name, values in dict(zip(self.reward_names, rewards.T.tolist(), strict=True)).items():
                 self._keep(self._rewards, name, values)
         self._turns = []
 
     def _keep(self, columns: dict[str, deque[float]], name: str, values: list[float]) -> None:
-        # As long as TRL's columns of texts, beside which it stands
-        texts = self.trainer._logs["prompt"]
-        columns.setdefault(name, deque(maxlen=texts.maxlen)).extend(gather_object(values))
+        columns.setdefault(name, deque(maxlen=self.num_rows)).extend(gather_object(values))
 
-    @contextmanager
-    def written(self) -> Iterator[None]:
-        """Around TRL's `log`: write the table at the end of it, instead of TRL's own."""
-        trainer = self.trainer
-        shown = trainer.log_completions and bool(self._extra or self._rewards)
-        if not shown:
-            yield
-            return
-        trainer.log_completions = False
-        try:
-            yield
-        finally:
-            trainer.log_completions = True
-        if trainer.accelerator.is_main_process:
-            self._write()
-
-    def _write(self) -> None:
-        trainer, args, step = self.trainer, self.trainer.args, self.trainer.state.global_step
-        prompts, completions = (list(trainer._logs[name]) for name in ("prompt", "completion"))
+    def write(self, step: int, prompts: list[str], completions: list[str]) -> None:
+        """Print the table and write it where TRL writes its own. The main process calls it."""
+        args = self.args
         rewards, extra = (
             {name: list(values) for name, values in found.items()} for found in (self._rewards, self._extra)
         )
         if is_rich_available():
             shown = {name: [f"{value:.3g}" for value in values] for name, values in extra.items()}
             _compat.print_prompt_completions_sample(
-                prompts, completions, rewards, None, step, trainer.num_completions_to_print, extra=shown
+                prompts, completions, rewards, None, step, args.num_completions_to_print, extra=shown
             )
         texts: dict[str, Any] = {"step": [step] * len(prompts), "prompt": prompts, "completion": completions}
         table = {**texts, **rewards, **extra}
         file = Path(args.output_dir) / "completions" / f"completions_{step:05d}.parquet"
         parquet.write_table(pyarrow.table(table), file)
         rows = list(zip(*table.values(), strict=True))
-        if trainer.log_unique_prompts:
+        if args.log_unique_prompts:
             firsts = {prompt: index for index, prompt in reversed(list(enumerate(prompts)))}
             rows = [rows[index] for index in sorted(firsts.values())]
         for backend in _table_backends(args.report_to or []):

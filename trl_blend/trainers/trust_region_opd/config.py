@@ -1,22 +1,19 @@
 """Configuration of [`TrustRegionOPDTrainer`]."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 from trl import DistillationConfig
 
 from trl_blend.errors import ConfigError
-from trl_blend.schedules import Schedule, constant, make_schedule
-from trl_blend.trainers._sampling import distribution_warpers
+from trl_blend.generation.rules import BlendRule, LogitMixing, SpeculativeKD, TrustRegion
+from trl_blend.generation.settings import check_one_sequence, distribution_warpers
+from trl_blend.schedules import make_schedule
+from trl_blend.trainers._options import check_choices, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
-_CHOICES = {
-    "rollout_policy": ("trust_region", "fixed_weight", "speculative_kd", "student"),
-    "kl_budget_schedule": ("linear", "constant", "cosine"),
-    "kl_support": ("full", "student_top_k"),
-    "distillation_target": ("teacher", "veto"),
-}
 # Settings that only one value of another setting reads, with what they become there when left at None
 _READ_BY = {
     "kl_budget": ("rollout_policy", "trust_region", 0.01),
@@ -28,6 +25,7 @@ _READ_BY = {
 }
 
 
+@with_help
 @dataclass
 class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     r"""
@@ -54,7 +52,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             the paper), `"speculative_kd"` (student tokens outside the teacher's top-k are replaced by teacher
             samples), `"student"` (ordinary on-policy distillation).
         kl_budget (`float`, *optional*):
-            Budget \\( \varepsilon_0 \\) in nats per token: \\( KL(\mu \| p_S) \le \varepsilon \\) at every prefix.
+            Bound on `KL(behaviour‖student)` at every prefix, in nats per token, at step 0.
             `0.01` for the trust region; the paper sweeps .001 to .05. `0` means student rollouts.
         kl_budget_schedule (`str`, *optional*, defaults to `"linear"`):
             How the budget moves with the optimizer step: `"linear"` (Eq. 3 of the paper) or `"cosine"` to 0 in
@@ -90,7 +88,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             Number of tokens for `kl_support="student_top_k"`.
         distillation_target (`str`, *optional*, defaults to `"teacher"`):
             Distribution the student is trained to match: `"teacher"`, or `"veto"` for
-            \\( Q \propto p_T \cdot \mathrm{sg}[p_S]^{w} \\) (with `rollout_policy="student"` in the paper).
+            `Q ∝ p_T · sg[p_S]^w` (with `rollout_policy="student"` in the paper).
         veto_weight_start (`float`, *optional*):
             Exponent \\( w \\) of the student in the Veto target at step 0, in `[0, 1)`. `0.4` for Veto; the paper
             sweeps .2, .4, .6, .8, and does not say which is best.
@@ -117,121 +115,36 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     """
 
     # Parameters that control the rollouts
-    rollout_policy: str = field(
-        default="trust_region",
-        metadata={
-            "help": "Policy that training rollouts are drawn from: the policy closest to the teacher inside a KL ball "
-            "around the student, a constant log-linear mixture, student tokens with teacher replacements, or the "
-            "student.",
-            "choices": list(_CHOICES["rollout_policy"]),
-        },
-    )
-    kl_budget: float | None = field(
-        default=None,
-        metadata={"help": "KL budget of the trust region at step 0, in nats per token. 0.01 if not given."},
-    )
-    kl_budget_schedule: str = field(
-        default="linear",
-        metadata={
-            "help": "How the KL budget moves with the optimizer step: to 0 in `blend_warmup_steps`, or not at all.",
-            "choices": list(_CHOICES["kl_budget_schedule"]),
-        },
-    )
-    blend_warmup_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps after which rollouts are the student's own. 50 if neither it nor `kl_budget` is "
-            "given; None means the whole run, where nothing is annealed."
-        },
-    )
-    teacher_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the teacher for `rollout_policy='fixed_weight'`. 0.5 if not given."},
-    )
-    skd_top_k: int | None = field(
-        default=None,
-        metadata={
-            "help": "Teacher tokens that a student token must be among for `rollout_policy='speculative_kd'`. 15 if "
-            "not given."
-        },
-    )
-    skd_teacher_temperature: float | None = field(
-        default=None,
-        metadata={
-            "help": "Temperature of the teacher samples for `rollout_policy='speculative_kd'`. 0.2 if not given."
-        },
-    )
-    temperature_warmup_start: float | None = field(
-        default=None,
-        metadata={"help": "Student sampling temperature at step 0, rising to `temperature`."},
-    )
-    temperature_warmup_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps of the temperature warmup."},
-    )
-    num_rollouts_per_prompt: int = field(
-        default=1,
-        metadata={"help": "Rollouts of each prompt in a generation batch. The paper uses 4."},
-    )
+    rollout_policy: Literal["trust_region", "fixed_weight", "speculative_kd", "student"] = "trust_region"
+    kl_budget: float | None = None
+    kl_budget_schedule: Literal["linear", "constant", "cosine"] = "linear"
+    blend_warmup_steps: int | None = None
+    teacher_weight: float | None = None
+    skd_top_k: int | None = None
+    skd_teacher_temperature: float | None = None
+    temperature_warmup_start: float | None = None
+    temperature_warmup_steps: int | None = None
+    num_rollouts_per_prompt: int = 1
 
     # Parameters that control the loss
-    kl_support: str = field(
-        default="full",
-        metadata={
-            "help": "Tokens the reverse KL is taken over: all of them, or the student's `kl_top_k` most probable.",
-            "choices": list(_CHOICES["kl_support"]),
-        },
-    )
-    kl_top_k: int = field(
-        default=16,
-        metadata={"help": "Number of tokens for `kl_support='student_top_k'`."},
-    )
-    distillation_target: str = field(
-        default="teacher",
-        metadata={
-            "help": "Distribution the student is trained to match: the teacher, or Veto's Q ∝ p_T · sg[p_S]^w.",
-            "choices": list(_CHOICES["distillation_target"]),
-        },
-    )
-    veto_weight_start: float | None = field(
-        default=None,
-        metadata={"help": "Exponent of the student in the Veto target at step 0, in [0, 1). 0.4 if not given."},
-    )
-    veto_warmup_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimizer steps in which the Veto exponent decays to 0. 50 if not given."},
-    )
+    kl_support: Literal["full", "student_top_k"] = "full"
+    kl_top_k: int = 16
+    distillation_target: Literal["teacher", "veto"] = "teacher"
+    veto_weight_start: float | None = None
+    veto_warmup_steps: int | None = None
 
     # Parameters that control the end-of-sequence token
-    canonicalize_eos: bool = field(
-        default=True,
-        metadata={"help": "Whether to treat the end-of-sequence tokens of both models as one event."},
-    )
-    teacher_eos_token_id: list[int] | None = field(
-        default=None,
-        metadata={"help": "End-of-sequence tokens of the teacher. Read from its files if not given."},
-    )
+    canonicalize_eos: bool = True
+    teacher_eos_token_id: list[int] | None = None
 
     # Parameters that control the logging
-    log_teacher_statistics: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to measure the teacher's entropy and log-probability on the student's own training "
-            "rollouts too, with one more pass over the vocabulary per step."
-        },
-    )
-    success_threshold: float = field(
-        default=1.0,
-        metadata={"help": "Value of the first reward function from which a rollout counts as right."},
-    )
+    log_teacher_statistics: bool = False
+    success_threshold: float = 1.0
 
     def __post_init__(self):
         if isinstance(self.teacher_eos_token_id, int):
             self.teacher_eos_token_id = [self.teacher_eos_token_id]
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                allowed = ", ".join(map(repr, choices))
-                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
+        check_choices(self)
         self._resolve()
         self._check_ranges()
         super().__post_init__()  # also parses the dictionaries that the command line passes as strings
@@ -322,13 +235,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             )
         if not self.blends:
             return
-        for name in ("num_beams", "num_return_sequences"):
-            value = (self.generation_kwargs or {}).get(name)
-            if value not in (None, 1):
-                raise ConfigError(
-                    f"`generation_kwargs` has `{name}={value}`, but blended decoding samples one sequence per prompt "
-                    f"row. Drop `{name}`; `num_rollouts_per_prompt` sets the number of rollouts."
-                )
+        check_one_sequence(self.generation_kwargs, "num_rollouts_per_prompt")
         for name, value in distribution_warpers(self).items():
             raise ConfigError(
                 f"`{name}={value}` cuts or reshapes the distribution after the blend, but `rollout_policy="
@@ -349,22 +256,16 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     @property
     def blends(self) -> bool:
         """Whether any step of this run can draw tokens with the teacher."""
-        if self.rollout_policy == "trust_region":
-            return self.kl_budget > 0.0
-        if self.rollout_policy == "fixed_weight":
-            return self.teacher_weight > 0.0
-        return self.rollout_policy == "speculative_kd"
+        return self.rule_at(0) is not None
 
-    def blend_level(self) -> Schedule:
-        """
-        Schedule of the quantity that is annealed: the KL budget of the trust region, the teacher weight of a fixed
-        weight, 1 for speculative KD. It is exactly 0 where rollouts are the student's own.
-        """
-        levels = {"trust_region": self.kl_budget, "fixed_weight": self.teacher_weight, "speculative_kd": 1.0}
-        level = levels.get(self.rollout_policy) or 0.0
+    def rule_at(self, step: int) -> BlendRule | None:
+        """What the tokens of an optimizer step are drawn from; `None` where that is the student alone."""
         steps = self.blend_warmup_steps
-        if self.rollout_policy == "trust_region" and self.kl_budget_schedule != "constant" and level:
-            return make_schedule(self.kl_budget_schedule, level, steps)
-        if steps is None:
-            return constant(level)
-        return lambda step: level if step < steps else 0.0
+        if self.rollout_policy == "student" or (steps is not None and step >= steps):
+            return None
+        if self.rollout_policy == "trust_region":
+            budget = make_schedule(self.kl_budget_schedule, self.kl_budget, steps)(step) if self.kl_budget else 0.0
+            return TrustRegion(budget) if budget else None
+        if self.rollout_policy == "fixed_weight":
+            return LogitMixing(self.teacher_weight) if self.teacher_weight else None
+        return SpeculativeKD(self.skd_top_k, self.skd_teacher_temperature)

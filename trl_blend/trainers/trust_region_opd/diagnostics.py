@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from trl_blend import _compat
@@ -16,9 +17,7 @@ from trl_blend.ops.head.reverse_kl import support_statistics
 from trl_blend.ops.reduction import masked_mean
 from trl_blend.ops.vocab import EosMap
 from trl_blend.trainers._statistics import TokenMeans
-from trl_blend.trainers.trust_region_opd.completions import CompletionsTable
-from trl_blend.trainers.trust_region_opd.rewards import score_rollouts
-from trl_blend.trainers.trust_region_opd.support import SupportScores
+from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 
 class Diagnostics:
@@ -29,49 +28,50 @@ class Diagnostics:
     Seconds and tokens per second are those of this process.
 
     Args:
-        trainer ([`TrustRegionOPDTrainer`]):
-            Whose metrics to fill.
+        args ([`TrustRegionOPDConfig`]):
+            Configuration of the trainer.
+        reward_names (`list[str]`):
+            Names of its reward functions.
+        accelerator ([`~accelerate.Accelerator`]):
+            To add over ranks with.
+        log (`Callable[[str, dict[str, float]], None]`):
+            Takes a mode (`"train"` or `"eval"`) and metrics by name.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(
+        self,
+        args: TrustRegionOPDConfig,
+        reward_names: list[str],
+        accelerator: Accelerator,
+        log: Callable[[str, dict[str, float]], None],
+    ):
+        self.args = args
+        self.reward_names = reward_names
+        self.accelerator = accelerator
+        self._log = log
         self._rollout_means = TokenMeans()
         self._loss_means = {"train": TokenMeans(), "eval": TokenMeans()}
         self._mode = "train"
-        self._support = {"train": SupportScores(), "eval": SupportScores()}
+        self._support: dict[str, list[Tensor]] = {"train": [], "eval": []}
         self._latest_scores: Tensor | None = None
-        self.completions = CompletionsTable(trainer)
 
     def measures_support(self, mode: str) -> bool:
         """Whether the loss measures the teacher's support of the rollouts, with one more pass over the vocabulary."""
-        return mode == "eval" or bool(self.trainer.reward_funcs) or self.trainer.args.log_teacher_statistics
+        return mode == "eval" or bool(self.reward_names) or self.args.log_teacher_statistics
 
-    def _log(self, mode: str, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self.trainer._metrics[mode][name].append(value)
+    def _gather(self, mode: str) -> Callable[[Tensor], Tensor]:
+        # The last batch of an epoch is whole in training: only evaluation repeats rows to fill it
+        return self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
 
     # Rollouts
 
-    @contextmanager
-    def of_rollouts(self, mode: str, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Time the rollouts made inside the context, then reward them and log. The batch is appended to the list."""
+    def start_rollouts(self) -> None:
+        """Begin a generation batch."""
         self._rollout_means = TokenMeans()  # an earlier call that raised may have left some
-        self.completions.start()
-        batches: list[dict[str, Any]] = []
-        start = time.perf_counter()
-        yield batches
-        seconds, output = time.perf_counter() - start, batches[0]
-        means = self._rollout_means.reduce(self.trainer.accelerator)
-        self._log(mode, {f"blend/{name}": value for name, value in means.items()})
-        tokens = output["completion_mask"].sum().item()
-        self._log(mode, {"blend/rollout_seconds": seconds, "blend/rollout_tokens_per_second": tokens / seconds})
-        rewards = self._reward(mode, rows, output) if self.trainer.reward_funcs else None
-        self.completions.finish(len(rows), self.trainer._rollout_level if mode == "train" else 0.0, rewards)
 
     def collect(self, record: RolloutRecord, lengths: list[int]) -> None:
         """Add what one blended `generate` call recorded, up to the length of each row."""
-        logps, means = record.behavior_logps, self._rollout_means
-        mask = torch.arange(logps.size(1), device=logps.device) < torch.tensor(lengths, device=logps.device)[:, None]
+        logps, means, mask = record.behavior_logps, self._rollout_means, record.mask_of(lengths)
         for name, values in record.statistics.items():
             if name == "teacher_weight":
                 means.add("teacher_weight/mean", values, mask)
@@ -87,18 +87,17 @@ class Diagnostics:
             means.add("teacher_logp", teacher_logps, mask & teacher_logps.isfinite())
             means.add("teacher_entropy", record.teacher_entropies[0], mask)
 
-    def _reward(self, mode: str, rows: list[dict[str, Any]], output: dict[str, Any]) -> Tensor:
-        trainer = self.trainer
-        masks = output["completion_mask"].bool()
-        completion_ids = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
-        rewards = score_rollouts(trainer.reward_funcs, rows, completion_ids, trainer._tokenizer, trainer.state)
-        rewards = rewards.to(trainer.accelerator.device)
-        gather = trainer.accelerator.gather if mode == "train" else trainer.accelerator.gather_for_metrics
-        means = gather(rewards).nanmean(dim=0).tolist()
-        names = [_compat.get_callable_name(function) for function in trainer.reward_funcs]
-        self._log(mode, {f"rewards/{name}/mean": mean for name, mean in zip(names, means, strict=True)})
-        output["verifier_reward"] = rewards[:, 0]
-        return rewards
+    def log_rollouts(self, mode: str, num_tokens: int, seconds: float) -> None:
+        """End a generation batch: log its means, and what it took. Every rank must call it."""
+        means = self._rollout_means.reduce(self.accelerator)
+        self._log(mode, {f"blend/{name}": value for name, value in means.items()})
+        self._log(mode, {"blend/rollout_seconds": seconds, "blend/rollout_tokens_per_second": num_tokens / seconds})
+
+    def log_rewards(self, mode: str, rewards: Tensor) -> None:
+        """Log the mean of each reward function, of `(B, F)` on each rank."""
+        means = self._gather(mode)(rewards).nanmean(dim=0).tolist()
+        named = zip(self.reward_names, means, strict=True)
+        self._log(mode, {f"rewards/{name}/mean": mean for name, mean in named})
 
     # Loss
 
@@ -110,14 +109,12 @@ class Diagnostics:
         yield
         seconds, tokens = time.perf_counter() - start, inputs["completion_mask"].sum().item()
         self._log(mode, {"blend/loss_seconds": seconds, "blend/loss_tokens_per_second": tokens / seconds})
-        self._loss_means[mode].sync(self.trainer.accelerator)
+        self._loss_means[mode].sync(self.accelerator)
         if self._latest_scores is not None and "verifier_reward" in inputs:
             reward = inputs["verifier_reward"]
-            right = (reward >= self.trainer.args.success_threshold).float().masked_fill(reward.isnan(), math.nan)
-            # The last batch of an epoch is whole in training: only evaluation repeats rows to fill it
-            accelerator = self.trainer.accelerator
-            gather = accelerator.gather if mode == "train" else accelerator.gather_for_metrics
-            self._support[mode].add(self._latest_scores.to(right.device), right, gather)
+            right = (reward >= self.args.success_threshold).float().masked_fill(reward.isnan(), math.nan)
+            pairs = torch.stack([self._latest_scores.to(right.device).float(), right], dim=1)
+            self._support[mode].append(self._gather(mode)(pairs).cpu())
 
     def add_reverse_kl(self, values: Tensor) -> None:
         """Add the reverse KL `(N,)` of the tokens of a micro-batch."""
@@ -146,7 +143,8 @@ class Diagnostics:
         """Log what was measured in the losses since the last call."""
         # Here and not after each loss: TRL would average the means of micro-batches, whatever their lengths
         self._log(mode, {f"blend/{name}": value for name, value in self._loss_means[mode].pop().items()})
-        value = self._support[mode].pop_auroc()  # undefined where all rollouts are right or all are wrong
+        pairs, self._support[mode] = self._support[mode], []
+        value = auroc(*torch.cat(pairs).unbind(dim=1)) if pairs else math.nan
         if not math.isnan(value):
             self._log(mode, {"blend/auroc": value})
 
@@ -156,3 +154,27 @@ def valid_positions(heads: _compat.DivergenceInputs) -> tuple[Tensor, LMHead, LM
     valid = heads.mask.reshape(-1) != 0
     student, teacher = (head._replace(hidden=head.hidden[valid]) for head in (heads.student, heads.teacher))
     return valid, student, teacher
+
+
+def auroc(scores: Tensor, right: Tensor) -> float:
+    r"""
+    Probability that a right rollout has a higher score than a wrong one, ties counting half: the area under the ROC
+    curve (Fig. 7 of [Trust-region behaviour blending](https://huggingface.co/papers/2605.31159)).
+
+    Args:
+        scores (`torch.Tensor` of shape `(N,)`):
+            Scores, such as the mean over tokens of \\( \log p_T - \log p_S \\).
+        right (`torch.Tensor` of shape `(N,)`):
+            1 for a right rollout, 0 for a wrong one. Rollouts where it or the score is NaN are left out.
+
+    Returns:
+        `float`: AUROC, NaN where all rollouts are right or all are wrong.
+    """
+    known = ~(scores.isnan() | right.isnan())
+    positive, negative = scores[known & (right > 0.5)], scores[known & (right <= 0.5)]
+    if not len(positive) or not len(negative):
+        return math.nan
+    negative = negative.sort().values
+    below = torch.searchsorted(negative, positive.contiguous(), side="left")
+    not_above = torch.searchsorted(negative, positive.contiguous(), side="right")
+    return ((below + not_above).double().mean() / (2 * len(negative))).item()

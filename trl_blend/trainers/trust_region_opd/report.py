@@ -1,10 +1,13 @@
-"""What the plot of a [`TrustRegionOPDTrainer`] run shows, whichever of its methods it uses."""
+"""What a [`TrustRegionOPDTrainer`] run shows, whichever method it uses: its plot, and its card beside the paper."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from trl_blend.reports.cards import PaperValue
+from trl_blend.ops.vocab import EosMap
+from trl_blend.reports.cards import CardTeacher, PaperValue
 from trl_blend.reports.curves import NATS, Curve, Panel
+from trl_blend.trainers import _cards
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 
@@ -140,3 +143,31 @@ def choices(config: TrustRegionOPDConfig, merges_eos: bool) -> list[str]:
             "maps each model's own."
         )
     return found
+
+
+def card_fields(
+    config: TrustRegionOPDConfig,
+    *,
+    teacher: CardTeacher,
+    eos: EosMap | None,
+    num_prompts: int | None,
+    log_history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Fields of `model_cards/trust_region_opd.md`, see [`~trl_blend.trainers._run.RunMixin.card_fields`]."""
+    rollouts, per_prompt = _cards.rows_per_step(config), config.num_rollouts_per_prompt
+    divergence = "reverse KL" if config.beta == 1.0 else f"generalised Jensen-Shannon, beta {config.beta:g}"
+    return {
+        "paper_name": "the trust-region paper",
+        "paper": paper_values(config, merges_eos=eos is not None),
+        "settings": {"prompts_per_step": rollouts // per_prompt, "divergence": divergence},
+        "choices": choices(config, merges_eos=eos is not None),
+        "teachers": [teacher],
+        "data_rows": num_prompts,
+        "data_unit": "prompts",
+        "per_step": _cards.rollouts_text(rollouts, per_prompt),
+        "result_metrics": r"(?:.+_)?(loss|blend/reverse_kl|rewards/.+/mean)",
+        "curves_text": "The budget, the teacher weight it allows, and other metrics against the optimizer step",
+        "is_baseline": is_baseline(config),
+        "realised": [entry for entry in log_history if "blend/kl_behavior_student" in entry],
+        "eos": eos,
+    }

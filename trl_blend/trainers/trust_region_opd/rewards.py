@@ -37,7 +37,7 @@ def as_reward_functions(reward_funcs: RewardFunction | Sequence[RewardFunction] 
     return functions
 
 
-def score_rollouts(
+def rollout_rewards(
     functions: Sequence[RewardFunction],
     rows: list[dict[str, Any]],
     completion_ids: list[list[int]],
@@ -45,24 +45,10 @@ def score_rollouts(
     trainer_state: Any,
 ) -> Tensor:
     """
-    Rewards of a batch of rollouts, in the calling convention of [`~trl.GRPOTrainer`].
+    Rewards of a batch of rollouts, in the calling convention of [`~trl.GRPOTrainer`]: `(B, len(functions))`, NaN where
+    a function returned `None`. A rollout with tool calls is given as one assistant message.
 
-    A rollout with tool calls is given as one assistant message.
-
-    Args:
-        functions (`Sequence[Callable]`):
-            Reward functions.
-        rows (`list[dict[str, Any]]`):
-            Dataset row of each rollout; its columns are passed on as lists.
-        completion_ids (`list[list[int]]`):
-            Tokens of each rollout, without padding.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the student.
-        trainer_state ([`~transformers.TrainerState`]):
-            State of the trainer, passed on.
-
-    Returns:
-        `torch.Tensor` of shape `(B, len(functions))`: Rewards, NaN where a function returned `None`.
+    `completion_ids` are without padding; the other columns of `rows`, the rollouts' dataset rows, are passed on.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]:

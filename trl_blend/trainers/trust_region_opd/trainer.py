@@ -1,6 +1,7 @@
 """On-policy distillation whose early rollouts the teacher helps to decode, inside a trust region."""
 
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,54 +9,64 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DistillationTrainer
 
 from trl_blend import _compat
 from trl_blend.generation.hooks import blended_generation
-from trl_blend.generation.rules import BlendRule, LogitMixing, SpeculativeKD, TrustRegion
+from trl_blend.generation.rules import BlendRule
 from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.reverse_kl import reverse_kl
 from trl_blend.schedules import linear
 from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers._options import default_config
 from trl_blend.trainers._run import RunMixin
 from trl_blend.trainers._settings import read_settings, write_settings
-from trl_blend.trainers.trust_region_opd import report
-from trl_blend.trainers.trust_region_opd.base_teacher import BaseTeacher
-from trl_blend.trainers.trust_region_opd.checks import check_arguments, check_loaded, find_eos_map
+from trl_blend.trainers.trust_region_opd import checks, report
+from trl_blend.trainers.trust_region_opd.completions import CompletionsTable
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 from trl_blend.trainers.trust_region_opd.diagnostics import Diagnostics, valid_positions
-from trl_blend.trainers.trust_region_opd.report import PANELS
-from trl_blend.trainers.trust_region_opd.rewards import RewardFunction, as_reward_functions
-from trl_blend.trainers.trust_region_opd.temperature import sampling_temperature, warmed_up_sampling
+from trl_blend.trainers.trust_region_opd.rewards import RewardFunction, as_reward_functions, rollout_rewards
 
 
 logger = get_logger(__name__)
 
 _SETTINGS_FILE = "trust_region_opd_settings.json"
-# A resumed run with other values of these does not continue the interrupted one
-_SETTINGS = (
-    "rollout_policy",
-    "kl_budget",
-    "kl_budget_schedule",
-    "blend_warmup_steps",
-    "teacher_weight",
-    "skd_top_k",
-    "skd_teacher_temperature",
-    "temperature_warmup_start",
-    "temperature_warmup_steps",
-    "num_rollouts_per_prompt",
-    "kl_support",
-    "kl_top_k",
-    "distillation_target",
-    "veto_weight_start",
-    "veto_warmup_steps",
-    "canonicalize_eos",
-    "teacher_eos_token_id",
-    "temperature",
-    "beta",
-)
+# A resumed run with other values of these does not continue the interrupted one: all options but those of the logging
+_LOGGING = ("log_teacher_statistics", "success_threshold")
+_SETTINGS = [name for name in TrustRegionOPDConfig.__annotations__ if name not in _LOGGING] + ["temperature", "beta"]
+
+
+class BaseTeacher(nn.Module):
+    """
+    Stands in for `teacher_model` where the teacher is the student without its adapters: one set of weights.
+
+    `DistillationTrainer._compute_loss` asks a teacher for its configuration and LM head, and for hidden states through
+    `_get_last_hidden_state`, which [`TrustRegionOPDTrainer`] answers with the adapters disabled.
+
+    Args:
+        student ([`~peft.PeftModel`]):
+            The student, unwrapped.
+    """
+
+    def __init__(self, student: PreTrainedModel):
+        super().__init__()
+        self._students = (student,)  # not registered: its parameters are not the teacher's
+
+    @property
+    def student(self) -> PreTrainedModel:
+        """The student, adapters active."""
+        return self._students[0]
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the base model."""
+        return self.student.config
+
+    def get_output_embeddings(self) -> nn.Module:
+        """LM head of the base model, which carries no adapter."""
+        return self.student.get_output_embeddings()
 
 
 class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
@@ -132,7 +143,6 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             }"""),
     }
     _template_name = "trust_region_opd.md"
-    _panels = PANELS
 
     def __init__(
         self,
@@ -147,11 +157,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         reward_funcs: RewardFunction | list[RewardFunction] | None = None,
         **kwargs: Any,
     ):
-        if args is None:
-            model_id = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
-            args = TrustRegionOPDConfig(f"{model_id.split('/')[-1]}-TrustRegionOPD")
+        args = default_config(TrustRegionOPDConfig, model) if args is None else args
         teachers = _partners.as_list(teacher_model or args.teacher_model_name_or_path)
-        check_arguments(
+        checks.check_arguments(
             model,
             teachers,
             args,
@@ -161,9 +169,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             eval_dataset=eval_dataset,
         )
         self.reward_funcs = as_reward_functions(reward_funcs)
-        self._panels = report.panels([_compat.get_callable_name(function) for function in self.reward_funcs])
-        self._diagnostics = Diagnostics(self)
-        self._rollout_level = 0.0
+        reward_names = [_compat.get_callable_name(function) for function in self.reward_funcs]
+        self._panels = report.panels(reward_names)
+        self._rule: BlendRule | None = None
         super().__init__(
             model=model,
             args=args,
@@ -173,19 +181,38 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self._blend_level = args.blend_level()
+        self._diagnostics = Diagnostics(args, reward_names, self.accelerator, self._log_metrics)
+        self._table = CompletionsTable(args, reward_names, self._logs["prompt"].maxlen)
         self._veto_weight: Callable[[int], float] = lambda step: 0.0
         if args.distillation_target == "veto":
             self._veto_weight = linear(args.veto_weight_start, args.veto_warmup_steps)
         self._prepare_teacher(teachers)
-        check_loaded(self, teachers)
+        if not teachers:
+            _partners.check_base_as_reference(
+                self.model,
+                is_fsdp=self._dist.is_fsdp,
+                decodes_from_shards=self._dist.is_zero3 and not args.ds3_gather_for_generation,
+            )
+        checks.check_loaded(
+            self.model,
+            self.teacher_model,
+            args,
+            is_vision_language=self._is_vlm,
+            uses_own_divergence=self.uses_own_divergence,
+            missing_token_ids=self.missing_token_ids,
+        )
 
     def _prepare_teacher(self, teachers: list) -> None:
         # Not by the parent, which refuses padded vocabularies and shards the teacher under ZeRO-3
         loaded = _partners.load_partners(teachers, self.args)
         self.partners: list = [_partners.prepare_partner(partner, self.accelerator) for partner in loaded]
         self.teacher_model = self.partners[0] if self.partners else BaseTeacher(self.model)
-        self.eos = find_eos_map(self, teachers)
+        self.eos = None
+        if teachers:
+            target = self._tokenizer.eos_token_id
+            self.eos = checks.find_eos_map(
+                teachers[0], self.teacher_model, self.args, student_ids=self.eos_token_ids, target=target
+            )
         if self.eos is not None:
             self._stop_at(self.eos.merged)
         self.missing_token_ids = _partners.token_ids_without_partner(self.model, self.partners)
@@ -213,58 +240,69 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     # Rollouts
 
-    def _rule(self, level: float) -> BlendRule:
-        if self.args.rollout_policy == "trust_region":
-            return TrustRegion(level)
-        if self.args.rollout_policy == "fixed_weight":
-            return LogitMixing(level)
-        return SpeculativeKD(self.args.skd_top_k, self.args.skd_teacher_temperature)
-
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
-        self._start_rollouts(mode)
-        with self._diagnostics.of_rollouts(mode, inputs) as rollouts:
-            output = super()._generate_and_score_completions(inputs)
-            rollouts.append(output)
+        if mode == "train":
+            self._start_step()
+        self._diagnostics.start_rollouts()
+        self._table.start()
+        started = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        seconds = time.perf_counter() - started
+        self._diagnostics.log_rollouts(mode, output["completion_mask"].sum().item(), seconds)
+        rewards = None
+        if self.reward_funcs:
+            rewards = self._reward(inputs, output)
+            self._diagnostics.log_rewards(mode, rewards)
+            output["verifier_reward"] = rewards[:, 0]
+        self._table.finish(len(inputs), self._rule if mode == "train" else None, rewards)
         return output
 
-    def _start_rollouts(self, mode: str) -> None:
-        """Set the level of the blend for the rollouts that follow, log it, and say once when it has reached 0."""
-        if mode == "eval":
-            return
-        step, level = self.state.global_step, self._blend_level(self.state.global_step)
-        if self._rollout_level and not level:
+    def _start_step(self) -> None:
+        """Set what the training rollouts that follow are drawn from, log it, and say once when the blend is over."""
+        step, args = self.state.global_step, self.args
+        rule = args.rule_at(step)
+        if self._rule is not None and rule is None:
             engine = "vLLM" if self.use_vllm else "transformers"
             logger.warning(
-                f"Step {step}: the warmup of `rollout_policy={self.args.rollout_policy!r}` is over. From here on "
+                f"Step {step}: the warmup of `rollout_policy={args.rollout_policy!r}` is over. From here on "
                 f"rollouts are drawn from the student alone, with {engine}."
             )
-        self._rollout_level = level
-        if self.args.rollout_policy == "trust_region":
-            self._metrics[mode]["blend/kl_budget"].append(level)
-        if self.args.temperature_warmup_steps:
-            self._metrics[mode]["blend/temperature"].append(sampling_temperature(self))
-        if self.args.distillation_target == "veto":
-            self._metrics[mode]["blend/veto_weight"].append(self._veto_weight(step))
+        self._rule = rule
+        if args.rollout_policy == "trust_region":
+            self._log_metrics("train", {"blend/kl_budget": getattr(rule, "kl_budget", 0.0)})
+        if args.temperature_warmup_steps:
+            self._log_metrics("train", {"blend/temperature": self._sampling_temperature()})
+        if args.distillation_target == "veto":
+            self._log_metrics("train", {"blend/veto_weight": self._veto_weight(step)})
+
+    def _log_metrics(self, mode: str, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+    def _reward(self, rows: list[dict[str, Any]], output: dict[str, Any]) -> Tensor:
+        masks = output["completion_mask"].bool()
+        completion_ids = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
+        rewards = rollout_rewards(self.reward_funcs, rows, completion_ids, self._tokenizer, self.state)
+        return rewards.to(self.accelerator.device)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         turn = (prompt_ids, images, multimodal_fields, has_tool_images)
         if not self.model.training:
             return super()._generate_single_turn(*turn)
-        if not self._rollout_level:
-            with warmed_up_sampling(self):
+        if self._rule is None:
+            with self._warmed_up_sampling():
                 return super()._generate_single_turn(*turn)
         student = self.accelerator.unwrap_model(self.model_wrapped)
-        rule = self._rule(self._rollout_level)
         with (
             evaluation_mode(student),  # dropout would draw tokens from another policy than the one of the budget
             self._decoding_with_transformers(),
-            blended_generation(student, self.partners or None, rule, eos=self.eos, record=True) as session,
+            blended_generation(student, self.partners or None, self._rule, eos=self.eos, record=True) as session,
         ):
             completion_ids = super()._generate_single_turn(*turn)
         record = session.records[-1]
         self._diagnostics.collect(record, [len(ids) for ids in completion_ids])
-        self._diagnostics.completions.add_turn(record, prompt_ids, completion_ids)
+        self._table.add_turn(record, prompt_ids, completion_ids)
         return completion_ids
 
     @contextmanager
@@ -274,6 +312,28 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             yield
         finally:
             self.use_vllm = use_vllm
+
+    def _sampling_temperature(self) -> float:
+        """Temperature of the student's training rollouts at this step; the loss keeps its own."""
+        start, steps = self.args.temperature_warmup_start, self.args.temperature_warmup_steps
+        if not steps:
+            return self.temperature
+        return self.temperature - linear(self.temperature - start, steps)(self.state.global_step)
+
+    @contextmanager
+    def _warmed_up_sampling(self) -> Iterator[None]:
+        """Let the parent's rollouts, by transformers or vLLM, sample at the warmup's temperature."""
+        temperature = self._sampling_temperature()
+        if temperature == self.temperature:
+            yield
+            return
+        engine = self.vllm_generation if self.use_vllm else self.generation_config
+        saved, saved_kwargs = engine.temperature, self.generation_kwargs
+        engine.temperature, self.generation_kwargs = temperature, {**saved_kwargs, "temperature": temperature}
+        try:
+            yield
+        finally:
+            engine.temperature, self.generation_kwargs = saved, saved_kwargs
 
     def _get_train_sampler(self, dataset=None):
         with _compat.repeated_prompts(self.args.num_rollouts_per_prompt):
@@ -325,8 +385,22 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
         mode = "train" if self.model.training else "eval"
         self._diagnostics.log_losses(mode)
-        with self._diagnostics.completions.written():
+        with self._own_table():
             super().log(logs, start_time)
+
+    @contextmanager
+    def _own_table(self) -> Iterator[None]:
+        """Write the completions table at the end of the context, instead of TRL's, where it has columns to add."""
+        if not self._table.is_own:
+            yield
+            return
+        self.log_completions = False
+        try:
+            yield
+        finally:
+            self.log_completions = True
+        if self.accelerator.is_main_process:
+            self._table.write(self.state.global_step, list(self._logs["prompt"]), list(self._logs["completion"]))
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
         if not isinstance(unwrapped_model, BaseTeacher):
@@ -347,26 +421,14 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/trust_region_opd.md`."""
-        args, rollouts = self.args, _cards.rows_per_step(self.args)
         if self.partners:
-            teacher = _cards.live_teacher(self.partners[0], args)
+            teacher = _cards.live_teacher(self.partners[0], self.args)
         else:
-            teacher = _cards.base_teacher(self.model, args)
-        return {
-            "paper_name": "the trust-region paper",
-            "paper": report.paper_values(args, merges_eos=self.eos is not None),
-            "settings": {
-                "prompts_per_step": rollouts // args.num_rollouts_per_prompt,
-                "divergence": "reverse KL" if args.beta == 1.0 else f"generalised Jensen-Shannon, beta {args.beta:g}",
-            },
-            "choices": report.choices(args, merges_eos=self.eos is not None),
-            "teachers": [teacher],
-            "data_rows": _cards.num_rows(self.train_dataset),
-            "data_unit": "prompts",
-            "per_step": _cards.rollouts_text(rollouts, args.num_rollouts_per_prompt),
-            "result_metrics": r"(?:.+_)?(loss|blend/reverse_kl|rewards/.+/mean)",
-            "curves_text": "The budget, the teacher weight it allows, and other metrics against the optimizer step",
-            "is_baseline": report.is_baseline(args),
-            "realised": [entry for entry in self.state.log_history if "blend/kl_behavior_student" in entry],
-            "eos": self.eos,
-        }
+            teacher = _cards.base_teacher(self.model, self.args)
+        return report.card_fields(
+            self.args,
+            teacher=teacher,
+            eos=self.eos,
+            num_prompts=_cards.num_rows(self.train_dataset),
+            log_history=self.state.log_history,
+        )

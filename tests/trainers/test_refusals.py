@@ -1,0 +1,197 @@
+"""What the constructors of all trainers with a teacher refuse, and that they do so before a model is loaded."""
+
+import functools
+import logging
+import shutil
+
+import pytest
+from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, T5Config, T5ForConditionalGeneration
+from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from tests.trainers import runs, scored
+from trl_blend import LogitMixGRPOTrainer, OfflineOPDTrainer, TrustRegionOPDTrainer
+from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+
+
+PARENTS = {"grpo": GRPOTrainer, "opd": DistillationTrainer, "offline": SFTTrainer}
+LORA = {"trainer_kwargs": {"peft_config": LoraConfig(task_type="CAUSAL_LM")}}
+
+
+@pytest.fixture(params=["grpo", "opd"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def make(kind, build, build_opd):
+    return {"grpo": build, "opd": build_opd}[kind]
+
+
+@pytest.fixture
+def refuses(kind, make, monkeypatch):
+    """Assert that the constructor raises before anything is loaded."""
+    return functools.partial(runs.check_refusal, make, PARENTS[kind], monkeypatch)
+
+
+def test_the_guard_sees_a_model_that_is_loaded(refuses, make):
+    refuses(runs.ModelLoaded, None)
+    assert make().partners
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "name"),
+    [
+        (LogitMixGRPOTrainer, GRPOConfig, "LogitMixGRPOConfig"),
+        (TrustRegionOPDTrainer, DistillationConfig, "TrustRegionOPDConfig"),
+        (OfflineOPDTrainer, SFTConfig, "OfflineOPDConfig"),
+    ],
+)
+def test_a_config_of_trl(models, tmp_path, trainer, config, name):
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ConfigError, match=f"`args` is a {config.__name__}. Pass an? `{name}`"):
+        trainer(str(models / "student"), args=args, train_dataset=runs.dataset())
+
+
+@pytest.mark.parametrize("argument", ["model", "teacher_model"])
+def test_a_wrong_path_is_named(refuses, argument, tmp_path):
+    role = {"model": "student", "teacher_model": "teacher"}[argument]
+    message = refuses(ConfigError, "neither a folder with a model", **{role: str(tmp_path / "misspelt")})
+    assert message.startswith(f"`{argument}=") and "misspelt" in message
+
+
+# -------------------- the teacher
+
+
+def test_the_student_itself_is_no_teacher(refuses, make):
+    student = tiny_model(seed=0)
+    refuses(ConfigError, "`teacher_model` is `model` itself", student=student, teacher=student)
+    # Its name is: the SFT checkpoint that training starts from is the papers' reference
+    trainer = make(teacher="student")
+    assert trainer.partners[0] is not trainer.model
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("teacher_model_init_kwargs", {"dtype": "float32"}), ("teacher_model_revision", "main")]
+)
+def test_load_settings_of_a_teacher_that_is_not_loaded_by_name(kind, refuses, name, value):
+    message = refuses(ConfigError, "already instantiated", teacher=tiny_model(seed=1), **{name: value})
+    assert f"`{name}={value!r}`" in message
+    refuses(ConfigError, "`teacher_model` is not given", teacher=None, **LORA, **{name: value})
+    if kind == "grpo":
+        several = {"teacher": ["teacher", tiny_model(seed=1)], "teacher_weight": [0.1, 0.1]}
+        refuses(ConfigError, "already instantiated", **several, **{name: value})
+
+
+def test_no_teacher_without_peft(kind, refuses):
+    refuses(ConfigError, "`teacher_model=None` means the base of a PEFT student", teacher=None)
+    if kind == "opd":
+        refuses(ConfigError, "`teacher_model=None` means", teacher=None, rollout_policy="student")
+
+
+@pytest.fixture
+def other_tokenizer(models, tmp_path):
+    """A copy of the teacher's folder with two tokens swapped."""
+    folder = tmp_path / "other"
+    shutil.copytree(models / "teacher", folder)
+    path = folder / "tokenizer.json"
+    text = path.read_text()
+    assert '"a": 16' in text and '"b": 17' in text
+    path.write_text(text.replace('"a": 16', '"a": 17').replace('"b": 17', '"b": 16', 1))
+    return folder
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_different_tokenizers_name_the_first_differing_token(kind, refuses, other_tokenizer, loaded):
+    teacher = AutoModelForCausalLM.from_pretrained(other_tokenizer) if loaded else str(other_tokenizer)
+    for settings in ({}, {"rollout_policy": "student"} if kind == "opd" else {"objective": "student"}):
+        message = refuses(TokenizerMismatchError, "`teacher_model` is not the student's", teacher=teacher, **settings)
+        assert "id 16 is 'a' for the student and 'b'" in message
+        assert ("`GOLDTrainer`" in message) == (kind == "opd")
+
+
+def test_the_processing_class_is_what_is_compared(refuses, other_tokenizer):
+    own = AutoTokenizer.from_pretrained(other_tokenizer)
+    refuses(TokenizerMismatchError, "id 16 is 'b' for the student", trainer_kwargs={"processing_class": own})
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_encoder_decoder_as_teacher(refuses, tmp_path, loaded):
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    model.save_pretrained(tmp_path / "t5")
+    tiny_tokenizer().save_pretrained(tmp_path / "t5")
+    message = refuses(UnsupportedError, "encoder-decoder", teacher=model if loaded else str(tmp_path / "t5"))
+    assert "`teacher_model`" in message and "'t5'" in message
+
+
+def test_a_teacher_with_too_few_rows(refuses, tmp_path):
+    tiny_model(seed=1, vocab_size=60).save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    refuses(TokenizerMismatchError, "`config.vocab_size=60`", teacher=str(tmp_path / "short"))
+
+
+def test_a_teacher_without_a_tokenizer_is_taken_with_a_warning(make, caplog):
+    with caplog.at_level(logging.WARNING):
+        make(teacher=tiny_model(seed=1))
+    assert "No tokenizer could be found for `teacher_model`" in caplog.text
+
+
+class Processor(ProcessorMixin):
+    """A processor in the shape of those of vision-language models."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.chat_template = None
+
+
+def test_a_vision_language_processor(kind, refuses):
+    processor = {"trainer_kwargs": {"processing_class": Processor(tiny_tokenizer())}}
+    off = {"grpo": {"teacher_weight": 0.0}, "opd": {"rollout_policy": "student"}}[kind]
+    message = refuses(UnsupportedError, "Vision-language", **processor)
+    assert {"grpo": "`teacher_weight=0`", "opd": "`rollout_policy='student'`"}[kind] in message
+    refuses(runs.ModelLoaded, None, **off, **processor)
+
+
+# -------------------- adapters
+
+HEADS = {
+    "target_modules": {"target_modules": ["q_proj", "lm_head"]},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+@pytest.mark.parametrize("field", HEADS)
+def test_adapters_that_the_fused_head_would_ignore(refuses, field, teacher):
+    config = LoraConfig(task_type="CAUSAL_LM", **HEADS[field])
+    refuses(UnsupportedError, f"`{field}`.*`lm_head`", teacher=teacher, trainer_kwargs={"peft_config": config})
+    student = tiny_lora(tiny_model("llama"), **HEADS[field])
+    message = refuses(UnsupportedError, f"`{field}`.*`lm_head`", teacher=teacher, student=student)
+    assert f"Remove `lm_head` from `{field}`" in message
+
+
+def test_prompt_learning(refuses):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    message = refuses(UnsupportedError, "virtual tokens", trainer_kwargs={"peft_config": config})
+    assert "PromptTuningConfig" in message
+
+
+def test_adapters_of_the_offline_trainer(models, tmp_path, monkeypatch):
+    rows = scored.scored_rollouts(scored.load(models, "student"), scored.load(models, "teacher"), num_rows=2)
+    build = functools.partial(scored.build_offline, models, tmp_path, train_dataset=rows)
+    head = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    for config, match in ((head, "lm_head"), (prompt, "virtual tokens")):
+        adapter = {"trainer_kwargs": {"peft_config": config}}
+        runs.check_refusal(build, SFTTrainer, monkeypatch, UnsupportedError, match, **adapter)
+
+
+@pytest.mark.parametrize("setting", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}], ids=str)
+def test_an_adapter_that_changes_the_base_is_no_teacher(make, setting):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **setting)
+    with pytest.raises(UnsupportedError, match="`teacher` is None, but adapter 'default'"):
+        make(teacher=None, trainer_kwargs={"peft_config": config})
+    assert make(trainer_kwargs={"peft_config": config}).partners

@@ -1,0 +1,62 @@
+"""What a checkpoint and a saved model hold."""
+
+import json
+
+import pytest
+
+from tests.trainers import runs
+
+
+RUN = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 4}
+TRUST_REGION = {"kl_budget": 0.3, "blend_warmup_steps": 4}
+SETTINGS_FILE = "trust_region_opd_settings.json"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(models, tmp_path_factory):
+    settings = {**RUN, **TRUST_REGION, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = runs.build_opd(models, tmp_path_factory.mktemp("run"), **settings)
+    trainer.train()
+    return f"{trainer.args.output_dir}/checkpoint-1"
+
+
+def test_a_checkpoint_has_the_settings_of_the_method_beside_the_model(checkpoint):
+    with open(f"{checkpoint}/{SETTINGS_FILE}", encoding="utf-8") as file:
+        assert json.load(file) == {
+            "rollout_policy": "trust_region",
+            "kl_budget": 0.3,
+            "kl_budget_schedule": "linear",
+            "blend_warmup_steps": 4,
+            "teacher_weight": None,
+            "skd_top_k": None,
+            "skd_teacher_temperature": None,
+            "temperature_warmup_start": None,
+            "temperature_warmup_steps": None,
+            "num_rollouts_per_prompt": 1,
+            "kl_support": "full",
+            "kl_top_k": 16,
+            "distillation_target": "teacher",
+            "veto_weight_start": None,
+            "veto_warmup_steps": None,
+            "canonicalize_eos": True,
+            "teacher_eos_token_id": None,
+            "temperature": 1.0,
+            "beta": 1.0,
+        }
+
+
+def test_a_checkpoint_holds_one_model(checkpoint):
+    from safetensors.torch import load_file
+
+    names = set(load_file(f"{checkpoint}/model.safetensors"))
+    assert names and not any("teacher" in name or "partner" in name for name in names)
+
+
+def test_a_trained_model_is_reloaded_without_this_package(build_opd, models):
+    from transformers import AutoModelForCausalLM
+
+    trainer = build_opd(**RUN, **TRUST_REGION)
+    trainer.train()
+    trainer.save_model()
+    reloaded = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    runs.assert_same_tensors(runs.snapshot(reloaded), runs.snapshot(trainer.model))
