@@ -1,7 +1,9 @@
 import pytest
 import torch
+from accelerate.utils import is_peft_model
+from transformers import AutoModelForCausalLM
 
-from tests.tiny import tiny_model
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import runs
 from trl_blend import _compat
 from trl_blend.errors import UnsupportedError
@@ -85,3 +87,25 @@ def test_the_distillation_trainer_loads_the_teacher_as_trl_does(build_opd, dtype
     assert ours.model.dtype == getattr(torch, dtype)
     explicit = build_opd(teacher_model_init_kwargs={"dtype": "bfloat16"}, **settings)
     assert explicit.teacher_model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("trainer", ["build", "build_opd"])
+def test_an_adapter_folder_is_a_teacher(request, trainer, models, tmp_path):
+    """The same run as with the adapter merged into its base, up to rounding."""
+    adapted = tiny_lora(AutoModelForCausalLM.from_pretrained(models / "teacher"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    runs_of = {}
+    for teacher in ("adapter", "merged"):
+        runs_of[teacher] = request.getfixturevalue(trainer)(teacher=str(tmp_path / teacher), max_steps=2)
+        torch.manual_seed(0)  # loading an adapter draws numbers
+        runs_of[teacher].train()
+    losses = {
+        name: [entry["loss"] for entry in run.state.log_history if "loss" in entry] for name, run in runs_of.items()
+    }
+    assert is_peft_model(runs_of["adapter"].partners[0])
+    assert losses["adapter"] == pytest.approx(losses["merged"], rel=1e-4)
+    student = runs_of["merged"].model.state_dict()
+    for name, tensor in runs_of["adapter"].model.state_dict().items():
+        torch.testing.assert_close(tensor, student[name], atol=1e-5, rtol=1e-4)

@@ -225,9 +225,11 @@ def _rescore(
     from trl_blend.rollouts.engines.local import score_sequences
 
     scoring = manifest.scoring if manifest is not None else None
-    scored_in = str((scoring or {}).get("dtype"))
-    load = LoadOptions(revision, scored_in if scored_in in DTYPES else "auto", load_in_4bit=scored_in == "4bit")
-    model = load_model(teacher, "teacher", load, torch.device("cuda") if torch.cuda.is_available() else None)
+    model = teacher
+    if isinstance(teacher, str):
+        dtype = str((scoring or {}).get("dtype"))
+        load = LoadOptions(revision, dtype if dtype in DTYPES else "auto", load_in_4bit=dtype == "4bit")
+        model = load_model(teacher, "teacher", load, torch.device("cuda") if torch.cuda.is_available() else None)
     chosen = rows.first(num_rows)
     try:
         scores = score_sequences(model, chosen.prompt_ids, chosen.completion_ids, tokens_per_batch=tokens_per_batch)

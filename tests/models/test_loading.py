@@ -1,0 +1,122 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from tests.models.checkpoints import hub_snapshot, save_model
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.fingerprint import identify_model
+from trl_blend.models.loading import (
+    LoadOptions,
+    find_config,
+    find_eos_token_ids,
+    find_generation_config,
+    find_tokenizer,
+    load_frozen,
+    load_model,
+)
+
+
+IDS = torch.arange(6, 20)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache with two revisions of a base, and two revisions of an adapter on the older one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    old, new = hub_snapshot(tmp_path, "org/base", "1" * 40, "v1"), hub_snapshot(tmp_path, "org/base", "2" * 40)
+    model = tiny_model("llama", seed=1)
+    model.generation_config.eos_token_id = [1, 40]
+    save_model(model, old)
+    save_model(tiny_model("llama", seed=2), new)
+    adapted = {}
+    for branch, commit in (("main", "3" * 40), ("v9", "4" * 40)):
+        adapted[branch] = tiny_lora(AutoModelForCausalLM.from_pretrained(old), seed=int(commit[0]))
+        settings = adapted[branch].peft_config["default"]
+        settings.base_model_name_or_path, settings.revision = "org/base", "v1"
+        adapted[branch].save_pretrained(hub_snapshot(tmp_path, "org/adapter", commit, branch))
+    return adapted
+
+
+def test_an_adapter_is_put_on_the_revision_of_its_base_that_it_names(hub):
+    for revision, branch in ((None, "main"), ("v9", "v9")):
+        loaded = load_frozen("org/adapter", "teacher", dtype=None, device_map=None, revision=revision)
+        torch.testing.assert_close(logits(loaded), logits(hub[branch].eval()))
+        assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+        by_options = load_model("org/adapter", "teacher", LoadOptions(revision, "float32"))
+        assert torch.equal(logits(by_options), logits(loaded))
+        found = identify_model("org/adapter", revision=revision)
+        assert found.adapter.weights == identify_model(loaded, tokenizer=tiny_tokenizer()).adapter.weights
+        assert (found.eos_token_ids, found.tokenizer.vocab_size) == ([1, 40], 64)
+
+
+def test_what_an_adapter_lacks_is_that_of_its_base(hub):
+    assert find_config("org/adapter", "model", revision="v9", trust_remote_code=False).model_type == "llama"
+    assert find_generation_config("org/adapter", "model").eos_token_id == [1, 40]
+    tokenizer = find_tokenizer("org/adapter", "model")
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert find_eos_token_ids("org/adapter", tokenizer) == [1, 40]
+
+
+def test_an_adapter_with_a_tokenizer_and_end_of_its_own(tmp_path):
+    base = save_model(tiny_model(), tmp_path / "base")
+    adapter = tiny_lora(AutoModelForCausalLM.from_pretrained(base))
+    folder = save_model(adapter, tmp_path / "adapter", tokenizer=tiny_tokenizer(eos_token="<unk>"))
+    adapter.generation_config.eos_token_id = 7
+    adapter.generation_config.save_pretrained(folder)
+    tokenizer = find_tokenizer(folder, "model")
+    assert tokenizer.eos_token == "<unk>"
+    assert find_eos_token_ids(folder, tokenizer) == [2, 7]
+
+
+def test_a_model_in_memory_has_the_tokenizer_that_it_was_loaded_beside(tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(save_model(tiny_model(), tmp_path))
+    assert find_config(loaded, "model") is loaded.config
+    assert find_generation_config(loaded, "model") is loaded.generation_config
+    assert load_model(loaded, "model", LoadOptions()) is loaded and loaded.lm_head.weight.requires_grad
+    assert find_tokenizer(loaded, "model").get_vocab() == tiny_tokenizer().get_vocab()
+    loaded.config._name_or_path = "/of/another/machine"
+    for model in (loaded, tiny_model()):
+        assert find_tokenizer(model, "model") is None
+        with pytest.raises(ConfigError, match="`model` was built in memory and has no tokenizer of its own. Pass"):
+            find_tokenizer(model, "model", required=True)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert find_tokenizer(str(tmp_path), "model") is None
+    with pytest.raises(ConfigError, match="has no tokenizer of its own"):
+        find_tokenizer(str(tmp_path), "model", required=True)
+
+
+def test_a_missing_model_has_one_message(tmp_path):
+    for name in (str(tmp_path / "nowhere"), "no/such-model"):
+        message = f"`teacher='{name}'`.* is neither a folder with a model nor one that can be had from the Hub"
+        for find in (find_config, load_frozen):
+            with pytest.raises(ConfigError, match=message):
+                find(name, "teacher")
+        with pytest.raises(ConfigError, match=f"^'{name}' is neither a folder with a model nor one that"):
+            identify_model(name)
+    with pytest.raises(ConfigError, match="'no/such-model'` at revision 'v2' is neither"):
+        find_config("no/such-model", "teacher", revision="v2")
+
+
+def test_an_adapter_that_does_not_name_its_base(tmp_path):
+    tiny_lora(tiny_model()).save_pretrained(tmp_path)
+    for find in (find_config, find_tokenizer, load_frozen):
+        with pytest.raises(ConfigError, match="is a PEFT adapter that does not name its base"):
+            find(str(tmp_path), "teacher")
+
+
+def test_an_encoder_decoder_is_refused_by_name_and_in_memory(tmp_path):
+    config = T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    for given in (model, str(tmp_path)):
+        with pytest.raises(UnsupportedError, match="`teacher` is an encoder-decoder model \\(model_type='t5'\\)"):
+            find_config(given, "teacher")
