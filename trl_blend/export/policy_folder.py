@@ -10,7 +10,7 @@ from typing import Any
 from trl_blend.export import model_files
 from trl_blend.export.spec import MixingSpec, ModelSource, file_hashes
 from trl_blend.models.checkpoints import Checkpoint
-from trl_blend.models.tokenizer_identity import fingerprint_tokenizer
+from trl_blend.models.fingerprint import fingerprint_tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_blend.trainers._greedy import generating_model, greedy_rewards
-from trl_blend.trainers.trust_region_opd.rewards import score_rollouts
+from trl_blend.trainers.trust_region_opd.rewards import rollout_rewards
 
 
 __all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table"]
@@ -42,7 +42,7 @@ def greedy_scores(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
 
     def reward(mine: list[dict[str, Any]], completion_ids: list[list[int]]) -> torch.Tensor:
-        return score_rollouts(reward_funcs, mine, completion_ids, tokenizer, trainer_state)
+        return rollout_rewards(reward_funcs, mine, completion_ids, tokenizer, trainer_state)
 
     return means_and_errors(greedy_rewards(model, rows, reward, tokenizer=tokenizer, **decoding))
 
