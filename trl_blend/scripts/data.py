@@ -1,5 +1,6 @@
 """Prompts of the training scripts: the test-bed's, or those of a data set whose columns are named."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,9 @@ def load_prompts(script_args: Any, dataset_args: Any) -> tuple[Any, Any]:
     from trl import get_dataset
 
     if is_testbed(script_args, dataset_args):
-        from testbed.task import build_prompt_dataset
-
+        task = importlib.import_module("testbed.task")  # beside the script that runs
         num_test = max(script_args.num_test_prompts, 1)
-        return build_prompt_dataset("train", 8192), build_prompt_dataset("test", num_test)
+        return task.build_prompt_dataset("train", 8192), task.build_prompt_dataset("test", num_test)
     name = script_args.dataset_name or ""
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
