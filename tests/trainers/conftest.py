@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import shutil
 
 
 # wandb's service would otherwise be asked for by every trainer that reports to it
@@ -53,3 +54,15 @@ def build_opd(models, tmp_path):
         return runs.build_opd(models, tmp_path / f"run{next(numbers)}", **kwargs)
 
     return builder
+
+
+@pytest.fixture
+def other_tokenizer(models, tmp_path):
+    """A copy of the teacher's folder with two tokens swapped."""
+    folder = tmp_path / "other"
+    shutil.copytree(models / "teacher", folder)
+    path = folder / "tokenizer.json"
+    text = path.read_text()
+    assert '"a": 16' in text and '"b": 17' in text
+    path.write_text(text.replace('"a": 16', '"a": 17').replace('"b": 17', '"b": 16', 1))
+    return folder

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import shutil
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig
@@ -88,18 +87,6 @@ def test_no_teacher_without_peft(kind, refuses):
     refuses(ConfigError, "`teacher_model=None` means the base of a PEFT student", teacher=None)
     if kind == "opd":
         refuses(ConfigError, "`teacher_model=None` means", teacher=None, rollout_policy="student")
-
-
-@pytest.fixture
-def other_tokenizer(models, tmp_path):
-    """A copy of the teacher's folder with two tokens swapped."""
-    folder = tmp_path / "other"
-    shutil.copytree(models / "teacher", folder)
-    path = folder / "tokenizer.json"
-    text = path.read_text()
-    assert '"a": 16' in text and '"b": 17' in text
-    path.write_text(text.replace('"a": 16', '"a": 17').replace('"b": 17', '"b": 16', 1))
-    return folder
 
 
 @pytest.mark.parametrize("loaded", [False, True])

@@ -10,7 +10,6 @@ from transformers import (
 )
 from trl import GRPOTrainer
 
-from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import runs
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 
@@ -64,10 +63,8 @@ def test_one_revision_for_several_teachers_is_ambiguous(refuses):
     refuses(ConfigError, "`teacher_model_revision='v2'` is ambiguous for 2 teachers", **settings)
 
 
-def test_the_differing_teacher_of_several_is_named(refuses, tmp_path):
-    tiny_model(seed=1).save_pretrained(tmp_path)
-    tiny_tokenizer(unk_token="?").save_pretrained(tmp_path)
-    settings = {"teacher": ["teacher", str(tmp_path)], "teacher_weight": [0.1, 0.1]}
+def test_the_differing_teacher_of_several_is_named(refuses, other_tokenizer):
+    settings = {"teacher": ["teacher", str(other_tokenizer)], "teacher_weight": [0.1, 0.1]}
     refuses(TokenizerMismatchError, r"`teacher_model\[1\]`", **settings)
 
 
