@@ -72,18 +72,19 @@ def test_another_teacher(world, tmp_path, amount):
     assert finding.evidence["compared_by"] == "weights"
 
 
-def test_resaved_in_other_shards_is_the_same_teacher(world, tmp_path):
-    other = save_model(world.teacher_model, tmp_path / "other", max_shard_size="10KB")
+@pytest.mark.parametrize(
+    ("dtype", "settings", "severity", "message"),
+    [
+        ("float32", {"max_shard_size": "10KB"}, "ok", "have the same weights"),
+        ("bfloat16", {}, "info", "one is a bfloat16 copy of the other"),
+    ],
+)
+def test_the_same_teacher_saved_otherwise(world, tmp_path, dtype, settings, severity, message):
+    model = copy.deepcopy(world.teacher_model).to(getattr(torch, dtype))
+    other = save_model(model, tmp_path / "other", **settings)
     report = check_teacher_consistency(world.student, rewritten(world, tmp_path / "scored", teacher=other))
-    assert report["teacher"].severity == "ok"
-
-
-def test_a_bfloat16_copy_is_reported_as_such(world, tmp_path):
-    other = save_model(copy.deepcopy(world.teacher_model).bfloat16(), tmp_path / "other")
-    report = check_teacher_consistency(world.student, rewritten(world, tmp_path / "scored", teacher=other))
-    assert report["teacher"].severity == "info"
-    assert "one is a bfloat16 copy of the other" in report["teacher"].message
-    assert report.ok
+    assert report.ok and report["teacher"].severity == severity
+    assert message in report["teacher"].message
 
 
 def test_the_same_weights_under_another_configuration(world, tmp_path):

@@ -111,6 +111,11 @@ def test_an_adapter_that_does_not_name_its_base(tmp_path):
     for find in (find_config, find_tokenizer, load_frozen):
         with pytest.raises(ConfigError, match="is a PEFT adapter that does not name its base"):
             find(str(tmp_path), "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert find_tokenizer(str(tmp_path), "teacher").get_vocab() == tiny_tokenizer().get_vocab()
+    assert (
+        identify_model(str(tmp_path)).tokenizer == identify_model(tiny_model(), tokenizer=tiny_tokenizer()).tokenizer
+    )
 
 
 def test_an_encoder_decoder_is_refused_by_name_and_in_memory(tmp_path):

@@ -45,16 +45,9 @@ REMEDIES = {
 
 def rescoring_tolerance(logps_dtype: str, scoring: dict[str, Any] | None, live_dtype: str) -> float:
     """
-    Bound on the mean absolute difference, by the coarsest of: how the scores are stored, the dtype that they were
-    computed in, the dtype of the live teacher.
-
-    Args:
-        logps_dtype (`str`):
-            `"float16"` or `"float32"`.
-        scoring (`dict[str, Any]`, *optional*):
-            The manifest's settings of scoring.
-        live_dtype (`str`):
-            Dtype of the live teacher's weights, `"4bit"` or `"8bit"` where they are quantised.
+    Bound on the mean absolute difference, in nats, by the coarsest of: how the scores are stored, the dtype that they
+    were computed in (the manifest's settings of scoring), the dtype of the live teacher (`"4bit"` or `"8bit"` where it
+    is quantised).
     """
     scored_dtype = str((scoring or {}).get("dtype"))
     if any(bits in dtype for dtype in (scored_dtype, live_dtype) for bits in ("4bit", "8bit")):
@@ -70,15 +63,8 @@ def check_rescored(rows: SampledRows, live_logps: Sequence[np.ndarray], toleranc
 
     With \\( d_t \\) the stored minus the live log-prob: an error where the mean of \\( |d_t| \\) is above `tolerance`,
     where the mean of \\( d_t \\) is above half of it either way (scores at another temperature), or where the mean of
-    \\( |d_t| \\) of one row is above five times it (scores that belong to another row).
-
-    Args:
-        rows ([`SampledRows`]):
-            What is stored.
-        live_logps (`Sequence[np.ndarray]`):
-            `(T,)` per row.
-        tolerance (`float`):
-            In nats.
+    \\( |d_t| \\) of one row is above five times it (scores that belong to another row). `live_logps` are of shape
+    `(T,)` per row, `tolerance` is in nats.
     """
     pairs = zip(rows.teacher_logps, live_logps, strict=True)
     differences = [stored.astype(np.float64) - live for stored, live in pairs]
@@ -130,13 +116,8 @@ def check_policy_gap(rows: SampledRows, sampling: dict[str, Any] | None) -> Find
 
     It estimates the per-token reverse KL without bias only where the tokens were sampled at temperature 1 without
     top-k, top-p and min-p. No importance weights are applied: sharper sampling visits probable tokens more often, so
-    the number then describes the tokens that are trained on, not the student's distribution.
-
-    Args:
-        rows ([`SampledRows`]):
-            What is stored.
-        sampling (`dict[str, Any]`, *optional*):
-            The manifest's settings of sampling.
+    the number then describes the tokens that are trained on, not the student's distribution. `sampling` are the
+    manifest's settings of sampling.
     """
     plain = _is_plain_sampling(sampling)
     student, source = rows.student_logps, "student_logps"
@@ -193,15 +174,7 @@ def check_eos(rows: SampledRows, eos_token_ids: Collection[int], teacher_eos_tok
     """
     Every completion ends in an end-of-sequence token of the student unless it is marked as truncated (else an error),
     no truncated one does (a warning), and the teacher expects that token there: mean log-prob of at least -5 (else a
-    warning: a teacher that ends its turns with another token).
-
-    Args:
-        rows ([`SampledRows`]):
-            What is stored.
-        eos_token_ids (`Collection[int]`):
-            Ids that ended the student's sampling.
-        teacher_eos_token_ids (`Collection[int]`):
-            Ids that end the teacher's, for the message.
+    warning: a teacher that ends its turns with another token, one of `teacher_eos_token_ids`).
     """
     if not eos_token_ids:
         return Finding("eos", "info", "Not checked: neither the data nor the student names an end-of-sequence id.", {})

@@ -215,21 +215,17 @@ _DATE = "26 Jul 2024"  # templates that print the date take it from here
 
 
 def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
+    template = getattr(tokenizer, "chat_template", None)
     return {
         "tokenizer": None if tokenizer is None else fingerprint_tokenizer(tokenizer),
-        "chat_template_sha256": _chat_template_sha256(tokenizer),
-        "chat_rendering_sha256": _chat_rendering_sha256(tokenizer),
+        "chat_template_sha256": digest(template) if template else None,
+        # Two templates whose texts differ, by TRL's generation markers for instance, may render the same
+        "chat_rendering_sha256": digest([_render(tokenizer, probe) for probe in _PROBES]) if template else None,
     }
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> TokenizerFingerprint:
-    """
-    Fingerprint of a tokenizer (of a processor: of its tokenizer).
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Fast or slow.
-    """
+    """Fingerprint of a tokenizer, fast or slow; of a processor, that of its tokenizer."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     vocabulary = tokenizer.get_vocab()
     added = [
@@ -255,19 +251,6 @@ def _merges(tokenizer: Any) -> list[str]:
     merges = json.loads(backend.to_str())["model"].get("merges") or []
     # Older versions of tokenizers write a merge as one string
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-
-
-def _chat_template_sha256(tokenizer: Any) -> str | None:
-    """SHA-256 of the text of the chat template(s); `None` without one."""
-    template = getattr(tokenizer, "chat_template", None)
-    return digest(template) if template else None
-
-
-def _chat_rendering_sha256(tokenizer: Any) -> str | None:
-    """Two templates whose texts differ, by TRL's generation markers for instance, may render the same."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    return digest([_render(tokenizer, messages) for messages in _PROBES])
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:

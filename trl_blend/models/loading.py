@@ -1,7 +1,7 @@
 """The one way from a name to a configuration, a tokenizer and a causal language model, adapters included."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,7 @@ def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> 
         [`~trl_blend.errors.UnsupportedError`]: If it is not a decoder-only language model.
     """
     if isinstance(model, str):
-        name, options = _places(model, argument, _given(options))[-1]
+        *_, (name, options) = _places(model, argument, _given(options))
         try:
             config = AutoConfig.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
@@ -240,12 +240,12 @@ def load_frozen(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
     """
     from trl_blend import _compat  # imports trl, which finding a configuration does not need
 
-    base, of_base = _places(name, argument, arguments)[-1]
+    *above, (base, of_base) = _places(name, argument, arguments)
     try:
         loaded: Any = _compat.load_replicated(base, **of_base)
     except OSError as error:
         raise missing_model(base, error, argument, of_base.get("revision")) from error
-    if base != name:
+    if above:
         from peft import PeftModel
 
         loaded = PeftModel.from_pretrained(loaded, name, **_of_files(arguments))
@@ -253,11 +253,12 @@ def load_frozen(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
     return loaded.requires_grad_(False).eval()
 
 
-def _places(name: str, argument: str, options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _places(name: str, argument: str, options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where a model's files are looked for, and with which options: its own place; for an adapter, then its base's."""
+    yield name, options
     found = _file(name, "adapter_config.json", argument, options)
     if found is None:
-        return [(name, options)]
+        return
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
             f"`{argument}={name!r}` is a PEFT adapter, and peft is not installed. Run `pip install trl_blend[peft]`."
@@ -269,7 +270,7 @@ def _places(name: str, argument: str, options: dict[str, Any]) -> list[tuple[str
             "pass the loaded model."
         )
     of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
-    return [(name, options), (adapter.base_name, of_base | _given({"revision": adapter.base_revision}))]
+    yield adapter.base_name, of_base | _given({"revision": adapter.base_revision})
 
 
 def _named_tokenizer(model: str, argument: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:

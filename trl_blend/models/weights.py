@@ -72,10 +72,6 @@ class _TensorDigest(NamedTuple):
     digest: bytes
     digest_bfloat16: bytes
 
-    @property
-    def values(self) -> tuple[tuple[int, ...], bytes]:
-        return self.shape, self.digest
-
 
 def _chunk_digests(chunk: torch.Tensor) -> tuple[bytes, bytes]:
     """Digests of a flat piece of a tensor: of its values, and of its values rounded to bfloat16."""
@@ -137,8 +133,10 @@ def fingerprint_tensors(tensors: Mapping[str, LazyTensor], layout: Layout | None
         )
     for name, source in layout.tied.items():
         # One tensor under two names; which of the two a file keeps is the writer's choice.
-        if name in found and (source not in found or found[name].values == found[source].values):
-            found[source] = found.pop(name)
+        if name in found:
+            one, other = found[name], found.get(source, found[name])
+            if (one.shape, one.digest) == (other.shape, other.digest):
+                found[source] = found.pop(name)
     return _combine(found)
 
 

@@ -23,16 +23,8 @@ def innermost_model(model: nn.Module, argument: str) -> GenerationMixin:
     """
     The Hugging Face causal language model inside `model`: PEFT and `torch.compile` wrappers are taken off.
 
-    Adapters stay active: PEFT injects them into the model's own layers.
-
-    Args:
-        model (`torch.nn.Module`):
-            A causal language model, or a PEFT model of one.
-        argument (`str`):
-            Name of the argument that holds it, for the error messages.
-
-    Returns:
-        [`~transformers.GenerationMixin`]: The model whose `generate` and `forward` do the work.
+    Adapters stay active: PEFT injects them into the model's own layers. `argument` is the name of the one that holds
+    the model, for the error messages.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]: For prompt-learning adapters, encoder-decoder models, and anything that
