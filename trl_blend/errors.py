@@ -11,7 +11,7 @@ expect, so `except ValueError` keeps working.
 | [`StoreError`] | `teacher.store`, `teacher.shards`, `teacher.validation` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
 | [`ConsistencyError`] | `teacher.consistency` | the teacher of the log-probs is not, or not provably, the teacher of the student's SFT |
 | [`EngineError`] | `teacher.vllm_client`, `teacher.vllm_server` | a vLLM server cannot be reached, refuses a request, or does not return what is needed |
-| [`HubError`] | a trainer's constructor and `push_to_hub` | the Hub cannot be reached, or refuses the token or the repository, before anything is uploaded |
+| [`HubError`] | a trainer's constructor and `push_to_hub`, `trl-blend export` | the Hub cannot be reached, or refuses the token or the repository |
 | [`UnsupportedError`] | a trainer's constructor, `blended_generation` | a combination that this package cannot run correctly |
 """
 
@@ -53,7 +53,7 @@ class EngineError(TrlBlendError, RuntimeError):
 
 
 class HubError(TrlBlendError, OSError):
-    """The repository of a run cannot be created or written to: the Hub is not reached, or refuses the token or the name."""
+    """The Hub cannot be reached, or refuses the token or the repository."""
 
 
 class UnsupportedError(TrlBlendError, NotImplementedError):

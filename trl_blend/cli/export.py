@@ -1,9 +1,11 @@
 """`trl-blend export`: a mixed policy as a folder, or repository, that runs without this package."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trl_blend.errors import HubError
 from trl_blend.scripts.messages import tell
 
 
@@ -72,7 +74,12 @@ def run(
 def _push(folder: Path, repository: str, private: bool) -> str:
     """Push a folder as a model; returns the address of the commit."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
-    api = HfApi()
-    name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
-    return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload mixed policy"))
+    try:
+        api = HfApi()
+        name = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload mixed policy"))
+    except (HTTPError, HFValidationError, OSError) as error:
+        again = f"`hf upload {repository} {shlex.quote(str(folder))}` sends it"
+        raise HubError(f"{error} The mixed policy is in {str(folder)!r}: {again}.") from error
