@@ -53,7 +53,7 @@ class EngineError(TrlBlendError, RuntimeError):
 
 
 class HubError(TrlBlendError, OSError):
-    """The repository of a run cannot be created or written to: the Hub is not reached, or refuses the token or the name."""
+    """The Hub cannot be reached, or refuses the token or the repository."""
 
 
 class UnsupportedError(TrlBlendError, NotImplementedError):

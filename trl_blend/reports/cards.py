@@ -5,7 +5,7 @@ the templates of `model_cards/`. Nothing here knows a trainer.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -57,15 +57,8 @@ def code(value: Any) -> str:
 
 def model_link(name: Any, commit: str | None = None, kind: str = "") -> str:
     """
-    A model or data set as a card names it.
-
-    Args:
-        name (`str`):
-            Name, id or path.
-        commit (`str`, *optional*):
-            Commit on the Hub, or another revision.
-        kind (`str`, *optional*, defaults to `""`):
-            `"datasets/"` for a data set.
+    A model, or with `kind="datasets/"` a data set, as a card names it: `name` is a name, id or path, `commit` a commit
+    on the Hub or another revision.
     """
     shown = shown_name(name)
     if not shown.text:
@@ -85,16 +78,7 @@ def is_commit(revision: str | None) -> bool:
 
 
 class CardTeacher(NamedTuple):
-    """
-    A teacher in a card.
-
-    Args:
-        name (`str` or `None`): Name, id or path.
-        commit (`str` or `None`): Commit on the Hub.
-        dtype (`str` or `None`): Number format it ran in.
-        state (`str`): `"verified"`, `"stated"` or `"unknown"`.
-        reason (`str`): How that is known.
-    """
+    """A teacher in a card: its identity is `"verified"`, `"stated"` or `"unknown"`, and the reason for that."""
 
     name: str | None
     commit: str | None
@@ -140,11 +124,7 @@ class PaperValue:
 
 
 class PaperComparison(NamedTuple):
-    """
-    Args:
-        differences (`list[Row]`): Setting, value of this run, value of the paper.
-        agreements (`list[Row]`): Setting and value of those that are the paper's.
-    """
+    """Settings that differ (name, value of this run, of the paper), and those that do not (name, value)."""
 
     differences: list[Row]
     agreements: list[Row]
@@ -174,16 +154,13 @@ def _equal(first: Any, second: Any) -> bool:
 
 def evaluation_table(log_history: Iterable[Mapping[str, Any]], pattern: str) -> Table | None:
     """
-    First and last evaluation of a run.
+    First and last evaluation of a run; `None` without one that has a metric to show.
 
     Args:
         log_history (`Iterable[Mapping[str, Any]]`):
             `trainer.state.log_history`.
         pattern (`str`):
             Regular expression of the metrics to show, without the prefix `eval_`.
-
-    Returns:
-        Header and rows of a table, or `None` without an evaluation that has such a metric.
     """
     found: dict[str, dict[int, float]] = {}
     for entry in log_history:
@@ -248,6 +225,13 @@ def render(template: str, fields: Mapping[str, Any]) -> str:
             Values of the placeholders. A missing one is an error. `local_names`, where given, lists names that
             [`without_paths`] hides in all of them.
     """
+    names = fields.get("local_names", ())
+
+    def finalize(value: Any) -> Any:
+        if isinstance(value, StrictUndefined):
+            return value
+        return _JINJA.sub(lambda match: "{{ '" + match[0] + "' }}", without_paths(str(value), names))
+
     path = Path(model_card_template(template))
     environment = Environment(
         loader=FileSystemLoader(path.parent),
@@ -258,19 +242,10 @@ def render(template: str, fields: Mapping[str, Any]) -> str:
         comment_start_string="[#",
         comment_end_string="#]",
         undefined=StrictUndefined,
-        finalize=_finalizer(fields.get("local_names", ())),
+        finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters |= {"cell": cell, "code": code, "shown": lambda name: shown_name(name).text}
     return environment.get_template(path.name).render(**fields)
-
-
-def _finalizer(names: Any) -> Callable[[Any], Any]:
-    def finalize(value: Any) -> Any:
-        if isinstance(value, StrictUndefined):
-            return value
-        return _JINJA.sub(lambda match: "{{ '" + match[0] + "' }}", without_paths(str(value), names))
-
-    return finalize

@@ -29,12 +29,6 @@ def base_license(name: str, commit: str | None = None) -> dict[str, Any]:
     """
     The license of a base model as its own card states it, where that is here: in its folder or the Hub's cache, never
     from the network.
-
-    Args:
-        name (`str`):
-            Folder, or id on the Hub; `""` for a model without a name.
-        commit (`str`, *optional*):
-            Commit or other revision.
     """
     shown = shown_name(name)
     card = Path(name, "README.md")
@@ -90,12 +84,8 @@ def complete_metadata(
 
 def model_index(results: Mapping[str, Any] | None) -> list[EvalResult]:
     """
-    Entries of the model index: only for results that name a data set on the Hub and the policy that is published.
-
-    Args:
-        results (`Mapping[str, Any]`, *optional*):
-            `card_results` of a trainer, with `dataset` (id on the Hub), `policy` (the one of `after` that this model
-            is) and optionally `split`.
+    Entries of the model index: only for `card_results` of a trainer that name a data set on the Hub and the policy
+    that is published.
     """
     dataset = shown_name((results or {}).get("dataset")).hub_id
     if results is None or dataset is None or results.get("policy") not in results["after"]:

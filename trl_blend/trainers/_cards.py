@@ -95,7 +95,9 @@ class CardMixin:
         args, state, results, method = self.args, self.state, self.card_results, self.card_fields()
         base, commit = _origin(self.model.config, args.model_init_kwargs)
         data = model_link(dataset_name, kind="datasets/") if dataset_name else ""
+        rows = f"{method['data_rows']:,} {method['data_unit']} of " if method["data_rows"] else ""
         adapter = _adapter(self.accelerator.unwrap_model(self.model))
+        settings = _settings(args, state, adapter) | method["settings"]
         curves = self.write_curves()
         fields = {
             "config": args,
@@ -109,14 +111,12 @@ class CardMixin:
             "what": [
                 ("started from", model_link(base, commit)),
                 ("trained weights", _weights(args, self.model.dtype, adapter)),
-                ("data", _rows(method) + (data or "a dataset that was not named")),
-                ("length", _length(state, counts_epochs=bool(method["data_rows"]))),
+                ("data", rows + (data or "a dataset that was not named")),
+                ("length", _length(state, counts_epochs=bool(rows))),
                 ("per step", method["per_step"]),
                 ("seed", str(args.seed)),
             ],
-            "comparison": cards.compare_with_paper(
-                method["paper"], _settings(args, state, adapter) | method["settings"]
-            ),
+            "comparison": cards.compare_with_paper(method["paper"], settings),
             "curves": curves and curves.name,
             "before_after": results and cards.before_after_table(results),
             "before_after_text": _scores_text(results),
@@ -127,11 +127,8 @@ class CardMixin:
 
     def write_curves(self) -> Path | None:
         """
-        Draw what was logged so far into `output_dir/training_curves.png`. A failure is reported and loses nothing.
-
-        Returns:
-            `pathlib.Path` or `None`: The file; `None` on the other processes, where nothing was logged yet, and after
-            a failure.
+        Draw what was logged so far into `output_dir/training_curves.png`; `None` where nothing is drawn. The main
+        process draws. A failure is reported and loses nothing.
         """
         if not self.is_world_process_zero():
             return None
@@ -167,10 +164,6 @@ def _weights(args: Any, dtype: torch.dtype, adapter: str | None) -> str:
     weights, half = _dtype(dtype), "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     arithmetic = f" weights, {half} arithmetic" if half and half != weights else ""
     return f"{adapter or 'all'}, {weights}{arithmetic}"
-
-
-def _rows(method: Mapping[str, Any]) -> str:
-    return f"{method['data_rows']:,} {method['data_unit']} of " if method["data_rows"] else ""
 
 
 def _length(state: Any, counts_epochs: bool) -> str:
