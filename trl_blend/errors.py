@@ -8,10 +8,10 @@ expect, so `except ValueError` keeps working.
 |---|---|---|
 | [`ConfigError`] | a config's `__post_init__`, a trainer's constructor, a rule | a setting is outside its range or contradicts another |
 | [`TokenizerMismatchError`] | `models.compatibility` | student and partner do not map the same tokens to the same ids |
-| [`StoreError`] | `rollouts.store`, `rollouts.shard`, `rollouts.checks`, `_files` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
+| [`StoreError`] | `rollouts.store`, `rollouts.shard`, `rollouts.writer`, `rollouts.checks` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
 | [`ConsistencyError`] | `consistency.report` | the teacher of the log-probs is not, or not provably, the teacher of the student's SFT |
 | [`EngineError`] | `rollouts.engines.vllm_server` | a vLLM server cannot be reached, refuses a request, or does not return what is needed |
-| [`HubError`] | a trainer's constructor, `trl-blend export --push_to_hub` | the Hub cannot be reached, or refuses the token or the repository |
+| [`HubError`] | a trainer's constructor and `push_to_hub`, `trl-blend export` | the Hub cannot be reached, or refuses the token or the repository |
 | [`UnsupportedError`] | a trainer's constructor, `blended_generation` | a combination that this package cannot run correctly |
 """
 
