@@ -47,7 +47,7 @@ def kl_and_normalizer(logits: Tensor, other_logits: Tensor) -> tuple[Tensor, Ten
 
 def path_logits(student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
     """
-    `(1 - w) z_S + w z_T` with one weight per row, of shape `(...)` for logits of shape `(..., V)`: rows of weight 0
+    `(1 - w) z_S + w z_T` with one weight per row, of shape `(...)` for logits of shape `(..., V)`. Rows of weight 0
     are exactly the student's, rows of weight 1 exactly the teacher's.
     """
     weight = weight.unsqueeze(-1)

@@ -89,8 +89,8 @@ def solve_trust_region(
     `β·Var_{μ_β}[r]` (Eq. 12-14). The root is found by Newton's method on `√KL`, which is nearly linear in `β`, inside
     a bracket, with bisection whenever a step leaves it. It starts from `√(2ε / Var_{p_S}[r])`, corrected for the
     skewness of `r`. Rows are solved in float32; those it is too coarse for (log-ratios above 48, or a budget below
-    `1e-12 / rtol²`) in float64. On an accelerator only one check before the iterations and one in each wait for the
-    device. Not done here: temperature (divide both logits by it first) and vocabulary alignment.
+    `1e-12 / rtol²`) in float64. On an accelerator nothing waits for the device but one check before the iterations and
+    one per iteration. Not done here: temperature (divide both logits by it first) and vocabulary alignment.
 
     Args:
         student_logits (`torch.Tensor` of shape `(..., V)`):

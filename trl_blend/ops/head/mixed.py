@@ -1,7 +1,7 @@
 """Log-probabilities and entropy of a mixed policy from hidden states, without ever building `(N, V)` logits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from trl_blend.errors import ConfigError
 from trl_blend.ops.head import tiles
 from trl_blend.ops.head.layer import GatherParameters, LMHead, frozen, no_gather
-from trl_blend.ops.head.tiles import LOG_ZERO, Block, Kernel, Scratch, TiledModel
+from trl_blend.ops.head.tiles import LOG_ZERO, Block, Kernel, Scratch, TiledModel, TileGradient
 from trl_blend.ops.mixing import student_weight, validate_weights
 
 
@@ -161,7 +161,7 @@ class _MixedLogProbs(Kernel):
 
     def tile_gradient(
         self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
-    ) -> Callable[[Block, slice], Tensor]:
+    ) -> TileGradient:
         """
         With respect to the student's logits it is `a (1[target] - p) - b p (log p_mix - c)`. With logits mixed, `p` is
         `p_mix` and `c = -entropy`. With probabilities mixed, `p` is `p_S` and `c` its negative cross entropy against
@@ -178,8 +178,7 @@ class _MixedLogProbs(Kernel):
             at_target = at_target * statistic
             at_entropy = None if at_entropy is None else at_entropy * models[0].share
 
-        def gradient(block: Block, rows: slice) -> Tensor:
-            tanh = tiles.softcap_buffer(block, rows, scratch)
+        def gradient(block: Block, rows: slice, tanh: Tensor | None) -> Tensor:
             if self.mixes_logits or at_entropy is None:
                 # Without an entropy gradient, mixed probabilities leave the student alone here: the same code
                 grad = _mixed_logits(block, rows, scratch, tanh).sub_(log_norms[0][rows, None]).clamp_(min=LOG_ZERO)
@@ -195,8 +194,7 @@ class _MixedLogProbs(Kernel):
                 # a + b (log p_mix - c), as b log p_mix + (a - b c)
                 grad.mul_(b).add_(a - b * center[rows, None]).mul_(probs).neg_()
             local, inside = tiles.local_columns(self.targets[rows, None], block)
-            grad.scatter_add_(1, local, torch.where(inside, a, 0.0))
-            return tiles.through_softcap_(grad, tanh)
+            return grad.scatter_add_(1, local, torch.where(inside, a, 0.0))
 
         return gradient
 
@@ -216,15 +214,11 @@ def _mixed_probs(
     `log p_mix` of one tile where probabilities are mixed, in the buffer `"tile"`, and `log p` of the first model, in
     the buffer `"first"`. `tanh` is that of the first model. Overwrites the buffer `"term"`.
     """
-    shape = (rows.stop - rows.start, block.stop - block.start)
-    tile, first = scratch.take("tile", *shape), scratch.take("first", *shape)
-    tiles.project(first, block.models[0], rows, scratch, tanh=tanh)
-    first.sub_(log_norms[0][rows, None])
-    torch.add(first, math.log(block.models[0].share), out=tile)
-    for model, log_norm in zip(block.models[1:], log_norms[1:], strict=True):
-        term = scratch.take("term", *shape)
-        tiles.project(term, model, rows, scratch)
-        term.add_(math.log(model.share) - log_norm[rows, None])
+    first = tiles.logits_tile(block, 0, rows, scratch, "first", tanh=tanh).sub_(log_norms[0][rows, None])
+    tile = torch.add(first, math.log(block.models[0].share), out=scratch.take("tile", *first.shape))
+    for index in range(1, len(block.models)):
+        term = tiles.logits_tile(block, index, rows, scratch, "term")
+        term.add_(math.log(block.models[index].share) - log_norms[index][rows, None])
         torch.logaddexp(tile, term, out=tile)
     return tile.clamp_(min=LOG_ZERO), first
 

@@ -1,7 +1,7 @@
 """Reverse KL of a student against a teacher or a Veto target from hidden states, without building `(N, V)` logits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from trl_blend.ops.head.tiles import (
     RunningTopK,
     Scratch,
     TiledModel,
+    TileGradient,
 )
 from trl_blend.ops.vocab import EosMap
 
@@ -259,30 +260,47 @@ class _ReverseKL(Kernel):
 
     def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
         count = len(models[0].hidden)
-        student_eos, teacher_eos = (EosColumns(self.eos_ids, count, scratch) for _ in range(2))
+        student_eos, target_eos = (EosColumns(self.eos_ids, count, scratch) for _ in range(2))
         statistics = _Statistics(count, self.top_k, scratch)
         for block in tiles.vocab_blocks(models, self.vocab):
             for rows in tiles.token_rows(count):
                 student, target = (_logits(block, index, rows, scratch) for index in range(2))
                 student_eos.take_(rows, student, block)
-                teacher_eos.take_(rows, target, block)
+                target_eos.take_(rows, target, block)
                 if self.veto_weight:
                     target.add_(student, alpha=self.veto_weight)
-                statistics.fold_(rows, student, target, block.start, scratch)
-        at_eos = torch.empty_like(student_eos.logits)
+                statistics.fold_(rows, student, target, block.start)
         if self.eos_ids:
             stop = student_eos.merged()
-            stop_target = teacher_eos.merged().add_(stop, alpha=self.veto_weight)
+            stop_target = target_eos.merged().add_(stop, alpha=self.veto_weight)
             # As one more column of the vocabulary, `(N, 1)`, which the fold overwrites
-            statistics.fold_(slice(0, count), stop.clone(), stop_target.clone(), self.eos_ids[0], scratch)
-            at_stop = statistics.gradient_at(stop.squeeze(1), stop_target.squeeze(1), self.eos_ids[0])
+            statistics.fold_(slice(0, count), stop.clone(), stop_target.clone(), self.eos_ids[0])
+        log_norm, target_norm = statistics.student.log_norm, statistics.target.log_norm
+        support = statistics.support
+        if support is None:
+            reverse_kl = statistics.reverse_kl()
+            loss = reverse_kl.clone()  # two outputs, of which one has no gradient
+            saved = [log_norm, reverse_kl, target_norm]
+        else:
+            logps = support.values - log_norm.unsqueeze(1)
+            coefficients = support.values.softmax(dim=1) * (logps - (support.others - target_norm.unsqueeze(1)))
+            loss, reverse_kl = (coefficients * logps).sum(dim=1), coefficients.sum(dim=1)
+            saved = [log_norm, reverse_kl, coefficients, support.columns]
+        at_eos = torch.empty_like(student_eos.logits)
+        if self.eos_ids:
+            logp = stop.squeeze(1) - log_norm
+            if support is None:
+                at_stop = logp.exp() * (logp - (stop_target.squeeze(1) - target_norm) - reverse_kl)
+            else:
+                chosen = torch.where(support.columns == self.eos_ids[0], coefficients, 0.0).sum(dim=1)
+                at_stop = chosen - reverse_kl * logp.exp()
+            # The columns that were merged into one share its gradient
             at_eos = at_stop.unsqueeze(1) * torch.exp(student_eos.logits - stop)
-        outputs = statistics.loss(), statistics.student.entropy, statistics.reverse_kl()
-        return outputs, [at_eos, *statistics.saved()]
+        return (loss, statistics.student.entropy, reverse_kl), [at_eos, *saved]
 
     def tile_gradient(
         self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
-    ) -> Callable[[Block, slice], Tensor]:
+    ) -> TileGradient:
         """
         With respect to the student's logits it is `p (log p - log Q - KL)` over the full support,
         `Σ_k c_k (1[v = k] - p)` over the top-k.
@@ -291,9 +309,8 @@ class _ReverseKL(Kernel):
         # From the tile back to the output layer: temperature and scale
         scale = grads[0].to(scratch.dtype).unsqueeze(1) * (models[0].factor * models[0].logit_scale)
 
-        def gradient(block: Block, rows: slice) -> Tensor:
+        def gradient(block: Block, rows: slice, tanh: Tensor | None) -> Tensor:
             at_eos, log_norm, reverse_kl, *rest = (tensor[rows] for tensor in saved)
-            tanh = tiles.softcap_buffer(block, rows, scratch)
             grad = _logits(block, 0, rows, scratch, tanh)
             if self.top_k is None:
                 target = _logits(block, 1, rows, scratch)
@@ -308,18 +325,16 @@ class _ReverseKL(Kernel):
                 local, inside = tiles.local_columns(columns, block)
                 grad.sub_(log_norm.unsqueeze(1)).exp_().mul_(-reverse_kl.unsqueeze(1))
                 grad.scatter_add_(1, local, torch.where(inside, coefficients, 0.0))
-            # The columns that were merged into one share its gradient
             for index, column in tiles.eos_columns(self.eos_ids, block):
                 grad[:, column] = at_eos[:, index]
-            return tiles.through_softcap_(grad.mul_(scale[rows]), tanh)
+            return grad.mul_(scale[rows])
 
         return gradient
 
 
 def _logits(block: Block, index: int, rows: slice, scratch: Scratch, tanh: Tensor | None = None) -> Tensor:
     """One model's logits over the temperature, in a buffer of its own; very negative instead of `-inf`."""
-    tile = scratch.take(f"model {index}", rows.stop - rows.start, block.stop - block.start)
-    tiles.project(tile, block.models[index], rows, scratch, tanh=tanh, rounded=False)
+    tile = tiles.logits_tile(block, index, rows, scratch, f"model {index}", tanh=tanh, rounded=False)
     return tile.clamp_(min=NO_MAXIMUM)
 
 
@@ -333,13 +348,14 @@ class _Statistics:
         self.student, self.target = RunningSoftmax(count, scratch), RunningSoftmax(count, scratch)
         self.support = None if top_k is None else RunningTopK(count, top_k, scratch)
         self._gap_sum = torch.zeros_like(self.student.total)  # Σ e^(s - m) ((s - m) - (q - m_q))
+        self._scratch = scratch
 
-    def fold_(self, rows: slice, student: Tensor, target: Tensor, first_column: int, scratch: Scratch) -> None:
+    def fold_(self, rows: slice, student: Tensor, target: Tensor, first_column: int) -> None:
         """Count a tile, and overwrite it."""
         if self.support is not None:
             self.support.fold(rows, student, first_column, target)
         shift, target_shift = self.student.shift_(rows, student), self.target.shift_(rows, target)
-        probs = scratch.take("aux", *student.shape)
+        probs = self._scratch.take("aux", *student.shape)
         self.target.add_total_(rows, torch.exp(target, out=probs), target_shift)
         torch.exp(student, out=probs)
         if self.support is None:
@@ -348,35 +364,5 @@ class _Statistics:
         self.student.add_(rows, student, probs, shift)
 
     def reverse_kl(self) -> Tensor:
-        if self.support is not None:
-            return self.coefficients().sum(dim=1)
+        """Over all columns."""
         return self._gap_sum / self.student.total - self.student.total.log() + self.target.total.log()
-
-    def coefficients(self) -> Tensor:
-        """`c_k = w_k (log p_S,k - log Q_k)` of the support, with `w` renormalised over it; `(N, k)`."""
-        assert self.support is not None
-        log_target = self.support.others - self.target.log_norm.unsqueeze(1)
-        return self.support.values.softmax(dim=1) * (self._support_logps() - log_target)
-
-    def loss(self) -> Tensor:
-        if self.support is None:
-            return self.reverse_kl()
-        return (self.coefficients() * self._support_logps()).sum(dim=1)
-
-    def _support_logps(self) -> Tensor:
-        assert self.support is not None
-        return self.support.values - self.student.log_norm.unsqueeze(1)
-
-    def gradient_at(self, student: Tensor, target: Tensor, column: int) -> Tensor:
-        """Gradient of the loss with respect to `s` in one column, given `s` and `q` there; `(N,)`."""
-        logp = student - self.student.log_norm
-        if self.support is None:
-            return logp.exp() * (logp - (target - self.target.log_norm) - self.reverse_kl())
-        chosen = torch.where(self.support.columns == column, self.coefficients(), 0.0).sum(dim=1)
-        return chosen - self.reverse_kl() * logp.exp()
-
-    def saved(self) -> tuple[Tensor, ...]:
-        """What the gradient of a recomputed tile needs."""
-        if self.support is None:
-            return self.student.log_norm, self.reverse_kl(), self.target.log_norm
-        return self.student.log_norm, self.reverse_kl(), self.coefficients(), self.support.columns

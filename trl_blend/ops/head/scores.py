@@ -85,7 +85,7 @@ def score_tokens(
             return _score_with_top_k(model, targets, top_k, scratch)
 
         def tile_logits(block: Block, rows: slice) -> Tensor:
-            return _logits(block, rows, scratch)
+            return tiles.logits_tile(block, 0, rows, scratch)
 
         _, logps, _ = tiles.softmax_statistics(
             [model], head.weight.shape[0], targets, scratch, tile_logits, entropy=False
@@ -111,12 +111,6 @@ def _check_arguments(head: LMHead, targets: Tensor, top_k: int | None) -> None:
         )
 
 
-def _logits(block: Block, rows: slice, scratch: Scratch) -> Tensor:
-    tile = scratch.take("tile", rows.stop - rows.start, block.stop - block.start)
-    tiles.project(tile, block.models[0], rows, scratch)
-    return tile
-
-
 def _score_with_top_k(model: TiledModel, targets: Tensor, top_k: int, scratch: Scratch) -> TokenLogProbs:
     # The target is always kept, so only the top K - 1 of the others have to be found, and what falls out is the tail
     count, targets = targets.shape[0], targets.unsqueeze(1)
@@ -124,7 +118,7 @@ def _score_with_top_k(model: TiledModel, targets: Tensor, top_k: int, scratch: S
     target_logit = torch.full((count, 1), -torch.inf, dtype=scratch.dtype, device=scratch.device)
     for block in tiles.vocab_blocks([model], model.weight.shape[0]):
         for rows in tiles.token_rows(count):
-            tile = _logits(block, rows, scratch)
+            tile = tiles.logits_tile(block, 0, rows, scratch)
             local, inside = tiles.local_columns(targets[rows], block)
             at_target = tile.gather(1, local)
             target_logit[rows] = torch.where(inside, at_target, target_logit[rows])

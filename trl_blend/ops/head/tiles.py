@@ -8,7 +8,7 @@ Everything here runs without autograd; the files beside this one make it differe
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -159,16 +159,25 @@ def project(
         (out if product is out else out.copy_(product)).mul_(alpha)
 
 
-def softcap_buffer(block: Block, rows: slice, scratch: Scratch) -> Tensor | None:
-    """Where [`project`] leaves the hyperbolic tangent of the first model of a block, if that model has a softcap."""
-    if block.models[0].softcap is None:
-        return None
-    return scratch.take("tanh", rows.stop - rows.start, block.stop - block.start)
+def logits_tile(
+    block: Block,
+    index: int,
+    rows: slice,
+    scratch: Scratch,
+    name: str = "tile",
+    *,
+    tanh: Tensor | None = None,
+    rounded: bool = True,
+) -> Tensor:
+    """The tile of one model of a block, in the buffer `name`."""
+    tile = scratch.take(name, rows.stop - rows.start, block.stop - block.start)
+    project(tile, block.models[index], rows, scratch, tanh=tanh, rounded=rounded)
+    return tile
 
 
-def through_softcap_(grad: Tensor, tanh: Tensor | None) -> Tensor:
-    """From the gradient with respect to the capped logits to that with respect to those below the softcap."""
-    return grad if tanh is None else grad.mul_(tanh.square_().neg_().add_(1.0))
+# Given block, rows, and where to leave the hyperbolic tangent of the student's softcap: the gradient with respect to
+# the capped logits of a tile, which is overwritten
+TileGradient: TypeAlias = Callable[[Block, slice, Tensor | None], Tensor]
 
 
 class Kernel(ABC):
@@ -183,8 +192,8 @@ class Kernel(ABC):
     @abstractmethod
     def tile_gradient(
         self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
-    ) -> Callable[[Block, slice], Tensor]:
-        """Function that returns the gradient with respect to a tile of the student's projection, to be overwritten."""
+    ) -> TileGradient:
+        """How to find the student's gradient, given those of the outputs."""
 
     def is_differentiable(self, output: int) -> bool:
         return output == 0
@@ -246,7 +255,7 @@ def _rebuilt(settings: list[Any], tensors: Sequence[Any]) -> list[TiledModel]:
 def _student_gradients(
     kernel: Kernel,
     models: Sequence[TiledModel],
-    tile_gradient: Callable[[Block, slice], Tensor],
+    tile_gradient: TileGradient,
     needed: tuple[bool, bool, bool],
     scratch: Scratch,
 ) -> tuple[Tensor | None, ...]:
@@ -263,9 +272,13 @@ def _student_gradients(
         if total is not None and total.dtype != wide:
             total = torch.zeros_like(total, dtype=wide)
         for rows in token_rows(len(student.hidden), token_tile):
-            grad = tile_gradient(block, rows)
+            shape = rows.stop - rows.start, block.stop - block.start
+            tanh = None if student.softcap is None else scratch.take("tanh", *shape)
+            grad = tile_gradient(block, rows, tanh)
+            if tanh is not None:
+                grad.mul_(tanh.square_().neg_().add_(1.0))
             if grad.is_cuda and student.dtype in (torch.float16, torch.bfloat16):
-                grad = scratch.take("product", *grad.shape, dtype=student.dtype).copy_(grad)
+                grad = scratch.take("product", *shape, dtype=student.dtype).copy_(grad)
             if hidden is not None:
                 _add_product_(hidden[rows], grad, block.models[0].weight)
             if total is not None:

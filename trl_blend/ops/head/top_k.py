@@ -1,6 +1,6 @@
 """KL divergence between a student and the stored most probable tokens of a teacher, from hidden states."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from trl_blend.errors import ConfigError
 from trl_blend.ops.head import tiles
 from trl_blend.ops.head.layer import GatherParameters, LMHead, no_gather
-from trl_blend.ops.head.tiles import Block, Kernel, Scratch, TiledModel
+from trl_blend.ops.head.tiles import Block, Kernel, Scratch, TiledModel, TileGradient
 
 
 DIRECTIONS = ("reverse", "forward")
@@ -129,7 +129,7 @@ class _TopKDivergence(Kernel):
         loss, logps, entropy, is_top1 = (self.teacher.new_empty(len(self.targets)) for _ in range(4))
         for block in tiles.vocab_blocks(models, self.vocab, vocab_tile):
             for rows in tiles.token_rows(len(self.targets), token_tile):
-                logprobs = _logits(block, rows, scratch).log_softmax(-1)
+                logprobs = tiles.logits_tile(block, 0, rows, scratch).log_softmax(-1)
                 events, teacher, targets = (
                     _events(logprobs, self.topk_ids[rows]),
                     self.teacher[rows],
@@ -144,15 +144,14 @@ class _TopKDivergence(Kernel):
 
     def tile_gradient(
         self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
-    ) -> Callable[[Block, slice], Tensor]:
+    ) -> TileGradient:
         assert grads[0] is not None
         scale = grads[0].unsqueeze(-1)
 
-        def gradient(block: Block, rows: slice) -> Tensor:
-            tanh = tiles.softcap_buffer(block, rows, scratch)
-            logprobs = _logits(block, rows, scratch, tanh).log_softmax(-1)
+        def gradient(block: Block, rows: slice, tanh: Tensor | None) -> Tensor:
+            logprobs = tiles.logits_tile(block, 0, rows, scratch, tanh=tanh).log_softmax(-1)
             grad = self._logits_gradient(logprobs, self.topk_ids[rows], self.teacher[rows])
-            return tiles.through_softcap_(grad.mul_(scale[rows]).mul_(models[0].logit_scale), tanh)
+            return grad.mul_(scale[rows]).mul_(models[0].logit_scale)
 
         return gradient
 
@@ -165,12 +164,6 @@ class _TopKDivergence(Kernel):
         mass = teacher.exp()
         tail_share = (logprobs - events[:, -1:] + teacher[:, -1:]).exp()  # p_T(tail) p_S(j|tail)
         return probs * mass.sum(-1, keepdim=True) - tail_share.scatter(-1, topk_ids, mass[:, :-1])
-
-
-def _logits(block: Block, rows: slice, scratch: Scratch, tanh: Tensor | None = None) -> Tensor:
-    tile = scratch.take("tile", rows.stop - rows.start, block.stop - block.start)
-    tiles.project(tile, block.models[0], rows, scratch, tanh=tanh)
-    return tile
 
 
 def _events(logprobs: Tensor, topk_ids: Tensor) -> Tensor:
