@@ -49,3 +49,13 @@ def test_card_of_an_adapter_on_the_hub(tmp_path, chat):
     assert "| the base of that adapter | 0.25 |" in card and "`aaaaaaaaaaaa`" in card
     assert "`peft` has to be installed" in card and "Mixed are the next-token probabilities." in card
     assert ("apply_chat_template" in card) == chat
+
+
+def test_the_license_of_the_student_is_passed_on(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "README.md").write_text("---\nlicense: mit\n---\n")
+    student = Part(str(tmp_path / "student"))
+    write_policy_card(
+        tmp_path, student, [Part("me/teacher")], [0.5], "logits", is_adapter=False, has_chat_template=False
+    )
+    assert metadata_of((tmp_path / "README.md").read_text(encoding="utf-8"))["license"] == "mit"

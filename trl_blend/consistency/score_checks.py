@@ -227,4 +227,4 @@ def check_truncation(rows: SampledRows, eos_token_ids: Collection[int]) -> Findi
     if share <= MAX_TRUNCATED_SHARE:
         return Finding("truncation", "ok", f"{message}.", evidence)
     message += ": most endings are not in the data."
-    return Finding("truncation", "warning", message, evidence, "Collect with a larger `max_new_tokens`.")
+    return Finding("truncation", "warning", message, evidence, "Collect with a larger `max_completion_length`.")

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 from trl_blend._version import __version__
 from trl_blend.ops.mixing import student_weight
 from trl_blend.reports.cards import model_link, render
+from trl_blend.reports.metadata import base_license
 from trl_blend.reports.names import shown_name
 
 
@@ -30,7 +31,7 @@ def write_policy_card(
     is_adapter: bool,
     has_chat_template: bool,
 ) -> None:
-    """Write `README.md` of an exported mixed policy."""
+    """Write `README.md` of an exported mixed policy; the license that the student's own card states is passed on."""
     parts = [student, *(part for part in references if not part.is_base)]
     ids = [shown_name(part.name).hub_id for part in parts]
     metadata = ModelCardData(
@@ -38,6 +39,7 @@ def write_policy_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["custom_generate", "trl-blend"],
+        **base_license(student.name, student.commit),
     )
     fields = {
         "metadata": metadata.to_yaml(),

@@ -189,7 +189,7 @@ def find_eos_token_ids(model: str | PreTrainedModel, tokenizer: Any, **options: 
     if not ids:
         raise ConfigError(
             "Neither the tokenizer nor generation_config.json names an end-of-sequence token, so that every rollout "
-            "would run to `max_new_tokens`. Set `tokenizer.eos_token`."
+            "would run to `max_completion_length`. Set `tokenizer.eos_token`."
         )
     return ids
 
