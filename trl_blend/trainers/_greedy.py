@@ -12,10 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 
+from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.wrappers import evaluation_mode
-
-
-SAMPLING_KEYS = frozenset({"do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"})
 
 
 def greedy_rewards(
@@ -87,7 +85,8 @@ def greedy_settings(
     generation_kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, eos_of_model: Sequence[int]
 ) -> GenerationConfig:
     """Settings of `generate` without those of sampling, that stop at every end-of-sequence token there is."""
-    settings = {key: value for key, value in generation_kwargs.items() if key not in SAMPLING_KEYS}
+    sampling = names_with(SAMPLES, CUTS)
+    settings = {key: value for key, value in generation_kwargs.items() if key not in sampling}
     given = settings.pop("eos_token_id", ())
     settings["eos_token_id"] = sorted({*given, *eos_of_model, tokenizer.eos_token_id})
     settings.setdefault("pad_token_id", pad_token_id(tokenizer))

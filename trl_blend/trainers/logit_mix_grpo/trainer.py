@@ -1,7 +1,6 @@
 """GRPO on rollouts that student and teacher decode together."""
 
 import copy
-import math
 import textwrap
 import time
 from collections import defaultdict
@@ -25,6 +24,7 @@ from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.wrappers import adapter_layers, evaluation_mode
 from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
 from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers._greedy import own_share
 from trl_blend.trainers._options import default_config
 from trl_blend.trainers._run import RunMixin
 from trl_blend.trainers._settings import read_settings, write_settings
@@ -318,10 +318,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         with self._decoding_greedily(), self.policy(weights, recording=False), evaluation_mode(student):
             for start in range(0, len(rows), chunk):
                 part = rows[start : start + chunk]
-                # Each rank takes a slice of equal length; the last row is repeated to fill it, and dropped again
-                share = math.ceil(len(part) / ranks)
-                first = self.accelerator.process_index * share
-                mine = [part[min(first + offset, len(part) - 1)] for offset in range(share)]
+                mine = own_share(part, self.accelerator)
                 prompts = [row["prompt"] for row in mine]
                 _, completion_ids, _, completions, *_ = self._generate(prompts)
                 gathered = self._calculate_rewards(mine, prompts, completions, completion_ids)
