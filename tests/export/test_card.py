@@ -44,7 +44,7 @@ def test_card_of_an_adapter_on_the_hub(tmp_path, chat):
     parts = [Part("me/lora", "a" * 40), [Part("me/lora", is_base=True), Part("google/gemma-2-2b")]]
     write_policy_card(tmp_path, *parts, [0.25, 0.25], "probs", is_adapter=True, has_chat_template=chat)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "No license is set" in card and "license" not in metadata_of(card)
+    assert "license" not in metadata_of(card)
     assert metadata_of(card)["base_model"] == ["me/lora", "google/gemma-2-2b"]
     assert "| the base of that adapter | 0.25 |" in card and "`aaaaaaaaaaaa`" in card
     assert "`peft` has to be installed" in card and "Mixed are the next-token probabilities." in card

@@ -256,7 +256,7 @@ def test_settings(student, prompts, tmp_path, no_model, settings, message):
 def test_model_and_prompts_are_passed_or_named(student, prompts, finished, tmp_path):
     named = {**SETTINGS, "model_name_or_path": student, "dataset_name": prompts}
     assert collect(None, None, finished.folder, **named).digest == finished.digest
-    with pytest.raises(ConfigError, match="`prompts` was passed, and `dataset_name='.*' names another. Drop one"):
+    with pytest.raises(ConfigError, match="`prompts` was passed, and `dataset_name='.*'` names another. Drop one"):
         collect(None, ["a"], tmp_path / "store", **named)
     with pytest.raises(ConfigError, match="`model_name_or_path` is missing. Set it, or pass `model`"):
         collect(None, prompts, tmp_path / "store", **SETTINGS)

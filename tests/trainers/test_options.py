@@ -29,7 +29,8 @@ from trl_blend import (
     TrustRegionOPDTrainer,
 )
 from trl_blend.errors import ConfigError
-from trl_blend.trainers._options import check_choices, choices_of, default_config, with_help
+from trl_blend.trainers._options import check_choices, choices_of, with_help
+from trl_blend.trainers._run import default_config
 from trl_blend.trainers.logit_mix_grpo import trainer as grpo_module
 from trl_blend.trainers.offline_opd import trainer as offline_module
 from trl_blend.trainers.trust_region_opd import trainer as opd_module

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trl_blend.trainers._options import described_options
+
 
 # Options of TRL and transformers that most runs set, in the order of the help
 COMMON = (
@@ -31,14 +33,14 @@ class Option(NamedTuple):
 
     Args:
         annotation (`str`): Source of its type, such as `"int | None"`.
-        choices (`tuple` or `None`): Its values, where a class of ours lists them.
+        choices (`tuple`): Its words, where it is annotated as a `Literal`.
         default (`str` or `None`): Source of its default, if it has one.
         help (`str`): Its help.
         group (`str`): Heading in the docstring of the class of ours that documents it, or `""`.
     """
 
     annotation: str
-    choices: tuple[str, ...] | None
+    choices: tuple[str, ...]
     default: str | None
     help: str
     group: str
@@ -126,20 +128,22 @@ def _fields(module: str, name: str) -> dict[str, Option]:
     if not any("dataclass" in ast.unparse(decorator) for decorator in definition.decorator_list):
         return fields
     is_ours = module.startswith("trl_blend.")
-    groups, choices = (_groups(definition), _choices(module)) if is_ours else ({}, {})
+    groups = _groups(definition) if is_ours else {}
+    described = described_options(ast.get_docstring(definition)) if is_ours else {}
     ungrouped = "Parameters of the script" if is_ours and not groups else ""
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             field = node.target.id
-            option = _option(node, groups.get(field, ungrouped), choices.get(field))
+            option = _option(node, groups.get(field, ungrouped))
             if option is not None:
-                fields[field] = option
+                inherited = fields[field].help if field in fields else ""
+                fields[field] = option._replace(help=option.help or described.get(field, inherited))
     return fields
 
 
-def _option(node: ast.AnnAssign, group: str, choices: tuple[str, ...] | None) -> Option | None:
+def _option(node: ast.AnnAssign, group: str) -> Option | None:
     """The option of a field; `None` for what is no argument of the class."""
-    annotation, value = ast.unparse(node.annotation), node.value
+    annotation, choices, value = ast.unparse(node.annotation), _words(node.annotation), node.value
     if annotation.startswith("ClassVar"):
         return None
     if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "field"):
@@ -174,13 +178,15 @@ def _groups(definition: ast.ClassDef) -> dict[str, str]:
     return groups
 
 
-def _choices(module: str) -> dict[str, tuple[str, ...]]:
-    """What our configurations allow, by field: their table `_CHOICES`."""
-    for node in _parse(_file(module)).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_CHOICES":
-            table = ast.literal_eval(node.value)
-            return {field: tuple(choice for choice in choices if choice) for field, choices in table.items()}
-    return {}
+def _words(annotation: ast.expr) -> tuple[str, ...]:
+    """The words in the `Literal` of an annotation."""
+    literals = [
+        node
+        for node in ast.walk(annotation)
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("Literal")
+    ]
+    constants = [node.value for literal in literals for node in ast.walk(literal) if isinstance(node, ast.Constant)]
+    return tuple(word for word in constants if isinstance(word, str))
 
 
 def _find_class(module: str, name: str) -> tuple[str, ast.ClassDef]:

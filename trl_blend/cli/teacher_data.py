@@ -29,7 +29,11 @@ def run(name: str, arguments: Sequence[str]) -> int:
     known = option_names(parser)
     check_options(arguments, known, parser.prog)  # before importing TRL
     try:
-        (args,) = settings.parse_script(settings.make_parser([config], prog=parser.prog), arguments, launched=False)
+        (args,) = settings.parse_script(
+            settings.make_parser([f"{config.__module__}:{config.__name__}"], prog=parser.prog),
+            arguments,
+            launched=False,
+        )
         if args.disable_tqdm:
             _silence_bars()
         store = _collect(args) if name == "rollouts" else _score(args)

@@ -105,21 +105,19 @@ def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> 
         [`~trl_blend.errors.ConfigError`]: If there is no such model.
         [`~trl_blend.errors.UnsupportedError`]: If it is not a decoder-only language model.
     """
-    if isinstance(model, str):
-        *_, (name, options) = _places(model, argument, _given(options))
-        try:
-            config = AutoConfig.from_pretrained(name, **options)
-        except (OSError, ValueError) as error:
-            raise missing_model(name, error, argument, options.get("revision")) from error
-    else:
-        config = model.config
+    if not isinstance(model, str):
+        check_partner_model(model, argument)
+        return model.config
+    *_, (name, options) = _places(model, argument, _given(options))
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise missing_model(name, error, argument, options.get("revision")) from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
             f"`{argument}` is an encoder-decoder model (model_type={config.model_type!r}), which does not continue a "
             "token sequence. Use a decoder-only causal language model."
         )
-    if not isinstance(model, str):
-        check_partner_model(model, argument)
     return config
 
 

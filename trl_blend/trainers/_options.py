@@ -7,9 +7,6 @@ from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from transformers import PreTrainedModel
-
-from trl_blend import _compat
 from trl_blend.errors import ConfigError
 
 
@@ -23,18 +20,23 @@ def with_help(config: Config) -> Config:
 
     An option of the parent that only has another default keeps the parent's help.
     """
-    described = {name: " ".join(text.split()) for name, text in _ENTRY.findall(f"{inspect.getdoc(config)}\n\n")}
+    described = described_options(inspect.getdoc(config))
     inherited = {field.name: field for base in config.__mro__[:0:-1] for field in _fields(base)}
     for field in _fields(config):
         if field.name not in config.__annotations__:
             continue
         if field.name in described:
-            text = re.sub(r"\\\\\( (.+?) \\\\\)", r"\1", described[field.name])  # formulas
-            text = re.sub(r"\[`~?([^`]+)`\]", r"`\1`", text)  # links
-            field.metadata = MappingProxyType({"help": text.replace("%", "%%")})
+            field.metadata = MappingProxyType({"help": described[field.name].replace("%", "%%")})
         elif field.name in inherited:
             field.metadata = inherited[field.name].metadata
     return config
+
+
+def described_options(docstring: str | None) -> dict[str, str]:
+    """What the docstring of a config says of each option, in one line without the marks of formulas and links."""
+    entries = {name: " ".join(text.split()) for name, text in _ENTRY.findall(f"{docstring}\n\n")}
+    without_formulas = {name: re.sub(r"\\\\\( (.+?) \\\\\)", r"\1", text) for name, text in entries.items()}
+    return {name: re.sub(r"\[`~?([^`]+)`\]", r"`\1`", text) for name, text in without_formulas.items()}
 
 
 def check_choices(args: Any) -> None:
@@ -61,12 +63,6 @@ def choices_of(config: type) -> dict[str, tuple[Any, ...]]:
         if kinds and all(kind is type(None) or get_origin(kind) is Literal for kind in kinds):
             found[name] = tuple(word for kind in kinds for word in get_args(kind) or (None,))
     return found
-
-
-def default_config(config: type, model: str | PreTrainedModel) -> Any:
-    """A config with the defaults, which names its output after the student and the method."""
-    name = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
-    return config(f"{name.split('/')[-1]}-{config.__name__.removesuffix('Config')}")
 
 
 def _fields(config: type) -> Iterator[dataclasses.Field]:

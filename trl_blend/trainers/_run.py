@@ -10,10 +10,11 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from trl import RichProgressCallback
 
+from trl_blend import _compat
 from trl_blend._version import __version__
 from trl_blend.consistency.provenance import PROVENANCE_FILE
 from trl_blend.errors import HubError
@@ -207,3 +208,9 @@ class MethodProgressCallback(TrainerCallback):
                 bar.set_postfix_str(text)
             elif isinstance(callback, RichProgressCallback):
                 bar.update(callback.training_task, description=f"[blue]Training[/] {text}")
+
+
+def default_config(config: type, model: str | PreTrainedModel) -> Any:
+    """A config with the defaults, which names its output after the student and the method."""
+    name = model if isinstance(model, str) else _compat.get_config_model_id(model.config)
+    return config(f"{name.split('/')[-1]}-{config.__name__.removesuffix('Config')}")

@@ -25,8 +25,7 @@ from trl_blend.models.wrappers import adapter_layers, evaluation_mode
 from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
 from trl_blend.trainers import _cards, _partners
 from trl_blend.trainers._greedy import own_share
-from trl_blend.trainers._options import default_config
-from trl_blend.trainers._run import RunMixin
+from trl_blend.trainers._run import RunMixin, default_config
 from trl_blend.trainers._settings import read_settings, write_settings
 from trl_blend.trainers._statistics import TokenMeans
 from trl_blend.trainers.logit_mix_grpo import checks, report

@@ -12,8 +12,7 @@ from trl import SFTTrainer
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _cards
-from trl_blend.trainers._options import default_config
-from trl_blend.trainers._run import RunMixin
+from trl_blend.trainers._run import RunMixin, default_config
 from trl_blend.trainers.offline_opd import checks, data, report
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
 from trl_blend.trainers.offline_opd.forward import OfflineForward

@@ -20,8 +20,7 @@ from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.reverse_kl import reverse_kl
 from trl_blend.schedules import linear
 from trl_blend.trainers import _cards, _partners
-from trl_blend.trainers._options import default_config
-from trl_blend.trainers._run import RunMixin
+from trl_blend.trainers._run import RunMixin, default_config
 from trl_blend.trainers._settings import read_settings, write_settings
 from trl_blend.trainers.trust_region_opd import checks, report
 from trl_blend.trainers.trust_region_opd.completions import CompletionsTable
