@@ -95,7 +95,7 @@ def test_a_configuration_file(world, tmp_path, capsys):
     capsys.readouterr()
     config.write_text("temprature: 0.5")
     message = fails(capsys, [*rollouts_command(world), "--config", str(config)])
-    assert f"`--config {config}`: unknown key `temprature`; did you mean `temperature`?" in message
+    assert f"`--config {config}`: unknown key `temprature`; did you mean `--temperature`?" in message
     config.write_text("temperature: hot")
     message = fails(capsys, [*rollouts_command(world), "--config", str(config)])
     assert f"`--config {config}`: `temperature: hot` is no float." in message
