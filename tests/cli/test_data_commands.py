@@ -98,7 +98,7 @@ def test_a_configuration_file(world, tmp_path, capsys):
     assert f"`--config {config}`: unknown key `temprature`; did you mean `--temperature`?" in message
     config.write_text("temperature: hot")
     message = fails(capsys, [*rollouts_command(world), "--config", str(config)])
-    assert f"`--config {config}`: `temperature: hot` is no float." in message
+    assert "argument --temperature: invalid float value: 'hot'" in message
     config.write_text("mixed_precision: bf16")  # a key of `accelerate launch`, which this command does not start
     assert "unknown key `mixed_precision`" in fails(capsys, [*rollouts_command(world), "--config", str(config)])
     config.write_text("temperature: [")
