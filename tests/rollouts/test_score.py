@@ -12,6 +12,7 @@ from tests.rollouts.vllm_fake import FakeVllm, serving
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend.errors import ConfigError, EngineError, StoreError, TokenizerMismatchError
 from trl_blend.rollouts.checks import check_rows
+from trl_blend.rollouts.engines import base
 from trl_blend.rollouts.engines import local as local_engine
 
 
@@ -159,6 +160,22 @@ def test_another_teacher_or_other_rollouts_do_not_continue(student, rollouts, te
     other = collect(student, ["a", "b"], tmp_path / "other", **COLLECT)
     with pytest.raises(ConfigError, match="rollouts: '"):
         score(other, teacher, finished.folder, top_k=5, **SCORE)
+
+
+class EngineOfA(local_engine.LocalEngine):
+    settings = {"table": "a"}
+
+
+class EngineOfB(local_engine.LocalEngine):
+    settings = {"table": "b"}
+
+
+def test_what_an_engine_decides_the_scores_by_is_a_setting(rollouts, teacher, tmp_path, monkeypatch):
+    monkeypatch.setitem(base.ENGINES, "transformers", f"{__name__}:EngineOfA")
+    score(rollouts, teacher, tmp_path / "store", **SCORE)
+    monkeypatch.setitem(base.ENGINES, "transformers", f"{__name__}:EngineOfB")
+    with pytest.raises(ConfigError, match="table: 'a' -> 'b'"):
+        score(rollouts, teacher, tmp_path / "store", **SCORE)
 
 
 def test_broken_rollouts_are_named(rollouts, teacher, tmp_path):

@@ -74,6 +74,7 @@ def score_rollouts(
         kind="scored_rollouts",
         settings={
             **identities.settings("teacher", identity, teacher),
+            **engine.settings,
             "rollouts": source.digest,
             "top_k": args.top_k,
             "engine": engine.description["name"],

@@ -111,9 +111,11 @@ class Engine(Protocol):
 
     Attributes:
         description (`dict[str, str]`): Its name and versions, for the manifest.
+        settings (`dict[str, Any]`): What else decides the rows, so that a store has to be continued with it.
     """
 
     description: dict[str, str]
+    settings: dict[str, Any]
 
     def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
         """Make ready for scoring, or for drawing as `sampling` says."""
@@ -125,12 +127,10 @@ class RolloutEngine(Engine, Protocol):
     Draws completions.
 
     Attributes:
-        settings (`dict[str, Any]`): What else decides the rows, so that a store has to be continued with it.
         max_batch (`int`, *optional*): Number of rows that it wants at once, `None` for all of a shard.
         max_length (`int`, *optional*): Most tokens of a prompt and its completion, where that is known.
     """
 
-    settings: dict[str, Any]
     max_batch: int | None
     max_length: int | None
 

@@ -238,8 +238,8 @@ class LocalEngine:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The batch decides which random numbers a row gets."""
-        return {"batch_size": self._args.batch_size}
+        """The batch decides which random numbers a row gets; a score does not depend on it."""
+        return {"batch_size": self._args.batch_size} if isinstance(self._args, RolloutConfig) else {}
 
     def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
         """Load the model, whole on one device."""
