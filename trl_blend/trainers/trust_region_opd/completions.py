@@ -20,11 +20,8 @@ from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 # Column of what the rule of a policy was set to, and the rule's field
 _LEVEL = {"trust_region": ("kl_budget", "kl_budget"), "fixed_weight": ("teacher_weight", "weight")}
-_STATISTICS = {
-    "trust_region": ("teacher_weight", "kl_behavior_student"),
-    "fixed_weight": ("kl_behavior_student",),
-    "speculative_kd": ("replaced_share", "kl_behavior_student"),
-}
+# What a rule reports beside `kl_behavior_student`, which every rule does
+_STATISTICS = {"trust_region": ("teacher_weight",), "speculative_kd": ("replaced_share",)}
 
 
 @dataclass
@@ -70,6 +67,7 @@ class CompletionsTable:
         self.args = args
         self.reward_names = reward_names
         self.num_rows = num_rows
+        self._statistics = (*_STATISTICS.get(args.rollout_policy, ()), "kl_behavior_student")
         self._turns: list[_Completion] = []
         self._rewards: dict[str, deque[float]] = {}
         self._extra: dict[str, deque[float]] = {}
@@ -98,7 +96,7 @@ class CompletionsTable:
             one.ids = [*prompt, *drawn]
             # TRL cuts the last turn at the length limit
             kept = min(len(drawn), self.args.max_completion_length - (len(prompt) - one.prompt_length))
-            for name in _STATISTICS[self.args.rollout_policy]:
+            for name in self._statistics:
                 one.add(name, record.statistics[name][row, :kept])
 
     def finish(self, num_rows: int, rule: BlendRule | None, rewards: Tensor | None) -> None:
@@ -120,7 +118,7 @@ class CompletionsTable:
             if args.rollout_policy in _LEVEL:
                 column, field_name = _LEVEL[args.rollout_policy]
                 self._keep(self._extra, column, [getattr(rule, field_name, 0.0)] * num_rows)
-            for name in _STATISTICS[args.rollout_policy]:
+            for name in self._statistics:
                 self._keep(self._extra, name, [one.mean(name) for one in turns] if turns else [0.0] * num_rows)
         if rewards is not None:
             for name, values in dict(zip(self.reward_names, rewards.T.tolist(), strict=True)).items():

@@ -106,15 +106,16 @@ VETO = {
 
 def is_baseline(config: TrustRegionOPDConfig) -> bool:
     """Whether the run is one of the methods that the paper compares its own with."""
-    return config.rollout_policy != "trust_region" or config.kl_budget_schedule == "constant"
+    own = config.rollout_policy == "trust_region" and config.kl_budget_schedule != "constant"
+    return config.rollout_policy in POLICIES and not own
 
 
 def paper_values(config: TrustRegionOPDConfig, merges_eos: bool) -> dict[str, PaperValue]:
     """What the paper does for the configured rollouts and loss."""
-    values = dict(POLICIES[config.rollout_policy])
+    values = dict(POLICIES.get(config.rollout_policy, {}))
     if config.rollout_policy == "trust_region" and config.kl_budget_schedule != "constant":
         values |= WARMUP
-    elif config.rollout_policy not in ("student", "fixed_weight"):
+    elif config.rollout_policy in ("trust_region", "speculative_kd"):
         values |= WHOLE_RUN
     if config.temperature_warmup_steps:
         values |= TEMPERATURE_WARMUP
