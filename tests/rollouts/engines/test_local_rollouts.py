@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.ops.test_mixed_head_memory import Recorder
+from tests.ops.head.recorder import Recorder
 from tests.rollouts.collecting import assert_logps, ends_well
 from tests.tiny import EOS_ID, PAD_ID, tiny_lora, tiny_model
 from trl_blend.errors import UnsupportedError

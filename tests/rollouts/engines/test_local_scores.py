@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import reference
-from tests.ops.test_mixed_head_memory import Recorder
+from tests.ops.head.recorder import Recorder
 from tests.tiny import ARCHITECTURES, tiny_lora, tiny_model
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.ops.head import tiles

@@ -1,4 +1,4 @@
-"""`score_tokens` against float64 loops: values, the K ids that are kept, the mass of the rest, and the memory."""
+"""`score_tokens` against float64 loops: values, the K ids that are kept, and the mass of the rest."""
 
 import math
 from contextlib import nullcontext
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from tests import reference
-from tests.ops.heads import random_head, to_double
-from tests.ops.test_mixed_head_memory import Recorder
+from tests.ops.head.conftest import set_tiles
+from tests.ops.head.heads import random_head, to_double
 from trl_blend.errors import ConfigError
 from trl_blend.ops import LMHead, mixed_log_probs, score_tokens
-from trl_blend.ops.head import tiles as tiling
 
 
 N, V, H = 23, 37, 5
@@ -20,8 +19,7 @@ OPTIONS = [{}, {"bias": True, "logit_scale": 0.5, "softcap": 3.0}]
 
 @pytest.fixture(autouse=True)
 def tile_sizes(monkeypatch):
-    monkeypatch.setattr(tiling, "TOKEN_TILE", 7)
-    monkeypatch.setattr(tiling, "VOCAB_TILE", 11)
+    set_tiles(monkeypatch, 7, 11)
 
 
 def expected_scores(head: LMHead, targets, top_k):
@@ -94,19 +92,6 @@ def test_half_precision_rounds_like_the_student(dtype, top_k):
 def test_nothing_has_a_gradient():
     head, targets = random_head(N, H, V, requires_grad=True), torch.randint(0, V, (N,))
     assert not any(tensor.requires_grad for tensor in score_tokens(head, targets, 3))
-
-
-@pytest.mark.parametrize("top_k", [None, 6])
-def test_no_tensor_has_the_size_of_the_logits(monkeypatch, top_k):
-    monkeypatch.setattr(tiling, "TOKEN_TILE", 32)
-    monkeypatch.setattr(tiling, "VOCAB_TILE", 64)
-    head, targets = random_head(96, 4, 640, dtype=torch.float32), torch.randint(0, 640, (96,))
-    recorder = Recorder()
-    with recorder:
-        scores = score_tokens(head, targets, top_k)
-    assert max(recorder.sizes) == 32 * 64
-    assert recorder.projections == 3 * 10
-    torch.testing.assert_close(scores.logps, (head.hidden @ head.weight.T).log_softmax(-1)[range(96), targets])
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

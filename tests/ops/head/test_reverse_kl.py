@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from tests import reference, reference_divergences
-from tests.ops.divergences import expected_reverse_kl, gradients, logit_rows
-from tests.ops.heads import leaves, random_head, to_double
+from tests.ops.head.heads import expected_reverse_kl, gradients, leaves, logit_rows, random_head
 from trl_blend.errors import ConfigError
 from trl_blend.ops import EosMap, LMHead, mixed_log_probs, reverse_kl, support_statistics
-from trl_blend.ops.head import tiles as tiling
 
 
 N, V = 5, 11
 # Ids of three different tiles, one more that no model has
 EOS = EosMap(9, (1, 6, 40))
 FULL, TOP = {"top_k": None}, {"top_k": 4}
+every_support = pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+with_and_without_eos = pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
 
 # name -> options of the student (with vocabulary), options of the teacher (with hidden size and vocabulary), arguments
 CASES = {
@@ -35,19 +35,6 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[(3, 4), (100, 100)], ids=["small tiles", "one tile"])
-def tiles(request, monkeypatch):
-    """Neither `N` nor `V` is a multiple of the small tiles."""
-    monkeypatch.setattr(tiling, "TOKEN_TILE", request.param[0])
-    monkeypatch.setattr(tiling, "VOCAB_TILE", request.param[1])
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiling, "TOKEN_TILE", 3)
-    monkeypatch.setattr(tiling, "VOCAB_TILE", 4)
-
-
 def build(case, requires_grad=True, tokens=N, dtype=torch.float64):
     (vocab, options), (hidden, teacher_vocab, teacher_options), arguments = CASES[case]
     student = random_head(tokens, 4, vocab, requires_grad=requires_grad, dtype=dtype, **options)
@@ -60,15 +47,15 @@ def assert_matches(student, teacher, arguments):
     expected = expected_reverse_kl(student, teacher, **arguments)
     torch.testing.assert_close(tuple(result), expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn(len(result.loss), dtype=torch.float64)
-    grads = gradients(result.loss, leaves(student), direction)
-    wanted = gradients(expected[0], leaves(student), direction)
+    grads = gradients([result.loss], leaves(student), [direction])
+    wanted = gradients(expected[:1], leaves(student), [direction])
     torch.testing.assert_close(grads, wanted, rtol=1e-11, atol=1e-12)
     return result, grads
 
 
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@with_and_without_eos
 @pytest.mark.parametrize("veto_weight", [0.0, 0.4])
-@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+@every_support
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_match_the_reference(case, support, veto_weight, eos, tiles):
     student, teacher, arguments = build(case)
@@ -79,7 +66,7 @@ def test_values_and_gradients_match_the_reference(case, support, veto_weight, eo
     assert not result.reverse_kl.requires_grad
 
 
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@with_and_without_eos
 @pytest.mark.parametrize("veto_weight", [0.0, 0.4])
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_gradient_is_that_of_finite_differences_with_constant_stop_gradients(top_k, veto_weight, eos, small_tiles):
@@ -87,7 +74,7 @@ def test_gradient_is_that_of_finite_differences_with_constant_stop_gradients(top
     student, teacher, arguments = build("all options")
     arguments = {**arguments, "top_k": top_k, "veto_weight": veto_weight, "eos": eos}
     direction = torch.randn(N, dtype=torch.float64)
-    grads = gradients(reverse_kl(student, teacher, **arguments).loss, leaves(student), direction)
+    grads = gradients([reverse_kl(student, teacher, **arguments).loss], leaves(student), [direction])
     frozen, teacher_rows = logit_rows(student, V), logit_rows(teacher, V)
     options = {**arguments, "eos": None if eos is None else (eos.target, list(eos.merged))}
 
@@ -104,7 +91,7 @@ def test_gradient_is_that_of_finite_differences_with_constant_stop_gradients(top
             assert (above - below) / (2 * step) == pytest.approx((grad * along).sum().item(), rel=1e-7, abs=1e-8)
 
 
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@with_and_without_eos
 def test_gradcheck_of_the_full_support(eos, small_tiles):
     """Veto and the top-k have stop-gradients, which numeric differentiation through them would miss."""
     student, teacher, arguments = build("all options", tokens=2)
@@ -117,7 +104,7 @@ def test_gradcheck_of_the_full_support(eos, small_tiles):
     assert torch.autograd.gradcheck(loss, leaves(student))
 
 
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@with_and_without_eos
 @pytest.mark.parametrize("veto_weight", [0.0, 0.4])
 def test_the_largest_support_is_the_full_one(veto_weight, eos, small_tiles):
     """Its loss value is another one, its gradient and its statistic are the same; merged columns have no weight."""
@@ -126,8 +113,8 @@ def test_the_largest_support_is_the_full_one(veto_weight, eos, small_tiles):
     torch.testing.assert_close(top.reverse_kl, full.loss.detach(), rtol=1e-12, atol=1e-13)
     direction = torch.randn(N, dtype=torch.float64)
     torch.testing.assert_close(
-        gradients(top.loss, leaves(student), direction),
-        gradients(full.loss, leaves(student), direction),
+        gradients([top.loss], leaves(student), [direction]),
+        gradients([full.loss], leaves(student), [direction]),
         rtol=1e-11,
         atol=1e-13,
     )
@@ -165,20 +152,8 @@ def test_smallest_shapes(tokens, vocab, support, eos):
         assert all(grad.abs().max() < 1e-12 for grad in grads)
 
 
-@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
-def test_no_tokens(support):
-    student, teacher = random_head(0, 4, V, bias=True, requires_grad=True), random_head(0, 3, V)
-    result = reverse_kl(student, teacher, eos=EOS, veto_weight=0.4, **support)
-    result.loss.sum().backward()
-    assert all(value.shape == (0,) for value in result)
-    for tensor in leaves(student):
-        torch.testing.assert_close(tensor.grad, torch.zeros_like(tensor))
-    statistics = support_statistics(student, teacher, torch.zeros(0, dtype=torch.long), eos=EOS)
-    assert all(value.shape == (0,) for value in statistics)
-
-
-@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@every_support
+@with_and_without_eos
 def test_identical_models_have_no_divergence(support, eos):
     student = random_head(N, 4, V, bias=True, requires_grad=True)
     teacher = LMHead(*(tensor.detach().clone() for tensor in student[:3]))
@@ -204,7 +179,7 @@ def test_models_that_differ_in_the_eos_token_only():
             assert grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
+@every_support
 def test_an_eos_map_with_nothing_to_merge_changes_nothing(support):
     student, teacher = random_head(N, 4, V), random_head(N, 3, V)
     plain = reverse_kl(student, teacher, **support)
@@ -213,26 +188,8 @@ def test_an_eos_map_with_nothing_to_merge_changes_nothing(support):
     )
 
 
-@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
-@pytest.mark.parametrize("shift", [0.0, -9000.0], ids=["large", "all very negative"])
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
-def test_extreme_logits_in_float32(support, shift, eos, small_tiles):
-    """Logits in the thousands, growing from tile to tile: exp() of any of them would overflow, or all would be 0."""
-    student = random_head(N, 4, V, dtype=torch.float32, requires_grad=True)
-    teacher = random_head(N, 5, V, dtype=torch.float32)
-    student = student._replace(bias=(torch.arange(V) * 500.0 + shift).requires_grad_())
-    teacher = teacher._replace(bias=torch.arange(V).flip(0) * 300.0 + shift)
-    result = reverse_kl(student, teacher, veto_weight=0.4, eos=eos, **support)
-    exact = to_double(student)
-    expected = expected_reverse_kl(exact, to_double(teacher), veto_weight=0.4, eos=eos, **support)
-    torch.testing.assert_close(tuple(x.double() for x in result), expected, rtol=1e-5, atol=1e-3)
-    ones = torch.ones(N)
-    grads = gradients(result.loss, leaves(student), ones)
-    torch.testing.assert_close(grads, gradients(expected[0], leaves(exact), ones), rtol=1e-4, atol=1e-2)
-
-
 @pytest.mark.parametrize("support", [FULL, {"top_k": V}], ids=["full", "top-k"])
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@with_and_without_eos
 def test_tokens_excluded_by_infinite_biases(support, eos, small_tiles):
     """A whole tile in both models, in the student alone, and in the teacher alone: the last is huge but not NaN."""
     student, teacher = random_head(N, 4, V, bias=True), random_head(N, 5, V, bias=True)
@@ -254,38 +211,10 @@ def test_tokens_excluded_by_infinite_biases(support, eos, small_tiles):
     assert all(torch.isfinite(tensor).all() for tensor in (*result, *grads))
 
 
-@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
-def test_result_does_not_depend_on_the_tiles(support, monkeypatch):
-    student, teacher, arguments = build("all options")
-    results = []
-    for token_tile, vocab_tile in [(1, 1), (2, 3), (5, 11), (4096, 4096)]:
-        monkeypatch.setattr(tiling, "TOKEN_TILE", token_tile)
-        monkeypatch.setattr(tiling, "VOCAB_TILE", vocab_tile)
-        result = reverse_kl(student, teacher, eos=EOS, veto_weight=0.4, **arguments, **support)
-        statistics = support_statistics(student, teacher, torch.arange(N), eos=EOS, **arguments)
-        results.append([*result, *torch.autograd.grad(result.loss.sum(), leaves(student)), *statistics])
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("support", [FULL, TOP], ids=["full", "top-k"])
-@pytest.mark.parametrize("case", ["plain", "all options"])
-def test_uninitialised_buffers_are_never_read(case, support):
-    """Deterministic mode fills new memory with NaN."""
-    student, teacher, arguments = build(case)
-    torch.use_deterministic_algorithms(True)
-    try:
-        result = reverse_kl(student, teacher, eos=EOS, veto_weight=0.4, **arguments, **support)
-        grads = torch.autograd.grad(result.loss.sum(), leaves(student))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.isfinite(tensor).all() for tensor in (*result, *grads))
-
-
 # ---------------------------------------------------------------- support_statistics
 
 
-@pytest.mark.parametrize("eos", [None, EOS], ids=["", "eos"])
+@with_and_without_eos
 @pytest.mark.parametrize("case", CASES)
 def test_support_statistics_match_the_reference(case, eos, tiles):
     """Every id once, EOS ids among them: each of those has the probability of the whole stop event."""
