@@ -118,6 +118,30 @@ def test_what_is_not_ours_stays(models, tmp_path):
     assert {"custom_generate", "base"} <= names(tmp_path) and "mixing.json" not in names(tmp_path)
 
 
+LORA_ON_BASE = {"teacher": None, "trainer_kwargs": {"peft_config": LORA}}
+OF_TWO = {"teacher": ["teacher", "second"], "teacher_weight": [0.3, 0.2]}
+
+
+@pytest.mark.parametrize("pushes", [False, True])
+@pytest.mark.parametrize(
+    ("former", "left"),
+    [(OF_TWO, {"reference_0", "reference_1"}), (LORA_ON_BASE, {"adapter"})],
+    ids=["fewer teachers", "no adapter"],
+)
+def test_another_mixture_in_the_folder(models, tmp_path, hub_endpoint, former, left, pushes):  # noqa: F811
+    folder = tmp_path / "run"
+    runs.build(models, folder, **{**NO_CHECKPOINTS, **former}).save_model()
+    assert left <= names(folder)
+    hub = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True, "hub_model_id": "me/again"}
+    trainer = runs.build(models, folder, **{**MIX, "max_steps": 1}, **(hub if pushes else {}))
+    if pushes:
+        trainer.train()
+        assert not names(snapshot_download("me/again")) & left
+    else:
+        trainer.save_model()
+    assert {"reference", "mixing.json"} <= names(folder) and not names(folder) & left
+
+
 def test_a_folder_that_is_called_like_a_checkpoint(models, tmp_path):
     trainer = runs.build(models, tmp_path / "checkpoint-7", **{**MIX, "max_steps": 1})
     trainer.train()

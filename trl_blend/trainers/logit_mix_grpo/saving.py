@@ -53,6 +53,7 @@ class MixedPolicyFiles:
     ) -> None:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.is_adapter = is_peft_model(model)
+        self._own_folders: set[Path] = set()
         # All of them found now: the cache may know another commit under the same name when they are written
         base = self._find_base(student) if self.is_adapter else None
         if self.is_adapter and base is None and is_sharded:
@@ -80,6 +81,12 @@ class MixedPolicyFiles:
             adapter, base = ".", replace(self._base_origin, dtype=model_files.dtype_name(self.model.dtype))
         vocabulary, space = vocabulary_sha256(self.tokenizer), self.args.mixing_space
         MixingSpec(weights, tuple(self._origins), space, vocabulary, adapter, base, step).write(checkpoint)
+
+    def clear_former(self, folder: Path) -> None:
+        """Take away what another run has mixed in a folder, before the student is put there."""
+        if folder.resolve() not in self._own_folders:
+            former_export.clear(folder)
+            self._own_folders.add(folder.resolve())
 
     def finish(self, folder: Path, weights: tuple[float, ...], step: int, saved: Path | None = None) -> None:
         """Let a folder decode the mixture into which the parent has put the student, or copied it from `saved`."""
@@ -167,6 +174,7 @@ class MixedPolicySaving:
         if files is not None and is_checkpoint:
             former_export.clear(folder)
         elif files is not None:
+            files.clear_former(folder)
             (folder / SPEC_FILE).unlink(missing_ok=True)  # until the end the folder refuses to be decoded
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         if files is None or (folder / SPEC_FILE).is_file():  # with `push_to_hub` the parent has called this again
@@ -185,6 +193,8 @@ class MixedPolicySaving:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
             return
         checkpoint, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
+        if self.args.should_save:
+            files.clear_former(output_dir)
         # Not only the student: nothing is deleted from a repository, and an adapter at its top would lead transformers
         # past the code that the final push brings
         with _compat.before_upload(output_dir, lambda: files.finish(output_dir, *self._mixture(), checkpoint)):
