@@ -208,6 +208,9 @@ def test_no_other_folder_at_the_top():
     [
         ("import trl_blend", {"torch", "transformers", "trl"}),
         ("import trl_blend.ops", {"transformers", "trl"}),
+        ("import trl_blend.models.compatibility", {"torch", "transformers", "trl"}),
+        ("import trl_blend.rollouts.store", {"torch", "transformers", "trl"}),
+        ("import trl_blend.consistency.report", {"torch", "transformers", "trl"}),
         ("import trl_blend.schedules", {"torch", "transformers", "trl"}),
         ("import trl_blend.cli", {"torch", "transformers", "trl"}),
         ("from trl_blend import LogitMixing", {"trl"}),

@@ -10,6 +10,7 @@ from huggingface_hub import (
     CommitOperationCopy,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
     hf_hub_download,
     snapshot_download,
 )
@@ -108,3 +109,8 @@ def test_failures_once_and_until_the_client_gives_up(hub, impatient):
     with pytest.raises(RuntimeError, match="Error while uploading 'b.bin'"):
         api.upload_file(path_or_fileobj=b"b", path_in_repo="b.bin", repo_id="me/files")
     assert set(hub.model("me/files").files()) == {".gitattributes", "a.bin"}
+
+
+def test_an_invalid_card_is_refused(hub):
+    with pytest.raises(ValueError, match="license"):
+        ModelCard("---\nlicense: [a, b]\n---\n").validate()

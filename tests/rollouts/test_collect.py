@@ -244,6 +244,7 @@ def test_another_student_or_other_prompts_do_not_continue(student, prompts, fini
         ({"use_vllm": True, "vllm_server_base_url": "http://x"}, "Set one"),
         ({"vllm_kwargs": {"max_model_len": 9}}, "Set `use_vllm=True`"),
         ({"use_vllm": True, "vllm_kwargs": {"dtype": "float32"}}, r"`vllm_kwargs` holds \['dtype'\]"),
+        ({"use_vllm": True, "vllm_kwargs": {"logprobs_mode": "raw_logprobs"}}, r"holds \['logprobs_mode'\]"),
         ({"vllm_server_base_url": "http://x", "load_in_4bit": True}, "bitsandbytes"),
     ],
 )

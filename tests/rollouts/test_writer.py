@@ -13,22 +13,23 @@ from trl_blend.rollouts.store import RolloutStore
 from trl_blend.rollouts.writer import ShardWriter
 
 
-def test_a_shard_holds_the_rows_in_the_types_of_the_schema(tmp_path):
-    store = write_store(tmp_path, 1, scored=True, top_k=True, rows=40)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_shard_holds_the_rows_in_the_types_of_the_schema(tmp_path, dtype):
+    store = write_store(tmp_path, 1, scored=True, top_k=True, rows=40, fields={"logps_dtype": dtype})
     rows = random_rows(0, 40, scored=True, top_k=True)
     table = pq.read_table(tmp_path / "data" / "part-00000.parquet")
-    half, ids = pa.list_(pa.float16()), pa.list_(pa.int32())
+    logps, ids = pa.list_(getattr(pa, dtype)()), pa.list_(pa.int32())
     expected_types = {
         "key": pa.string(),
         "prompt_ids": ids,
         "completion_ids": ids,
-        "rollout_logps": half,
-        "student_logps": half,
+        "rollout_logps": logps,
+        "student_logps": logps,
         "truncated": pa.bool_(),
-        "teacher_logps": half,
+        "teacher_logps": logps,
         "teacher_topk_ids": pa.list_(ids),
-        "teacher_topk_logps": pa.list_(half),
-        "teacher_tail_logmass": half,
+        "teacher_topk_logps": pa.list_(logps),
+        "teacher_tail_logmass": logps,
     }
     assert {field.name: str(field.type).replace("element", "item") for field in table.schema} == {
         name: str(arrow_type) for name, arrow_type in expected_types.items()
@@ -36,7 +37,7 @@ def test_a_shard_holds_the_rows_in_the_types_of_the_schema(tmp_path):
     for name in expected_types:
         for found, row in zip(table[name].to_pylist(), rows[name], strict=True):
             if name.endswith(("logps", "logmass")):
-                assert np.array_equal(np.array(found), np.asarray(row).astype(np.float16))
+                assert np.array_equal(np.array(found), np.asarray(row).astype(dtype))
             else:
                 assert found == (row.tolist() if isinstance(row, np.ndarray) else row)
     assert store.manifest.num_rows == 40
@@ -121,11 +122,17 @@ def test_another_input_is_refused(tmp_path, is_main_process):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_named_and_the_job_continues_when_there_is_room(tmp_path):
+def test_a_full_disk_is_named_and_the_job_continues_when_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "MANIFEST_INTERVAL", 0.0)
     expected = contents(write_store(tmp_path / "whole").folder)
     folder = tmp_path / "full"
     writer = ShardWriter(folder, make_manifest(num_shards=3))
     writer.write(0, random_rows(0), "input 0")
+    former = (folder / "manifest.json").read_bytes()
+    os.symlink("/dev/full", folder / f"_manifest.json.{os.getpid()}.tmp")
+    with pytest.raises(StoreError, match="No space left for .*is kept"):
+        writer.update_manifest()
+    assert (folder / "manifest.json").read_bytes() == former and not list(folder.glob("*.tmp"))
     os.symlink("/dev/full", folder / "data" / f"_part-00001.parquet.{os.getpid()}.tmp")
     with pytest.raises(StoreError, match=r"No space left for .*part-00001\.parquet .*is kept.*same command"):
         writer.write(1, random_rows(1), "input 1")

@@ -17,6 +17,7 @@ from transformers import Qwen3ForCausalLM, TrainerCallback
 
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainers import forced, runs, scored
+from trl_blend import LogitMixGRPOTrainer
 from trl_blend.trainers.logit_mix_grpo import trainer as grpo_module
 from trl_blend.trainers.trust_region_opd import trainer as opd_module
 
@@ -452,6 +453,8 @@ def state(trainer):
     """What a step changes for its own length."""
     names = ("_generating", "_recording", "epsilon_low", "epsilon_high", "use_vllm", "log_completions")
     own = {name: getattr(trainer, name, None) for name in names}
+    if isinstance(trainer, LogitMixGRPOTrainer):  # the other one keeps the rule of its step
+        own["_rule"] = trainer._rule
     settings = (dict(trainer.generation_kwargs), trainer.generation_config.to_dict())
     return own, settings, getattr(trainer.args, "delta", None)
 

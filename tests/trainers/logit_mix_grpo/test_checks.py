@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shutil
 
 import pytest
 from peft import LoraConfig
@@ -104,12 +105,16 @@ def test_a_warper_of_the_mixed_objective_is_a_warning(build, caplog):
     assert "change the distribution" not in caplog.text
 
 
-@pytest.fixture
-def truncating_student(models):
+@pytest.fixture(params=["in memory", "by name"])
+def truncating_student(models, tmp_path, request):
     """A student whose checkpoint carries sampling settings, as those of many chat models do."""
     student = AutoModelForCausalLM.from_pretrained(models / "student")
     student.generation_config.update(do_sample=True, typical_p=0.5, top_k=5)
-    return student
+    if request.param == "in memory":
+        return student
+    folder = shutil.copytree(models / "student", tmp_path / "truncating")
+    student.save_pretrained(folder)
+    return str(folder)
 
 
 def test_warpers_of_the_students_checkpoint(build, truncating_student, caplog):

@@ -94,9 +94,14 @@ def test_another_run_in_the_folder_does_not_mix(models, tmp_path, kind, other):
     mixed = runs.build(models, tmp_path, **NO_CHECKPOINTS, **kind)
     mixed.save_model()
     assert {"mixing.json", "custom_generate", "reference"} <= names(tmp_path)
-    trainer = runs.build(models, tmp_path, **{**NO_CHECKPOINTS, **other}, **kind)
+    trainer = runs.build(models, tmp_path, **{**MIX, "max_steps": 1, **other}, **kind)
+    trainer.train()
     trainer.save_model()
-    assert not names(tmp_path) & {"mixing.json", "custom_generate", "reference", "base", "adapter"}
+    left = {path.name for path in tmp_path.rglob("*")}  # those of the checkpoint too
+    assert "checkpoint-1" in left
+    assert not left & {"mixing.json", "custom_generate", "reference", "base", "adapter"}
+    configs = [path.read_text() for path in tmp_path.rglob("config.json")]
+    assert not any("auto_map" in config for config in configs)
     with trainer._decoding_greedily(), trainer.policy((0.0,)):
         assert exported_greedy(tmp_path) == trainer._generate(list(runs.PROMPTS))[1]
 

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.hub.server import READER, hub_endpoint  # noqa: F401
@@ -18,6 +24,10 @@ def hub(hub_endpoint):  # noqa: F811
 
 # Case -> settings, token, type of the client's error, what it says
 REFUSALS = {
+    "no_token": ({}, "", HfHubHTTPError, "401"),
+    "wrong_token": ({}, "hf_x", HfHubHTTPError, "Invalid credentials"),
+    "private": ({"hub_model_id": "other/private"}, None, HfHubHTTPError, '403.*namespace "other"'),
+    "offline": ({}, None, OfflineModeIsEnabled, "offline"),
     "wrong_argument": ({"hub_token": "hf_x"}, None, HfHubHTTPError, "Invalid credentials"),
     "cannot_write": ({}, READER, HfHubHTTPError, "403 Forbidden.*namespace"),
     "of_somebody_else": ({"hub_model_id": "other/public"}, None, HfHubHTTPError, "403.*write permission on other"),
@@ -31,8 +41,10 @@ REFUSALS = {
 def test_a_refusal_comes_before_a_model_is_loaded(hub, models, tmp_path, monkeypatch, case):  # noqa: F811
     settings, token, cause, says = REFUSALS[case]
     hub.create("other/public")
+    hub.create("other/private", private=True)
     if token is not None:
-        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("HF_TOKEN", token)  # empty: none
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", case == "offline")
     if case == "no_network":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
