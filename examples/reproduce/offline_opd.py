@@ -209,7 +209,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dic
     pair = [load_checkpoint(path)[0] for path in (student, teacher)]
     curve = ProbedCurve(
         lambda model, step: study.measure_student(model, tokenizer, test, study.draw_of(seed, step)),
-        settings["interval"],
+        settings["eval_interval"],
         steps,
         probe=(lambda model, step: gradient_discrepancy(model, *pair, tokenizer, prompts, study.draw_of(seed, step)))
         if arm.probed
@@ -227,7 +227,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dic
     return {
         "arm": name,
         "seed": seed,
-        **{option: settings[option] for option in ("steps", "n_test", "interval")},
+        **{option: settings[option] for option in ("steps", "n_test", "eval_interval")},
         **costs,
         "train_seconds": curve.wall,
         "train_cpu_seconds": curve.cpu,
@@ -775,7 +775,7 @@ def _plot_gradients(found: Results, path: Path) -> None:
 
 STUDY = study.Study(
     "offline_opd",
-    options={"steps": 40, "n_test": 500, "interval": 20, "work_dir": "outputs/offline_opd"},
+    options={"steps": 40, "n_test": 500, "eval_interval": 20, "work_dir": "outputs/offline_opd"},
     arms=lambda settings: ARMS,
     work=work,
     report=report,

@@ -154,6 +154,7 @@ def score(data: Data, rollouts: RolloutStore, work: Path, seed: int, top_k: int 
 def make_data(data: Data, work: Path, seed: int, steps: int, with_top_k: bool) -> dict[str, Any]:
     """Collect and score, and return what both cost; with and without the teacher's top tokens where asked for."""
     result: dict[str, Any] = {"data": asdict(data), "seed": seed, "steps": steps, "machine": machine()}
+    models(work)  # their training is not part of collecting
     with _timed(result, "collect"):
         rollouts = collect(data, work, seed, steps)
     result["tokens"] = rollouts.manifest.num_completion_tokens

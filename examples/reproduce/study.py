@@ -104,14 +104,20 @@ class Study:
         parser.add_argument("--report", action="store_true", help="only rebuild the report from the finished runs")
         args = parser.parse_args()
         runs = Runs(args.output_dir / f"{self.name}_runs.json")
+        failed = 0
         if not args.report:
-            self.run(runs, {name: getattr(args, name) for name in self.options}, args)
+            failed = self.run(runs, {name: getattr(args, name) for name in self.options}, args)
         if not all(name in runs.results for name in self.once[:1]):
             raise SystemExit(f"No finished runs in {runs.path}: start without `--report` first.")
         print(write_report(self, runs, args.output_dir))
+        if failed:
+            raise SystemExit(f"{failed} runs failed; start the same command again to repeat them.")
 
-    def run(self, runs: "Runs", settings: dict[str, Any], args: argparse.Namespace) -> None:
-        """Run what is missing, seed by seed, so that an interruption leaves every arm for the first seeds."""
+    def run(self, runs: "Runs", settings: dict[str, Any], args: argparse.Namespace) -> int:
+        """
+        Run what is missing, seed by seed, so that an interruption leaves every arm for the first seeds. Returns the
+        number of runs of a stage that failed; the next stage is then not begun.
+        """
         known = list(self.arms(settings))
         if unknown := sorted(set(args.arms) - set(known)):
             raise SystemExit(f"Unknown arms {unknown}. Choose among {', '.join(known)}.")
@@ -120,9 +126,9 @@ class Study:
             jobs = [(name, seed) for seed in args.seeds for name in stage] + [(name, None) for name in once]
             todo = [job for job in jobs if runs.missing(*job, settings)]
             print(f"{self.name}: {len(todo)} of {len(jobs)} runs to do", flush=True)
-            failed = _run_jobs(self, runs, todo, settings, args.workers)
-            if failed:
-                raise SystemExit(f"{failed} runs failed; start the same command again to repeat them.")
+            if failed := _run_jobs(self, runs, todo, settings, args.workers):
+                return failed
+        return 0
 
 
 def write_report(study: Study, runs: "Runs", folder: Path) -> str:

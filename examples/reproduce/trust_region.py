@@ -201,7 +201,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     _, tokenizer = load_checkpoint("student")
     curve = study.Curve(
         lambda student, step: study.measure_student(student, tokenizer, test, study.draw_of(seed, step)),
-        settings["interval"],
+        settings["eval_interval"],
         steps,
     )
     history: list[dict[str, Any]] = []
@@ -216,7 +216,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     return {
         "arm": name,
         "seed": seed,
-        **{option: settings[option] for option in ("steps", "n_test", "interval")},
+        **{option: settings[option] for option in ("steps", "n_test", "eval_interval")},
         "train_seconds": round(curve.wall, 1),
         "cpu_seconds": round(curve.cpu, 1),
         "machine": study.machine(),
@@ -234,8 +234,8 @@ class Results:
     def __init__(self, runs: Runs) -> None:
         self.runs, self.start, self.probes = runs, runs.start, runs.of(PROBE)
         self.names = runs.names(make_arms(1))
-        first = runs.of(self.names[0])[0] if self.names else {"steps": 0, "curve": {}, "interval": 0}
-        self.steps, self.interval = first["steps"], first["interval"]
+        first = runs.of(self.names[0])[0] if self.names else {"steps": 0, "curve": {}, "eval_interval": 0}
+        self.steps, self.interval = first["steps"], first["eval_interval"]
         self.points = sorted(map(int, first["curve"]))
         self.arms, self.warmup = make_arms(self.steps), warmup_steps(self.steps)
         self.trust_regions = [name for name in self.names if name.startswith("trust_")]
@@ -551,7 +551,7 @@ def _plot_entropy(found: Results, path: Path) -> None:
 
 STUDY = study.Study(
     name="trust_region",
-    options={"steps": 40, "interval": 10, "n_test": 500, "n_probe": 500},
+    options={"steps": 40, "eval_interval": 10, "n_test": 500, "n_probe": 500},
     arms=lambda settings: [*make_arms(settings["steps"]), PROBE],
     work=work,
     report=report,

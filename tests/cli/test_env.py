@@ -36,6 +36,12 @@ def test_a_version_that_is_not_taken_is_named(monkeypatch, capsys):
     )
 
 
+def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["no-such-package>=2"])
+    assert cli.main(["env"]) == 1
+    assert "no-such-package is not installed, and trl_blend needs >=2." in "".join(capsys.readouterr())
+
+
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert env.devices() == [f"CPU ({torch.get_num_threads()} threads)"]

@@ -57,6 +57,8 @@ def config(tmp_path):
         ("kind: no", {"kind": "no"}),  # YAML 1.1 reads a boolean
         ("name: 5\nkind: b", {"name": "5", "kind": "b"}),
         ("flag: true\nswitch: no", {"flag": True, "switch": False}),
+        ("no_switch: true", {"switch": False}),
+        ("extra: [a, b]", {"extra": ["a", "b"]}),
         ("name: true", {"name": "true"}),
         ("weights: 0.5\nnames: one", {"weights": [0.5], "names": ["one"]}),  # not its letters
         ("weights: [1, 2e-1]\nnames: [one, 2]", {"weights": [1.0, 0.2], "names": ["one", "2"]}),

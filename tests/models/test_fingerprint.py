@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.models.checkpoints import changed, hub_snapshot, save_model
 from tests.tiny import ARCHITECTURES, tiny_lora, tiny_model, tiny_tokenizer
@@ -421,3 +421,11 @@ def test_code_of_the_checkpoint_is_not_run(tmp_path):
     assert found.weights == expected.weights
     assert found.config["hidden_size"] == expected.config["hidden_size"]
     assert found.tokenizer is None
+
+
+def test_a_teacher_may_be_an_encoder_decoder(tmp_path):
+    """The samples of a fine-tuning may be of one, though it cannot be blended."""
+    model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    model.save_pretrained(tmp_path)
+    found = identify_model(tmp_path)
+    assert found.config["model_type"] == "t5" and found.weights is not None

@@ -125,3 +125,10 @@ def test_the_license_of_a_base_in_the_cache_of_the_hub(tmp_path, monkeypatch):
 def test_a_base_without_a_name_has_no_license(tmp_path, monkeypatch):
     monkeypatch.chdir(base_card(tmp_path / "here", "license: mit"))
     assert card_metadata.base_license("") == {}
+
+
+def test_the_license_of_a_model_from_another_base_is_not_kept(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nbase_model: me/one\nlicense: mit\nlanguage: en\n---\n")
+    assert card_metadata.kept_metadata(card, "me/one") == {"license": "mit", "language": "en"}
+    assert card_metadata.kept_metadata(card, "me/two") == {"language": "en"}

@@ -44,7 +44,7 @@ def scores(rate):
 def make_run(name, seed, rate, **changes):
     arm = ARMS[name]
     run = {
-        "arm": name, "seed": seed, "steps": STEPS, "n_test": N, "interval": 10, "tokens": 1000 + seed,
+        "arm": name, "seed": seed, "steps": STEPS, "n_test": N, "eval_interval": 10, "tokens": 1000 + seed,
         "train_seconds": 20.0 if arm.offline else 60.0, "train_cpu_seconds": 10.0 if arm.offline else 40.0,
         "machine": MACHINE, "metrics": {"offline/drift_kl": [0.1] * STEPS},
         "curve": {"10": scores(rate / 2), "20": scores(rate + 0.005 * seed)},

@@ -27,8 +27,7 @@ def test_what_is_finished_is_kept_and_a_failure_is_repeated(tmp_path, capsys):
     runs = Runs(tmp_path / "tried_runs.json")
     make_study().run(runs, {"steps": 2}, options(0))
     assert set(Runs(runs.path).results) == {START, "a-seed0", "b-seed0"}
-    with pytest.raises(SystemExit, match="1 runs failed; start the same command again"):
-        make_study().run(Runs(runs.path), {"steps": 2}, options(0, 1))
+    assert make_study().run(Runs(runs.path), {"steps": 2}, options(0, 1)) == 1
     assert "tried: 2 of 5 runs to do" in capsys.readouterr().out
     assert set(Runs(runs.path).results) == {START, "a-seed0", "b-seed0", "a-seed1"}
     with pytest.raises(SystemExit, match="steps=2, not 3: remove it"):

@@ -66,7 +66,7 @@ def make_run(arm, seed, rates, entropies=(0.03, 0.03)):
         "seed": seed,
         "steps": STEPS,
         "n_test": N,
-        "interval": 4,
+        "eval_interval": 4,
         "train_seconds": 10.0 + seed,
         "cpu_seconds": 5.0,
         "machine": MACHINE,

@@ -69,6 +69,12 @@ def test_a_model_without_generation_is_refused(tmp_path):
         _partners.load_partners([backbone], runs.config(tmp_path))
 
 
+def test_an_adapter_on_the_output_layer_of_a_teacher_is_refused(models, tmp_path):
+    adapted = tiny_lora(AutoModelForCausalLM.from_pretrained(models / "teacher"), target_modules=["lm_head"])
+    with pytest.raises(UnsupportedError, match="`target_modules` of `teacher_model` includes `lm_head`"):
+        _partners.load_partners([adapted], runs.config(tmp_path))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_trainer_loads_the_teacher_in_the_students_dtype(build, dtype):
     trainer = build(model_init_kwargs={"dtype": dtype})
@@ -105,6 +111,8 @@ def test_an_adapter_folder_is_a_teacher(request, trainer, models, tmp_path):
         name: [entry["loss"] for entry in run.state.log_history if "loss" in entry] for name, run in runs_of.items()
     }
     assert is_peft_model(runs_of["adapter"].partners[0])
+    named = runs_of["adapter"].card_fields()["teachers"][0]
+    assert named.name == str(tmp_path / "adapter")  # not its base
     assert losses["adapter"] == pytest.approx(losses["merged"], rel=1e-4)
     student = runs_of["merged"].model.state_dict()
     for name, tensor in runs_of["adapter"].model.state_dict().items():

@@ -58,11 +58,19 @@ def devices() -> list[str]:
 def differences() -> list[str]:
     """Packages whose installed version is not one that this package requires, one sentence each."""
     found = []
-    for line in importlib.metadata.requires("trl_blend") or []:
+    try:
+        lines = importlib.metadata.requires("trl_blend") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        lines = []
+    for line in lines:
         required = Requirement(line)
         if required.marker is not None:  # an extra
             continue
-        installed = importlib.metadata.version(required.name)
+        try:
+            installed = importlib.metadata.version(required.name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{required.name} is not installed, and trl_blend needs {required.specifier or 'it'}.")
+            continue
         if not required.specifier.contains(installed, prereleases=True):
             found.append(f"{required.name} {installed} is installed, and trl_blend needs {required.specifier}.")
     return found

@@ -21,6 +21,7 @@ GENERATE_FILE = "custom_generate/generate.py"
 # What `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)` is to load the model with
 AUTO_MAP = {"AutoModelForCausalLM": "custom_generate/generate.MixedPolicy"}
 ADAPTER_FOLDER = "adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SMALL_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 # Of a training run, of an adapter, or of another export
 _NOT_COPIED = {"adapter_config.json", "logit_mix_state.json", "mixing.json", "trainer_state.json"}
@@ -68,8 +69,9 @@ def move_adapter(folder: Path) -> None:
     `AutoModelForCausalLM.from_pretrained` would go to that of the base model, past the code of this one.
     """
     (folder / ADAPTER_FOLDER).mkdir(exist_ok=True)
-    for path in folder.glob("adapter_*"):
-        path.replace(folder / ADAPTER_FOLDER / path.name)
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            (folder / name).replace(folder / ADAPTER_FOLDER / name)
 
 
 def save_model(model: Any, folder: Path) -> None:

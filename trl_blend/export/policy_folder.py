@@ -25,8 +25,14 @@ class Weights:
     def write(self, folder: Path) -> ModelSource:
         key = folder.resolve()
         if key not in self._written or not folder.is_dir():
+            # The underscore keeps it out of a push; the model may be read from the folder itself
+            unfinished = folder.with_name(f"_{folder.name}.partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.save(unfinished)
+            if folder.is_symlink():  # what it leads to is not ours
+                folder.unlink()
             shutil.rmtree(folder, ignore_errors=True)
-            self.save(folder)
+            unfinished.replace(folder)
             self._written[key] = ModelSource(path=folder.name, files=file_hashes(folder), dtype=self.dtype)
         return self._written[key]
 

@@ -77,6 +77,15 @@ def check_vocab_sizes(
             )
 
 
+def check_decoder_only(config: Any, name: str) -> None:
+    """Refuse the configuration of an encoder-decoder model, held by the argument `name`."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"`{name}` is an encoder-decoder model (model_type={config.model_type!r}), which does not continue a "
+            "token sequence. Use a decoder-only causal language model."
+        )
+
+
 def check_partner_model(model: Any, name: str = "teacher_model") -> None:
     """
     Check that a partner, held by the argument `name`, is a decoder-only language model that can generate.
@@ -86,11 +95,7 @@ def check_partner_model(model: Any, name: str = "teacher_model") -> None:
             `generate`.
     """
     kind = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"`{name}` is a {kind}, an encoder-decoder model, which does not continue the student's token sequence. "
-            "Pass a decoder-only causal language model."
-        )
+    check_decoder_only(getattr(model, "config", None), name)
     can_generate = getattr(model, "can_generate", None)
     if not callable(getattr(model, "generate", None)) or (callable(can_generate) and not can_generate()):
         raise UnsupportedError(

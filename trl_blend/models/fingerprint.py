@@ -5,12 +5,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, weight_tensors
 from trl_blend.models.identity import AdapterFingerprint, ModelIdentity, TokenizerFingerprint, digest
-from trl_blend.models.loading import find_config, find_generation_config, find_tokenizer
+from trl_blend.models.loading import find_generation_config, find_tokenizer
 from trl_blend.models.weights import (
     ADAPTER_LAYOUT,
     LazyTensor,
@@ -107,7 +107,10 @@ def _identify_checkpoint(checkpoint: Checkpoint, tokenizer: Any, hash_weights: b
     if not (checkpoint.folder / "config.json").is_file():
         raise ConfigError(f"{checkpoint.name!r} is no model: it has neither config.json nor adapter_config.json.")
     # Of a checkpoint with code of its own the fields are there all the same
-    config = _found(find_config, checkpoint) or PretrainedConfig.from_pretrained(checkpoint.folder)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except ValueError:
+        config = PretrainedConfig.from_pretrained(checkpoint.folder)
     weights = fingerprint_tensors(weight_tensors(checkpoint), layout_of(config)) if hash_weights else None
     return ModelIdentity(
         name=checkpoint.name,

@@ -19,9 +19,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import missing_model
-from trl_blend.models.compatibility import check_partner_model
+from trl_blend.models.compatibility import check_decoder_only, check_partner_model
 from trl_blend.models.wrappers import AdapterConfig
 
 
@@ -113,11 +113,7 @@ def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> 
         config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise missing_model(name, error, argument, options.get("revision")) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(
-            f"`{argument}` is an encoder-decoder model (model_type={config.model_type!r}), which does not continue a "
-            "token sequence. Use a decoder-only causal language model."
-        )
+    check_decoder_only(config, argument)
     return config
 
 

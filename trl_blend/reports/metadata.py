@@ -16,13 +16,25 @@ _LICENSE = ("license", "license_name", "license_link")
 _KEPT = (*_LICENSE, "language")
 
 
-def kept_metadata(path: Path) -> dict[str, Any]:
-    """What somebody has added to the metadata of a card, such as its license."""
+def kept_metadata(path: Path, base_model: str | None = None) -> dict[str, Any]:
+    """
+    What somebody has added to the metadata of a card, such as its license.
+
+    Args:
+        path (`pathlib.Path`):
+            The card.
+        base_model (`str`, *optional*):
+            Base of the model that it is written for now: the license of a model from another one is not kept.
+    """
     try:
         present = metadata_load(path) if path.is_file() else None
     except (yaml.YAMLError, ValueError):  # TRL replaces a broken card without reading it
         present = None
-    return {name: present[name] for name in _KEPT if present.get(name)} if isinstance(present, dict) else {}
+    if not isinstance(present, dict):
+        return {}
+    former = present.get("base_model")
+    names = _KEPT if base_model is None or former in (None, base_model, [base_model]) else ("language",)
+    return {name: present[name] for name in names if present.get(name)}
 
 
 def base_license(name: str, commit: str | None = None) -> dict[str, Any]:

@@ -247,7 +247,7 @@ def _locked(folder: Path) -> FileLock:
             f"Another process is writing {folder}. Wait for it, or stop it and run the command again; with several "
             "processes, only the main one may be `is_main_process`."
         ) from None
-    except OSError:  # a network file system without locks
+    except (OSError, NotImplementedError):  # a network file system without locks
         pass
     return lock
 

@@ -139,17 +139,22 @@ def apply_config(
         [`~trl_blend.errors.ConfigError`]: If neither of them knows a key.
     """
     types = {action.dest: action.type for action in parser._actions if action.dest != "help"}
+    known, values = parser._option_string_actions, dict(values)
+    for name in [name for name in values if name.startswith("no_") and name not in types and f"--{name}" in known]:
+        values[name.removeprefix("no_")] = not values.pop(name)
     others = {name: value for name, value in values.items() if name not in types}
     check_keys(others, launch_names() if others and launched else set(), file, option_names(parser))
-    own = {name: value for name, value in values.items() if name in types}
-    unwritten = {
-        name: value
-        for name, value in own.items()
-        if value is None or isinstance(value, dict) and types[name] in (None, dict, str)
-    }
+    # Nothing after a colon is a value for a configuration of TRL's, and none for a command of ours
+    own = {name: value for name, value in values.items() if name in types and (launched or value is not None)}
+    unwritten = {name: value for name, value in own.items() if value is None or _is_nested(value, known[f"--{name}"])}
     parser.set_defaults_with_config(**unwritten)
     written = {name: value for name, value in own.items() if name not in unwritten}
     return as_options(parser, written, file), others
+
+
+def _is_nested(value: Any, action: argparse.Action) -> bool:
+    """Whether the option of a value has no way to write it: it takes one text, or a dictionary as JSON."""
+    return isinstance(value, (dict, list)) and action.nargs not in ("+", "*") and action.type in (None, dict, str)
 
 
 def _text(action: argparse.Action, value: Any) -> str:

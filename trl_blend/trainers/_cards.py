@@ -64,7 +64,7 @@ class CardMixin:
         folder = Path(self.args.output_dir)
         card = folder / "README.md"
         base, commit = _origin(self.model.config, self.args.model_init_kwargs)
-        kept = metadata.kept_metadata(card)
+        kept = metadata.kept_metadata(card, shown_name(base).hub_id)
         if "license" not in kept:
             kept |= metadata.base_license(base, commit)
         fields = self._all_card_fields(dataset_name)
@@ -240,9 +240,11 @@ def _number(count: float, what: str) -> str:
 # -------------------- teachers
 
 
-def live_teacher(partner: Any, args: Any) -> CardTeacher:
+def live_teacher(partner: Any, given: Any, args: Any) -> CardTeacher:
     """A teacher that was in memory: it is what the user named, and nothing compared its weights with a record."""
     name, commit = _origin(partner.config, args.teacher_model_init_kwargs, args.teacher_model_revision)
+    if is_peft_model(partner):  # whose configuration is its base's
+        name, commit = (given, args.teacher_model_revision) if isinstance(given, str) else ("", None)
     if not name:
         reason = "it was passed as a model in memory that does not say where it came from"
         return CardTeacher(None, None, _dtype(partner.dtype), "unknown", reason)

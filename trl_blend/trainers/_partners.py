@@ -53,11 +53,11 @@ def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list
         )
 
 
-def check_lm_head_adapter(peft_config: Any) -> None:
+def check_lm_head_adapter(peft_config: Any, argument: str = "peft_config") -> None:
     """Refuse adapters on the LM head and prompt learning: the fused head reads the plain head's weight."""
     if getattr(peft_config, "is_prompt_learning", False):
         raise UnsupportedError(
-            f"`peft_config={type(peft_config).__name__}` prepends virtual tokens, so student and teacher positions do "
+            f"`{argument}={type(peft_config).__name__}` prepends virtual tokens, so student and teacher positions do "
             "not line up. Use LoRA or another adapter that leaves the inputs alone."
         )
     for name in ("target_modules", "modules_to_save"):
@@ -65,7 +65,7 @@ def check_lm_head_adapter(peft_config: Any) -> None:
         modules = [modules] if isinstance(modules, str) else modules
         if any(module == "lm_head" or module.endswith(".lm_head") for module in modules):
             raise UnsupportedError(
-                f"`{name}` of `peft_config` includes `lm_head`. The fused log-probabilities read the LM head's own "
+                f"`{name}` of `{argument}` includes `lm_head`. The fused log-probabilities read the LM head's own "
                 f"weight and would ignore the adapter. Remove `lm_head` from `{name}`."
             )
 
@@ -132,6 +132,8 @@ def load_partners(
     for teacher in teachers:
         partner = load_frozen(teacher, "teacher_model", **arguments) if isinstance(teacher, str) else teacher
         check_partner_model(partner, "teacher_model")
+        for adapter in (getattr(partner, "peft_config", None) or {}).values():
+            check_lm_head_adapter(adapter, "teacher_model")
         partners.append(partner.requires_grad_(False).eval())
     return partners
 

@@ -1,6 +1,7 @@
 """Which weight, revision and folder a save names, and what it takes away of an earlier run in the same folder."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,47 @@ def test_another_mixture_in_the_folder(models, tmp_path, hub_endpoint, former, l
     else:
         trainer.save_model()
     assert {"reference", "mixing.json"} <= names(folder) and not names(folder) & left
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_a_base_in_the_folder_itself(models, tmp_path):
+    base = tmp_path / "run" / "base"
+    shutil.copytree(models / "student", base)
+    weights = (base / "model.safetensors").read_bytes()
+    for _ in range(2):  # the second run finds the mixing.json of the first, which names it
+        trainer = runs.build(
+            models, tmp_path / "run", student=str(base), trainer_kwargs={"peft_config": LORA}, **NO_CHECKPOINTS
+        )
+        trainer.save_model()
+        assert spec(tmp_path / "run")["base"]["path"] == "base"
+        assert (base / "model.safetensors").read_bytes() == weights
+        assert exported_greedy(tmp_path / "run") == trainers_greedy(trainer)
+
+
+def test_a_copy_that_was_replaced_by_a_link(models, tmp_path):
+    folder, shared = tmp_path / "run", tmp_path / "shared"
+    runs.build(models, folder, **NO_CHECKPOINTS).save_model()
+    shutil.move(folder / "reference", shared)
+    (folder / "reference").symlink_to(shared)
+    before = {path.name: path.read_bytes() for path in shared.iterdir()}
+    runs.build(models, folder, **NO_CHECKPOINTS).save_model()
+    assert {path.name: path.read_bytes() for path in shared.iterdir()} == before
+    assert (folder / "reference").is_dir() and not (folder / "reference").is_symlink()
+
+
+def test_what_is_called_like_an_adapter_stays(models, tmp_path):
+    (tmp_path / "adapter_old").mkdir()
+    (tmp_path / "adapter_notes.txt").write_text("mine")
+    for _ in range(2):
+        runs.build(models, tmp_path, **LORA_ON_BASE, **NO_CHECKPOINTS).save_model()
+    assert (tmp_path / "adapter_old").is_dir() and (tmp_path / "adapter_notes.txt").is_file()
+
+
+def test_no_folder_of_this_machine_is_pushed_with_a_checkpoint(models, tmp_path, hub_endpoint):  # noqa: F811
+    hub = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_always_push": True, "hub_model_id": "me/last"}
+    trainer = runs.build(models, tmp_path, **{**MIX, "max_steps": 1}, **hub)
+    trainer.train()
+    assert spec(tmp_path / "checkpoint-1")["references"][0]["path"] is None
 
 
 def test_a_folder_that_is_called_like_a_checkpoint(models, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -322,7 +323,13 @@ class VllmClient:
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             limits = httpx2.Limits(max_connections=self.concurrency)
             # A proxy is for the world outside, not for a node beside this one
-            client = httpx2.AsyncClient(headers=headers, timeout=_TIMEOUT, limits=limits, trust_env=False)
+            client = httpx2.AsyncClient(
+                headers=headers,
+                timeout=_TIMEOUT,
+                limits=limits,
+                trust_env=False,
+                verify=ssl.create_default_context(),  # with `SSL_CERT_FILE`, which `trust_env` would leave out too
+            )
             async with client as self._http, anyio.create_task_group() as group:
                 for index in range(len(items)):
                     group.start_soon(one, index)

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from transformers.trainer_utils import HubStrategy
 
 from trl_blend import _compat
 from trl_blend.errors import ConfigError, UnsupportedError
@@ -61,7 +62,8 @@ class MixedPolicyFiles:
                 "`model` is an adapter on a base that was built in memory, and the base is sharded, so a mixed policy "
                 "could not be saved. Save the base to a folder first, and load it from there."
             )
-        self._base_origin, self._base = _origin(base), pinned(base) or Weights(base, model)
+        self._base_folder = None if base is None else base.folder.resolve()
+        self._base_origin, self._base = self._origin(base), pinned(base) or Weights(base, model)
         self._origins, self._references = [ModelSource(base=True)], [ModelSource(base=True)]
         if teachers:
             dtypes = [model_files.dtype_name(partner.dtype) for partner in partners]
@@ -85,7 +87,7 @@ class MixedPolicyFiles:
     def clear_former(self, folder: Path) -> None:
         """Take away what another run has mixed in a folder, before the student is put there."""
         if folder.resolve() not in self._own_folders:
-            former_export.clear(folder)
+            former_export.clear(folder, keep=self._base_folder)
             self._own_folders.add(folder.resolve())
 
     def finish(self, folder: Path, weights: tuple[float, ...], step: int, saved: Path | None = None) -> None:
@@ -121,7 +123,12 @@ class MixedPolicyFiles:
             return ModelSource()
         if base is not None and checkpoint.folder.resolve() == base.folder.resolve():
             return ModelSource(base=True)
-        return ModelSource() if checkpoint.is_adapter else _origin(checkpoint)
+        return ModelSource() if checkpoint.is_adapter else self._origin(checkpoint)
+
+    def _origin(self, checkpoint: Checkpoint | None) -> ModelSource:
+        """What the `mixing.json` of a checkpoint says of a model. No folder of this machine is pushed."""
+        path = None if checkpoint is None or self.args.push_to_hub else str(checkpoint.folder.resolve())
+        return pinned(checkpoint) or ModelSource(path=path)
 
     def _warn_of_uploads(self) -> None:
         single = len(self._references) == 1
@@ -193,7 +200,7 @@ class MixedPolicySaving:
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
             return
         checkpoint, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
-        if self.args.should_save:
+        if self.args.should_save and self.args.hub_strategy != HubStrategy.END:
             files.clear_former(output_dir)
         # Not only the student: nothing is deleted from a repository, and an adapter at its top would lead transformers
         # past the code that the final push brings
@@ -210,12 +217,6 @@ class _Teacher(Weights):
             logger.warning("`teacher_model` is an adapter: the reference is saved with it merged into its base.")
             model = copy.deepcopy(model).merge_and_unload()
         model_files.save_model(model, folder)
-
-
-def _origin(checkpoint: Checkpoint | None) -> ModelSource:
-    if checkpoint is None:
-        return ModelSource()
-    return pinned(checkpoint) or ModelSource(path=str(checkpoint.folder.resolve()))
 
 
 def _gigabytes(model: Any) -> float:

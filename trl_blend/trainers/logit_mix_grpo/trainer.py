@@ -165,6 +165,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             uses_tools=bool(kwargs.get("tools")) or kwargs.get("environment_factory") is not None,
         )
         self.partners: list[nn.Module] = []
+        self._given_teachers = teachers
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
         self._rule: BlendRule | None = None
         self._generating = False
@@ -459,7 +460,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/logit_mix_grpo.md`."""
-        teachers = [_cards.live_teacher(partner, self.args) for partner in self.partners]
+        pairs = zip(self.partners, self._given_teachers)
+        teachers = [_cards.live_teacher(partner, given, self.args) for partner, given in pairs]
         if self.args.mixes and not teachers:
             teachers = [_cards.base_teacher(self.model, self.args)]
         return report.card_fields(

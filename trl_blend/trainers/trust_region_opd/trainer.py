@@ -205,6 +205,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         # Not by the parent, which refuses padded vocabularies and shards the teacher under ZeRO-3
         loaded = _partners.load_partners(teachers, self.args)
         self.partners: list = [_partners.prepare_partner(partner, self.accelerator) for partner in loaded]
+        self._given_teacher = teachers[0] if teachers else None
         self.teacher_model = self.partners[0] if self.partners else BaseTeacher(self.model)
         self.eos = None
         if teachers:
@@ -421,7 +422,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/trust_region_opd.md`."""
         if self.partners:
-            teacher = _cards.live_teacher(self.partners[0], self.args)
+            teacher = _cards.live_teacher(self.partners[0], self._given_teacher, self.args)
         else:
             teacher = _cards.base_teacher(self.model, self.args)
         return report.card_fields(
