@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -347,3 +348,9 @@ def test_no_end_of_sequence_token(tmp_path, prompts):
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     with pytest.raises(ConfigError, match="names an end-of-sequence token"):
         collect(model, prompts, tmp_path / "store", processing_class=tokenizer, **SETTINGS)
+
+
+def test_a_store_without_its_manifest_is_taken_up(student, prompts, finished, tmp_path):
+    store = shutil.copytree(finished.folder, tmp_path / "store")
+    (store / "manifest.json").unlink()
+    assert collect(student, prompts, store, **SETTINGS).digest == finished.digest

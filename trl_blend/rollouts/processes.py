@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from trl_blend.errors import ConfigError
+from trl_blend.rollouts.card import CARD_NAME
 from trl_blend.rollouts.config import StoreConfig
 from trl_blend.rollouts.format import MANIFEST_NAME, Manifest
 from trl_blend.rollouts.shard import DATA_FOLDER, shard_index, shards_on_disk
@@ -136,10 +137,10 @@ def check_output_dir(folder: str | os.PathLike[str], others: Sequence[Path] = ()
         raise ConfigError(f"`output_dir={str(folder)!r}` is a file. Choose a folder.")
     if not path.is_dir() or (path / MANIFEST_NAME).exists():
         return
-    # What a process killed before its first manifest leaves behind
+    # What a process killed before its first manifest leaves behind, and what a manifest that was removed does
     names = {entry.name for entry in path.iterdir()} - {LOCK_NAME}
     if (path / DATA_FOLDER).is_dir():
-        names.remove(DATA_FOLDER)
+        names -= {DATA_FOLDER, CARD_NAME}
         names |= {f"{DATA_FOLDER}/{name}" for name in os.listdir(path / DATA_FOLDER) if shard_index(name) is None}
     foreign = sorted(name for name in names if not name.endswith(".tmp"))
     if foreign:
