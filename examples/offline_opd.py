@@ -67,7 +67,7 @@ def main(script_args, training_args, model_args):
         peft_config=get_peft_config(model_args),
     )
     sampling = scored.manifest.sampling or {}
-    max_new_tokens = script_args.max_new_tokens or sampling.get("max_new_tokens", 512)
+    max_completion_length = script_args.max_completion_length or sampling.get("max_new_tokens", 512)
 
     def score():
         if not rows:
@@ -79,7 +79,7 @@ def main(script_args, training_args, model_args):
             trainer.processing_class,
             trainer.state,
             accelerator=trainer.accelerator,
-            generation_kwargs={"max_new_tokens": max_new_tokens},
+            generation_kwargs={"max_new_tokens": max_completion_length},
             batch_size=training_args.per_device_train_batch_size,
         )
         return {"student": student}

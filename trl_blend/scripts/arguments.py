@@ -88,6 +88,6 @@ class OfflineOPDScriptArguments(PromptScriptArguments):
             "prompts, and accuracy_reward for others."
         },
     )
-    max_new_tokens: int | None = field(
+    max_completion_length: int | None = field(
         default=None, metadata={"help": "Limit on the length of a decoded completion. That of the rollouts if unset."}
     )
