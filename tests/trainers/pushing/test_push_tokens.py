@@ -39,6 +39,7 @@ def test_the_search_finds_what_it_searches_for(tmp_path):
 def test_a_run_writes_no_token(hub, models, tmp_path, monkeypatch, capfd, kind):  # noqa: F811
     import wandb
 
+    wandb.teardown()  # or it keeps the folder of the first run of this process
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -51,7 +52,7 @@ def test_a_run_writes_no_token(hub, models, tmp_path, monkeypatch, capfd, kind):
     print(trainer.args, repr(trainer.args), trainer.args.to_json_string())
     trainer.train()
     trainer.push_to_hub()
-    wandb.finish(), wandb.teardown()  # which keeps the folder of the first run of a process
+    wandb.finish(), wandb.teardown()
 
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     names = {path.name for path in written}
