@@ -23,6 +23,7 @@ from reproduce import study
 
 
 # isort: split
+from benchmarks._report import machine
 from reproduce import logit_mixing, offline_opd, trust_region
 from testbed.evaluate import CHECKPOINTS
 
@@ -81,7 +82,7 @@ def work(name: str, seed: int | None, settings: dict[str, Any], scratch: str) ->
                 metrics.setdefault(metric, {})[entry["step"]] = float(f"{value:.4g}")
     trainer_name, run = name.split(": ")
     result = {"trainer": trainer_name, "run": run, "seed": 0, "steps": trainer.state.global_step}
-    return result | {"machine": study.machine(), "metrics": metrics}
+    return result | {"machine": machine(), "metrics": metrics}
 
 
 def rows(runs: study.Runs, trainer: str) -> Iterator[tuple[str, str, dict[str, float]]]:

@@ -38,6 +38,7 @@ from transformers import Trainer
 from trl import DistillationConfig
 
 from benchmarks._memory import reset_peak, resident_bytes
+from benchmarks._report import machine
 from reproduce.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 from reproduce.offline_opd_data import BATCH, TOP_K, Data, collect, make_data, models, score
 from reproduce.offline_opd_policies import PROMPTS, gradient_discrepancy, policy_measures
@@ -231,7 +232,7 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dic
         **costs,
         "train_seconds": curve.wall,
         "train_cpu_seconds": curve.cpu,
-        "machine": study.machine(),
+        "machine": machine(),
         "metrics": {key: [study.rounded(entry[key]) for entry in history] for key in METRICS if key in history[-1]},
         "curve": curve.points,
         "probes": curve.probes,

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from filelock import FileLock
 
-from reproduce.study import machine
+from benchmarks._report import machine
 from testbed.evaluate import CHECKPOINTS, load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset, chain_of_thought, prompt_text, sample_operands
 from testbed.tokenizer import build_tokenizer

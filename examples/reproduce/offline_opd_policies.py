@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reproduce import study
 from testbed.evaluate import load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
 
@@ -43,24 +44,12 @@ class Rollouts(NamedTuple):
 @torch.no_grad()
 def roll_out(model: PreTrainedModel, prompts: list[Any], tokenizer: Any, seed: int) -> Rollouts:
     """One rollout per prompt at temperature 1 from the full vocabulary. Leaves the random state as it was."""
-    inputs = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-        tokenizer_kwargs={"padding_side": "left"},
-    )
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    ids, mask = study.left_padded(tokenizer, prompts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS
-        )
-    width = ids.shape[1]
-    ends = output[:, width:] == tokenizer.eos_token_id
-    counts = ends.cumsum(dim=1) - ends.long() == 0  # up to and with the first end of sequence
-    return Rollouts(output, torch.cat([mask, counts.long()], dim=1), width)
+        drawn = study.generate(model, ids, mask, MAX_NEW_TOKENS)
+    counts = study.completion_mask(drawn, tokenizer.eos_token_id)
+    return Rollouts(torch.cat([ids, drawn], dim=1), torch.cat([mask, counts], dim=1), ids.shape[1])
 
 
 def completion_logprobs(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:

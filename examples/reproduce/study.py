@@ -238,26 +238,8 @@ def be_quiet() -> None:
     transformers.logging.set_verbosity_error()
 
 
-def machine() -> dict[str, Any]:
-    """Cores, threads and versions, to be kept beside what was measured. Call it in the process that measures."""
-    import platform
-
-    import transformers
-    import trl
-
-    return {
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl.__version__,
-    }
-
-
 def machine_text(host: dict[str, Any]) -> str:
-    """[`machine`] in words."""
+    """[`~benchmarks._report.machine`] in words."""
     return (
         f"Machine: {host['cpu_cores']} CPU cores shared with other work, {host['torch_threads']} thread per run, "
         f"{host['architecture']}, torch {host['torch']}, transformers {host['transformers']}, TRL {host['trl']}."
@@ -346,6 +328,34 @@ def as_rates(digits: str, decoding: str = "greedy") -> np.ndarray:
 
 def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
+
+
+# Rollouts
+
+
+def left_padded(tokenizer: Any, prompts: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask of conversations, `(N, P)`."""
+    inputs = tokenizer.apply_chat_template(
+        prompts,
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+        tokenizer_kwargs={"padding_side": "left"},
+    )
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Completions at temperature 1 from the full vocabulary."""
+    output = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens)
+    return output[:, ids.size(1) :]
+
+
+def completion_mask(completions: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """1 up to and including the first end of sequence of each row of `(N, T)` token ids."""
+    ends = completions == eos_token_id
+    return (ends.cumsum(dim=1) - ends.long() == 0).long()
 
 
 # Statistics and verdicts

@@ -32,6 +32,7 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks._report import machine
 from reproduce import trust_region_probes as probes
 from testbed.evaluate import CHECKPOINTS, load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset, format_and_answer_reward, format_reward
@@ -149,10 +150,10 @@ def teacher_rollouts(prompts: Dataset) -> Dataset:
     teacher, tokenizer = load_checkpoint("teacher")
     rows: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     repeated = [prompt for prompt in prompts["prompt"] for _ in range(ROLLOUTS_PER_PROMPT)]
-    ids, mask = probes.left_padded(tokenizer, repeated)
+    ids, mask = study.left_padded(tokenizer, repeated)
     for start in range(0, len(ids), probes.BATCH):
         some = slice(start, start + probes.BATCH)
-        drawn = probes.generate(teacher, ids[some], mask[some], MAX_NEW_TOKENS)
+        drawn = study.generate(teacher, ids[some], mask[some], MAX_NEW_TOKENS)
         for prompt, kept, answer in zip(ids[some], mask[some], drawn.tolist(), strict=True):
             question = prompt[kept.bool()].tolist()
             answer = until_eos(answer, tokenizer.eos_token_id)
@@ -219,7 +220,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
         **{option: settings[option] for option in ("steps", "n_test", "eval_interval")},
         "train_seconds": round(curve.wall, 1),
         "cpu_seconds": round(curve.cpu, 1),
-        "machine": study.machine(),
+        "machine": machine(),
         "metrics": {key: [study.rounded(entry.get(key)) for entry in history] for key in METRICS},
         "curve": curve.points,
     }

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks._report import machine
 from reproduce import study
 from reproduce.study import HELD, NOT_HELD, REVERSE, Claim, Estimate, over_seeds, verdict
 from testbed.evaluate import load_checkpoint
@@ -54,31 +55,6 @@ class Rollouts(NamedTuple):
     completions: Tensor
     mask: Tensor
     statistics: dict[str, float]
-
-
-def left_padded(tokenizer: Any, prompts: list[Any]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of conversations, `(N, P)`."""
-    inputs = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
-        padding=True,
-        return_tensors="pt",
-        return_dict=True,
-        tokenizer_kwargs={"padding_side": "left"},
-    )
-    return inputs["input_ids"], inputs["attention_mask"]
-
-
-def generate(model: Any, ids: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
-    """Completions at temperature 1 from the full vocabulary."""
-    output = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new_tokens)
-    return output[:, ids.size(1) :]
-
-
-def completion_mask(completions: Tensor, eos_token_id: int) -> Tensor:
-    """1 up to and including the first end of sequence of each row of `(N, T)` token ids."""
-    ends = completions == eos_token_id
-    return (ends.cumsum(dim=1) - ends.long() == 0).long()
 
 
 def padded(completions: Tensor, pad_token_id: int) -> Tensor:
@@ -121,7 +97,7 @@ class Prober:
         self.student, self.tokenizer = load_checkpoint("student")
         self.teacher, _ = load_checkpoint(TEACHER)
         rows = build_prompt_dataset("train", n, seed)
-        self.prompts, self.prompt_mask = left_padded(self.tokenizer, list(rows["prompt"]) * ROLLOUTS)
+        self.prompts, self.prompt_mask = study.left_padded(self.tokenizer, list(rows["prompt"]) * ROLLOUTS)
         self.answers = list(rows["answer"]) * ROLLOUTS
 
     def reward(self, completions: Tensor) -> list[float]:
@@ -137,16 +113,16 @@ class Prober:
             ids, mask = self.prompts[start : start + BATCH], self.prompt_mask[start : start + BATCH]
             if budget in (TEACHER, 0.0):
                 model = self.teacher if budget == TEACHER else self.student
-                drawn, recorded = generate(model, ids, mask, MAX_NEW_TOKENS), {}
+                drawn, recorded = study.generate(model, ids, mask, MAX_NEW_TOKENS), {}
             else:
                 rule = TrustRegion(float(budget))
                 with blended_generation(self.student, self.teacher, rule, record=True) as session:
-                    drawn = generate(self.student, ids, mask, MAX_NEW_TOKENS)
+                    drawn = study.generate(self.student, ids, mask, MAX_NEW_TOKENS)
                 recorded = session.records[0].statistics
             completions.append(padded(drawn, self.tokenizer.pad_token_id))
             statistics.append({name: padded(values, 0) for name, values in recorded.items()})
         tokens = torch.cat(completions)
-        mask = completion_mask(tokens, self.tokenizer.eos_token_id)
+        mask = study.completion_mask(tokens, self.tokenizer.eos_token_id)
         means = {
             name: (torch.cat([batch[name] for batch in statistics]) * mask).sum().item() / mask.sum().item()
             for name in statistics[0]
@@ -191,7 +167,7 @@ class Prober:
         completions = rollouts.completions.clone()
         for start in range(0, len(ids), BATCH):
             some = slice(start, start + BATCH)
-            drawn = generate(model, ids[some], mask[some], MAX_NEW_TOKENS - length)
+            drawn = study.generate(model, ids[some], mask[some], MAX_NEW_TOKENS - length)
             whole = torch.cat([rollouts.completions[rows[some], :length], drawn], dim=1)
             completions[rows[some]] = padded(whole, self.tokenizer.pad_token_id)
         rewards = torch.tensor(self.reward(completions)).view(ROLLOUTS, -1)
@@ -202,7 +178,7 @@ class Prober:
 def run(seed: int, n: int) -> dict[str, Any]:
     """Both probes with one sampling seed."""
     prober = Prober(seed, n)
-    result: dict[str, Any] = {"seed": seed, "n_probe": n, "rollouts_per_prompt": ROLLOUTS, "machine": study.machine()}
+    result: dict[str, Any] = {"seed": seed, "n_probe": n, "rollouts_per_prompt": ROLLOUTS, "machine": machine()}
     result |= {"support": {}, "prefixes": {}, "ended": {}}
     for budget in (*BUDGETS, TEACHER):
         rollouts = prober.rollouts(budget)

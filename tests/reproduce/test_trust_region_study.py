@@ -18,6 +18,7 @@ from reproduce.study import (
     Runs,
     all_of,
     as_rates,
+    completion_mask,
     difference,
     measure_student,
     verdict,
@@ -34,7 +35,7 @@ from reproduce.trust_region import (
     until_eos,
     warmup_steps,
 )
-from reproduce.trust_region_probes import Prober, Rollouts, completion_mask, padded, trend, truncate
+from reproduce.trust_region_probes import Prober, Rollouts, padded, trend, truncate
 from testbed.evaluate import CHECKPOINTS, load_checkpoint
 from testbed.task import build_prompt_dataset
 from trl_blend.generation import TrustRegion, blended_generation

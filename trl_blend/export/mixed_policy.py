@@ -223,7 +223,7 @@ def _locate(source: ModelSource, student: Checkpoint, what: str, remedy: str) ->
     """Name and revision of a model that `mixing.json` in the student's folder names."""
     if source.repo_id is not None:
         return source.repo_id, source.commit
-    folder = student.folder / (source.path or "")
+    folder = (student.folder / (source.path or "")).resolve()
     if source.path is None or not folder.is_dir():
         where = "it was a model in memory" if source.path is None else f"{folder} is not there"
         raise ConfigError(

@@ -15,7 +15,15 @@ from trl_blend.errors import ConfigError
 from trl_blend.models.loading import check_not_loaded, find_eos_token_ids, find_tokenizer
 from trl_blend.rollouts import identities, processes
 from trl_blend.rollouts.config import RolloutConfig, passed_or_named
-from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, load_options, make_engine, row_seed
+from trl_blend.rollouts.engines.base import (
+    OnRows,
+    Rollout,
+    RolloutEngine,
+    SamplingSettings,
+    load_options,
+    make_engine,
+    row_seed,
+)
 from trl_blend.rollouts.format import Manifest, row_key
 from trl_blend.rollouts.prompts import PromptScan, PromptTokens, describe_dataset, load_prompts, shard_bounds
 from trl_blend.rollouts.store import RolloutStore
@@ -62,7 +70,7 @@ def collect_rollouts(
     options = load_options(args)
     check_not_loaded(model, argument, options)
     processes.check_output_dir(args.output_dir)
-    engine = make_engine(model, argument, args)
+    engine: RolloutEngine = make_engine(model, argument, args)
     tokenizer = processing_class or find_tokenizer(model, argument, required=True, **options.hub)
     dataset = load_prompts(prompts, origin, args.prompt_column, args.dataset_config, args.dataset_train_split)
     source = PromptTokens(dataset, tokenizer, args.prompt_column, args.chat_template_kwargs)
@@ -120,7 +128,9 @@ def collect_rollouts(
     return processes.write_store(state, args, manifest, scan.digests, rows, load, draw)
 
 
-def _sample(engine: Any, prompt_ids: Sequence[list[int]], seeds: Sequence[int], on_rows: OnRows) -> list[Rollout]:
+def _sample(
+    engine: RolloutEngine, prompt_ids: Sequence[list[int]], seeds: Sequence[int], on_rows: OnRows
+) -> list[Rollout]:
     """Rollouts of a shard, in order. Prompts of similar length share a batch: less padding."""
     rollouts: dict[int, Rollout] = {}
     order = sorted(range(len(prompt_ids)), key=lambda row: (len(prompt_ids[row]), row))

@@ -13,7 +13,7 @@ from trl_blend.errors import ConfigError, TokenizerMismatchError
 from trl_blend.models.loading import check_not_loaded
 from trl_blend.rollouts import identities, processes
 from trl_blend.rollouts.config import ScoringConfig, passed_or_named
-from trl_blend.rollouts.engines.base import OnRows, load_options, make_engine
+from trl_blend.rollouts.engines.base import OnRows, ScoringEngine, load_options, make_engine
 from trl_blend.rollouts.format import Manifest
 from trl_blend.rollouts.ragged import to_rows
 from trl_blend.rollouts.shard import read_record
@@ -62,7 +62,7 @@ def score_rollouts(
     if not isinstance(rollouts, RolloutStore):
         source = load_rollouts(rollouts, revision=args.rollouts_revision)
     processes.check_output_dir(args.output_dir, [source.folder])
-    engine = make_engine(teacher, argument, args)
+    engine: ScoringEngine = make_engine(teacher, argument, args)
     _check_top_k(args.top_k, engine.vocab_size)
 
     state = processes.processes()

@@ -182,11 +182,16 @@ def test_what_is_called_like_an_adapter_stays(models, tmp_path):
     assert (tmp_path / "adapter_old").is_dir() and (tmp_path / "adapter_notes.txt").is_file()
 
 
-def test_no_folder_of_this_machine_is_pushed_with_a_checkpoint(models, tmp_path, hub_endpoint):  # noqa: F811
-    hub = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_always_push": True, "hub_model_id": "me/last"}
-    trainer = runs.build(models, tmp_path, **{**MIX, "max_steps": 1}, **hub)
+@pytest.mark.parametrize("kind", [{}, {"trainer_kwargs": {"peft_config": LORA}}], ids=["full", "lora"])
+def test_a_checkpoint_names_folders_as_seen_from_it(models, tmp_path, kind):
+    """It may be pushed: where they are on this machine is nobody's business."""
+    trainer = runs.build(models, tmp_path, **{**MIX, "max_steps": 1}, **kind)
     trainer.train()
-    assert spec(tmp_path / "checkpoint-1")["references"][0]["path"] is None
+    checkpoint = tmp_path / "checkpoint-1"
+    found = spec(checkpoint)
+    named = [found["references"][0], *([found["base"]] if kind else [])]
+    for source, name in zip(named, ("teacher", "student"), strict=False):
+        assert source["path"].startswith("..") and (checkpoint / source["path"]).samefile(models / name)
 
 
 def test_a_folder_that_is_called_like_a_checkpoint(models, tmp_path):

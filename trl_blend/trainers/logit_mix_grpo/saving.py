@@ -1,6 +1,7 @@
 """What `objective="mixed"` saves: checkpoints that name the mixture, and folders that transformers alone decodes."""
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +64,7 @@ class MixedPolicyFiles:
                 "could not be saved. Save the base to a folder first, and load it from there."
             )
         self._base_folder = None if base is None else base.folder.resolve()
-        self._base_origin, self._base = self._origin(base), pinned(base) or Weights(base, model)
+        self._base_origin, self._base = _origin(base), pinned(base) or Weights(base, model)
         self._origins, self._references = [ModelSource(base=True)], [ModelSource(base=True)]
         if teachers:
             dtypes = [model_files.dtype_name(partner.dtype) for partner in partners]
@@ -81,8 +82,10 @@ class MixedPolicyFiles:
         adapter = base = None
         if self.is_adapter:
             adapter, base = ".", replace(self._base_origin, dtype=model_files.dtype_name(self.model.dtype))
+            base = _relative(base, checkpoint)
+        origins = tuple(_relative(origin, checkpoint) for origin in self._origins)
         vocabulary, space = vocabulary_sha256(self.tokenizer), self.args.mixing_space
-        MixingSpec(weights, tuple(self._origins), space, vocabulary, adapter, base, step).write(checkpoint)
+        MixingSpec(weights, origins, space, vocabulary, adapter, base, step).write(checkpoint)
 
     def clear_former(self, folder: Path) -> None:
         """Take away what another run has mixed in a folder, before the student is put there."""
@@ -123,12 +126,7 @@ class MixedPolicyFiles:
             return ModelSource()
         if base is not None and checkpoint.folder.resolve() == base.folder.resolve():
             return ModelSource(base=True)
-        return ModelSource() if checkpoint.is_adapter else self._origin(checkpoint)
-
-    def _origin(self, checkpoint: Checkpoint | None) -> ModelSource:
-        """What the `mixing.json` of a checkpoint says of a model. No folder of this machine is pushed."""
-        path = None if checkpoint is None or self.args.push_to_hub else str(checkpoint.folder.resolve())
-        return pinned(checkpoint) or ModelSource(path=path)
+        return ModelSource() if checkpoint.is_adapter else _origin(checkpoint)
 
     def _warn_of_uploads(self) -> None:
         single = len(self._references) == 1
@@ -217,6 +215,19 @@ class _Teacher(Weights):
             logger.warning("`teacher_model` is an adapter: the reference is saved with it merged into its base.")
             model = copy.deepcopy(model).merge_and_unload()
         model_files.save_model(model, folder)
+
+
+def _origin(checkpoint: Checkpoint | None) -> ModelSource:
+    if checkpoint is None:
+        return ModelSource()
+    return pinned(checkpoint) or ModelSource(path=str(checkpoint.folder.resolve()))
+
+
+def _relative(source: ModelSource, checkpoint: Path) -> ModelSource:
+    """With its folder as seen from a checkpoint, which may be pushed: not where it is on this machine."""
+    if source.path is None:
+        return source
+    return replace(source, path=os.path.relpath(source.path, checkpoint.resolve()))
 
 
 def _gigabytes(model: Any) -> float:
