@@ -146,7 +146,14 @@ def ratios(logps: list, old_logps: list, mask: Sequence, level: str) -> list[lis
 def token_loss(
     ratio: Tensor, advantage: float, clip_mode: str, epsilon: tuple[float, float], clip_max: float
 ) -> Tensor:
-    """`ppo`: `-min(r A, clip(r, 1 - ε_low, 1 + ε_high) A)`. `none`: `-r A`. `max`: `-min(r, clip_max) A`."""
+    """
+    `ppo`: `-min(r A, clip(r, 1 - ε_low, 1 + ε_high) A)`. `none`: `-r A`. `max`: `-min(r, clip_max) A`. `floor`: value
+    `-c A` and gradient `-c A ∇ log r` with `c = clip(r, 1, clip_max)` where `A > 0` and `min(r, clip_max)` elsewhere.
+    """
+    if clip_mode == "floor":
+        coefficient = min(ratio.item(), clip_max)
+        coefficient = max(coefficient, 1.0) if advantage > 0 else coefficient
+        return -coefficient * advantage * torch.exp(torch.log(ratio) - math.log(ratio.item()))
     if clip_mode == "none":
         return -ratio * advantage
     if clip_mode == "max":

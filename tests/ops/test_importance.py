@@ -5,7 +5,7 @@ import torch
 
 from tests import reference
 from trl_blend.errors import ConfigError
-from trl_blend.ops import ImportanceSums, importance_statistics, summarize_importance
+from trl_blend.ops import ImportanceSums, floored_log_ratio, importance_statistics, summarize_importance
 
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
@@ -25,7 +25,7 @@ def test_sums_and_summary(level, clip_max):
     ratios = valid_ratios(log_ratio, MASK, level)
     sums = importance_statistics(log_ratio, MASK, level=level, clip_max=clip_max)
     clipped = 0 if clip_max is None else sum(r > clip_max for r in ratios)
-    expected = [len(ratios), sum(ratios), sum(r * r for r in ratios), max(ratios), clipped]
+    expected = [len(ratios), sum(ratios), sum(r * r for r in ratios), max(ratios), clipped, 0, 0]
     assert [float(value) for value in sums] == pytest.approx(expected, rel=1e-12)
     assert all(value.dtype == torch.float64 and value.shape == () for value in sums)
     summary = summarize_importance(sums)
@@ -35,6 +35,7 @@ def test_sums_and_summary(level, clip_max):
             "ratio_max": max(ratios),
             "effective_sample_size": sum(ratios) ** 2 / sum(r * r for r in ratios) / len(ratios),
             "clipped_share": clipped / len(ratios),
+            "suppressed_share": 0.0,
         }
     )
     assert 0 < summary["effective_sample_size"] <= 1
@@ -69,7 +70,7 @@ def test_garbage_in_masked_places_changes_nothing(level, garbage):
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3)])
 def test_nothing_valid_is_zero(level, shape):
     sums = importance_statistics(torch.full(shape, math.nan), torch.zeros(shape), level=level, clip_max=1.0)
-    assert [float(value) for value in sums] == [0.0] * 5
+    assert [float(value) for value in sums] == [0.0] * 7
     assert set(summarize_importance(sums).values()) == {0.0}
 
 
@@ -92,3 +93,24 @@ def test_unknown_level_is_refused():
 
 def test_a_ratio_at_the_bound_is_not_clipped():
     assert importance_statistics(torch.zeros(1, 3), torch.ones(1, 3), clip_max=1.0).clipped_count == 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_suppressed_tokens_are_rewarded_and_certain(level):
+    """Of the five tokens with a ratio of 0.05 only the first counts: behaviour sure, advantage positive, valid."""
+    behavior = torch.tensor([[0.9, 0.4, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9]]).log()
+    log_ratio = torch.tensor([[0.05, 0.05, 0.5, 0.05], [0.05, 0.05, 1.0, 1.0]]).log()
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    for advantages in (torch.tensor([1.0, -1.0]), torch.tensor([[1.0], [-1.0]]).expand(2, 4)):
+        sums = importance_statistics(log_ratio, mask, level=level, behavior_logps=behavior, advantages=advantages)
+        assert (float(sums.certain_count), float(sums.suppressed_count)) == (2.0, 1.0)
+        assert summarize_importance(sums)["suppressed_share"] == 0.5
+
+
+def test_floored_ratio():
+    """Between 1 and the cap where the advantage is positive, at most the cap elsewhere; no gradient."""
+    ratios = torch.tensor([0.01, 0.9, 1.0, 2.0, 30.0], dtype=torch.float64)
+    for advantage, expected in ((0.5, [1, 1, 1, 2, 3]), (-0.5, [0.01, 0.9, 1, 2, 3]), (0.0, [0.01, 0.9, 1, 2, 3])):
+        floored = floored_log_ratio(ratios.log().requires_grad_(), torch.tensor(advantage), 3.0)
+        assert floored.exp().tolist() == pytest.approx(expected, rel=1e-12)
+        assert not floored.requires_grad

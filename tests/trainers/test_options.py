@@ -46,7 +46,7 @@ CHOICES = {
     "teacher_weight_schedule": ("constant", "linear", "cosine", "adaptive"),
     "mixing_space": ("logits", "probs"),
     "objective": ("mixed", "student"),
-    "is_clip_mode": ("ppo", "none", "max"),
+    "is_clip_mode": ("ppo", "none", "max", "floor"),
     "eval_policy": ("mixed", "student", "both", None),
     "rollout_policy": ("trust_region", "fixed_weight", "speculative_kd", "student"),
     "kl_budget_schedule": ("linear", "constant", "cosine"),

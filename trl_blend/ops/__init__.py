@@ -9,7 +9,12 @@ from trl_blend.ops.head.mixed import MixedLogProbs, mixed_log_probs
 from trl_blend.ops.head.reverse_kl import ReverseKL, SupportStatistics, reverse_kl, support_statistics
 from trl_blend.ops.head.scores import TokenLogProbs, score_tokens
 from trl_blend.ops.head.top_k import TopKDivergence, top_k_divergence
-from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
+from trl_blend.ops.importance import (
+    ImportanceSums,
+    floored_log_ratio,
+    importance_statistics,
+    summarize_importance,
+)
 from trl_blend.ops.losses import SampledTokenLoss, sampled_kl, sampled_token_loss, sequence_weights
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
 from trl_blend.ops.reduction import masked_mean, masked_sum
@@ -31,6 +36,7 @@ __all__ = [
     "align_vocab",
     "canonicalize_eos",
     "eos_map",
+    "floored_log_ratio",
     "importance_statistics",
     "masked_mean",
     "masked_sum",

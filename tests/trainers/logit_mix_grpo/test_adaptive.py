@@ -1,6 +1,7 @@
 """The adaptive teacher weight: Algorithm 2 of the logit-averaging paper."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -184,3 +185,25 @@ def test_a_start_at_zero_can_leave_it(build):
     # No difference between the policies at weight 0: the net gain is 0
     assert weights == pytest.approx([0.0, 1 / (1 + math.exp(4.0 * -0.05))])
     assert torch.isfinite(torch.tensor(record.losses)).all()
+
+
+def test_the_bound_holds_and_a_starving_student_is_reported_once(build, caplog):
+    """A student that solves nothing, a mixture that solves everything: unbounded, the weight runs towards 1."""
+
+    class Rewards:
+        __name__ = "of_the_mixture"
+
+        def __call__(self, completion_ids, **kwargs):
+            return [float(self.trainer._rule is not None)] * len(completion_ids)
+
+    found = {}
+    for bound in (1.0, 0.5):
+        rewards = Rewards()
+        trainer = build_adaptive(build, max_steps=2, reward_funcs=rewards, adaptive_max_weight=bound)
+        rewards.trainer = trainer
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found[bound] = runs.train(trainer).logged("adaptive/next_teacher_weight")
+        said = [record.getMessage() for record in caplog.records if "adaptive_max_weight" in record.getMessage()]
+        assert len(said) == (1 if bound == 1.0 else 0)
+    assert found == {1.0: pytest.approx([1 / (1 + math.exp(-4.0 * 1.05))] * 2), 0.5: [0.5, 0.5]}

@@ -112,7 +112,7 @@ def test_one_sequence_is_sampled_per_row(make, name, objective):
     make(objective=objective, generation_kwargs={name: 2}, teacher_weight=0.0)
 
 
-@pytest.mark.parametrize("mode", ["none", "max"])
+@pytest.mark.parametrize("mode", ["none", "max", "floor"])
 def test_clip_modes_replace_delta(make, mode):
     with pytest.raises(ConfigError, match=f"`delta=2.0`.*`is_clip_mode='{mode}'`"):
         make(objective="student", is_clip_mode=mode, delta=2.0)
@@ -120,7 +120,7 @@ def test_clip_modes_replace_delta(make, mode):
     make(objective="mixed", is_clip_mode=mode, delta=2.0)
 
 
-@pytest.mark.parametrize("mode", ["none", "max"])
+@pytest.mark.parametrize("mode", ["none", "max", "floor"])
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
 def test_clip_modes_need_the_clipped_surrogate(make, mode, loss_type):
     settings = {"objective": "student", "loss_type": loss_type, "is_clip_mode": mode}
@@ -136,6 +136,16 @@ def test_the_cap_must_be_positive(make):
     with pytest.raises(ConfigError, match="`is_clip_max=0.0`"):
         make(objective="student", is_clip_max=0.0)
     make(objective="student", is_clip_mode="none", is_clip_max=0.0)
+
+
+def test_the_floor_is_below_the_cap_and_not_for_the_kl_term(make):
+    floor = {"objective": "student", "is_clip_mode": "floor"}
+    with pytest.raises(ConfigError, match="`is_clip_max=0.9`.*Set it to 1"):
+        make(**floor, is_clip_max=0.9)
+    with pytest.raises(ConfigError, match="`use_bias_correction_kl=True`.*`beta=0.1`"):
+        make(**floor, beta=0.1)
+    make(**floor, is_clip_max=1.0)
+    make(**floor, beta=0.1, use_bias_correction_kl=False)
 
 
 # Schedules

@@ -55,7 +55,7 @@ def test_mixing_metrics(build, teachers, weights, space, temperature, objective)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize(("mode", "cap"), [("max", 1.2), ("ppo", 1.6), ("none", None)])
+@pytest.mark.parametrize(("mode", "cap"), [("max", 1.2), ("floor", 1.2), ("ppo", 1.6), ("none", None)])
 def test_importance_metrics(build, level, mode, cap):
     settings = {"is_clip_mode": mode, "is_clip_max": 1.2, "epsilon": 0.05, "epsilon_high": 0.6}
     settings["importance_sampling_level"] = level
@@ -115,6 +115,15 @@ def test_the_completions_table_has_the_weight(build, capsys):
         assert table["teacher_weight"].tolist() == pytest.approx([weight] * 8)
         assert {"step", "prompt", "completion", "reward", "advantage"} <= set(table.columns)
     assert "teacher_weight" in capsys.readouterr().out
+
+
+def test_share_of_prompts_with_any_reward(build):
+    """Of two prompts with four rollouts each, only those of the first are rewarded, and of these only one."""
+
+    def rewards(prompts, **kwargs):
+        return [float(index == 1) for index in range(len(prompts))]
+
+    assert runs.train(build(reward_funcs=rewards)).logged("mixing/rewarded_prompts") == [0.5]
 
 
 def test_the_completions_table_with_two_teachers(build):

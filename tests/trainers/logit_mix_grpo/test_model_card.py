@@ -161,9 +161,8 @@ def test_a_weight_that_has_decayed(build):
     assert NOTICE in write_card(trainer)
     trainer.train()
     card = write_card(trainer)
-    assert NOTICE not in card and "the mixture is this model alone by now" in card
-    # An adapter is in a subfolder all the same
-    assert "trust_remote_code=True" in code_of(card)[1] and rows_of(card)["weight at the end"] == "0"
+    assert NOTICE not in card and "weight has reached 0" in card
+    assert "trust_remote_code" not in card and rows_of(card)["weight at the end"] == "0"
 
 
 def test_adaptive(build):

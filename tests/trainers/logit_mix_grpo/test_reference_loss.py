@@ -105,6 +105,9 @@ def test_mixed(build, teachers, weights, space, temperature, level, loss_type):
         ("max", "token", "grpo"),
         ("max", "sequence", "bnpo"),
         ("max", "token", "dr_grpo"),
+        ("floor", "token", "dapo"),
+        ("floor", "token", "grpo"),
+        ("floor", "sequence", "bnpo"),
     ],
 )
 def test_student(build, mode, level, loss_type):
@@ -145,8 +148,10 @@ def test_student(build, mode, level, loss_type):
     # Each setting matters on this batch: the denominator, the mode and the cap
     own = forced.logps(initial, [], [], first.inputs, temperature)
     others = {"denominator": loss_of(initial, first.inputs, own)}
-    others["mode"] = loss_of(initial, first.inputs, mode={"ppo": "none", "none": "max", "max": "ppo"}[mode])
-    if mode == "max":
+    others["mode"] = loss_of(
+        initial, first.inputs, mode={"ppo": "none", "none": "max", "max": "ppo", "floor": "max"}[mode]
+    )
+    if mode in ("max", "floor"):
         others["cap"] = loss_of(initial, first.inputs, cap=3.0)
     for name, loss in others.items():
         assert first.loss != pytest.approx(loss.item(), abs=1e-3), name

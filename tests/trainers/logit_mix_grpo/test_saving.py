@@ -108,6 +108,21 @@ def test_the_weight_is_that_of_the_moment(build):
     assert spec(output)["weights"] == [0.7]
 
 
+def test_at_weight_zero_the_student_is_saved_alone(build):
+    """What the decay has reached is what is deployed: no reference, no code, a card without them."""
+    settings = {**MIX, "teacher_weight_schedule": "linear", "teacher_weight_decay_steps": 2}
+    trainer = runs.train(build(**settings)).trainer
+    trainer.save_model()
+    trainer.create_model_card()
+    output = Path(trainer.args.output_dir)
+    assert spec(output / "checkpoint-1")["weights"] == [0.2]
+    for folder in (output / "checkpoint-2", output):
+        assert (folder / "model.safetensors").is_file()
+        assert not {"mixing.json", "custom_generate", "reference"} & {path.name for path in folder.iterdir()}
+    card = (output / "README.md").read_text()
+    assert "weight has reached 0" in card and "trust_remote_code" not in card and "custom_generate" not in card
+
+
 def test_an_interrupted_save_is_not_complete(build, monkeypatch):
     trainer = build(**MIX)
     trainer.save_model()

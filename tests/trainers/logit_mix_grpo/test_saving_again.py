@@ -49,7 +49,7 @@ def test_the_best_student_is_saved_with_its_own_weight(build):
     trainer.args.load_best_model_at_end, trainer.args.max_steps = False, 4
     trainer.train(resume_from_checkpoint=str(output / "checkpoint-3"))
     trainer.save_model()
-    assert spec(output)["weights"] == [0.0] and spec(output)["step"] == 4
+    assert not names(output) & {"mixing.json", "custom_generate", "reference"}  # the weight is 0: the student alone
 
 
 # Revisions

@@ -4,9 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback
+
+
+logger = get_logger(__name__)
+
+# Weight above which a student that solves (almost) nothing gets too little gradient to change that [ours]
+_STARVING_WEIGHT, _STARVING_ACCURACY = 0.8, 0.05
 
 
 class NetGain(NamedTuple):
@@ -40,6 +47,7 @@ class AdaptiveWeightCallback(TrainerCallback):
     def __init__(self, trainer: Any, validation_rows: list[dict[str, Any]]):
         self.trainer = trainer
         self.validation_rows = validation_rows
+        self._warned = False
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % args.adaptive_interval:
@@ -49,6 +57,15 @@ class AdaptiveWeightCallback(TrainerCallback):
         student = trainer.greedy_rewards(self.validation_rows, (0.0,))
         gain = net_gain(self._right(mixed.rewards), self._right(student.rewards))
         weight = adaptive_weight(gain.net_gain, args.adaptive_scale, args.adaptive_offset)
+        weight = min(weight, args.adaptive_max_weight)
+        if weight > _STARVING_WEIGHT and gain.student_accuracy < _STARVING_ACCURACY and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"Step {state.global_step}: the adaptive teacher weight is {weight:.2f}, while the student solves "
+                f"{gain.student_accuracy:.0%} of the validation prompts alone. It gets {1 - weight:.2f} of the "
+                "gradient, so this is not likely to change. Set `adaptive_max_weight`, for instance to 0.5, or use "
+                "`teacher_weight_schedule='linear'`."
+            )
         # Every rank computed it from the same gathered rewards; the broadcast guards against rounding
         trainer.adaptive_weights = tuple(broadcast_object_list([weight]))
         metrics = {

@@ -70,9 +70,12 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             Treatment of the importance ratio `r` for `objective="student"` while the weight is positive:
             `"ppo"` (TRL's clipping), `"none"` (loss `-rA`; the logit-fusion code uses it with
             sequence-level ratios), `"max"` (loss `-min(r, c)A` for either sign of `A`; used there
-            with token-level ratios). Once the weight is 0, ordinary clipping applies.
+            with token-level ratios), `"floor"` (our choice: the coefficient of `A` times the gradient of the log-prob
+            is `r` limited to `[1, c]` where `A > 0` and to at most `c` elsewhere, so that rewarded tokens which the
+            student hardly knows are learned; biased, see [`~trl_blend.ops.importance.floored_log_ratio`]). Once the
+            weight is 0, ordinary clipping applies.
         is_clip_max (`float`, *optional*, defaults to `3.0`):
-            The cap `c` of `is_clip_mode="max"`.
+            The cap `c` of `is_clip_mode="max"` and `"floor"`.
 
         > Parameters that control the adaptive weight
 
@@ -85,6 +88,10 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             Scale in `sigmoid(scale * (net_gain - offset))`. Our choice, the paper's value is unknown.
         adaptive_offset (`float`, *optional*, defaults to `0.1`):
             Offset in `sigmoid(scale * (net_gain - offset))`. Our choice, the paper's value is unknown.
+        adaptive_max_weight (`float`, *optional*, defaults to `1.0`):
+            Bound of the weight, in `(0, 1]`. The paper has none (1). The gradient of the mixed objective is
+            proportional to `1 - w`: where the student cannot do the task at all, an unbounded weight rises towards 1
+            and leaves it nothing to learn from.
         adaptive_success_threshold (`float`, *optional*, defaults to `1.0`):
             Weighted reward from which a validation response counts as right.
 
@@ -110,7 +117,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
     # Parameters that control the objective
     objective: Literal["mixed", "student"] = "mixed"
-    is_clip_mode: Literal["ppo", "none", "max"] = "max"
+    is_clip_mode: Literal["ppo", "none", "max", "floor"] = "max"
     is_clip_max: float = 3.0
 
     # Parameters that control the adaptive weight
@@ -118,6 +125,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     adaptive_interval: int = 1
     adaptive_scale: float = 5.0
     adaptive_offset: float = 0.1
+    adaptive_max_weight: float = 1.0
     adaptive_success_threshold: float = 1.0
 
     # Parameters that control the evaluation
@@ -175,6 +183,8 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         if schedule == "adaptive":
             if self.adaptive_scale <= 0:
                 raise ConfigError(f"`adaptive_scale={self.adaptive_scale}` must be positive.")
+            if not 0.0 < self.adaptive_max_weight <= 1.0:
+                raise ConfigError(f"`adaptive_max_weight={self.adaptive_max_weight}` must be in (0, 1].")
             if len(self.teacher_weight) > 1:
                 raise ConfigError(
                     "`teacher_weight_schedule='adaptive'` moves a single weight, got "
@@ -199,6 +209,15 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             )
         if self.is_clip_mode == "max" and self.is_clip_max <= 0:
             raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")
+        if self.is_clip_mode == "floor" and self.is_clip_max < 1:
+            raise ConfigError(
+                f"`is_clip_max={self.is_clip_max}` is below the floor of `is_clip_mode='floor'`. Set it to 1 or more."
+            )
+        if self.is_clip_mode == "floor" and self.beta and self.use_bias_correction_kl:
+            raise ConfigError(
+                f"`use_bias_correction_kl=True` would multiply the KL term of `beta={self.beta}` by the floored ratio "
+                "of `is_clip_mode='floor'`, which corrects nothing. Set `use_bias_correction_kl=False`, or `beta=0`."
+            )
         for name, value in distribution_warpers(self).items():
             raise ConfigError(
                 f"`{name}={value}` changes the distribution that tokens are drawn from, so the importance ratio of "

@@ -117,7 +117,7 @@ def paper_values(config: LogitMixGRPOConfig) -> dict[str, PaperValue]:
         level = config.importance_sampling_level
         label, known = f"clipping of {level}-level ratios", {"token": ("max",), "sequence": ("none",)}
         values["is_clip_mode"] = PaperValue(label, known[level], "code") if level in known else PaperValue(label)
-        if config.is_clip_mode == "max":
+        if config.is_clip_mode in ("max", "floor"):
             values["is_clip_max"] = PaperValue("cap of the importance ratio", (3.0,), "code")
     return values
 
@@ -155,6 +155,7 @@ def card_fields(
 ) -> dict[str, Any]:
     """Fields of `model_cards/logit_mix_grpo.md`, see [`~trl_blend.trainers._run.RunMixin.card_fields`]."""
     averages, rollouts = config.objective == "mixed", _cards.rows_per_step(config)
+    mixes = averages and config.mixes
     return {
         "paper_name": "the logit-averaging paper" if averages else "logit fusion",
         "paper": paper_values(config),
@@ -166,8 +167,8 @@ def card_fields(
         "per_step": _cards.rollouts_text(rollouts, config.num_generations),
         "result_metrics": r"((mixed|student)/)?(reward|rewards/.+/mean)",
         "curves_text": "The teacher weight, rewards and other metrics against the optimizer step",
-        "mixed": averages and config.mixes,  # where `MixedPolicyFiles` are written
-        "still_mixes": any(weights),
+        "mixed": mixes and any(weights),  # where `MixedPolicyFiles` are written
+        "was_mixed": mixes and not any(weights),
         "last_weights": [f"{weight:.4g}" for weight in weights],
         "rewards": ", ".join(f"{code(name)} ({weight:g})" for name, weight in rewards),
     }

@@ -146,13 +146,22 @@ class MixedPolicyFiles:
 
 
 class MixedPolicySaving:
-    """In front of the other bases: with `mixed_policy_files` set, what is saved and pushed is the mixture."""
+    """
+    In front of the other bases: with `_mixture_files` set, what is saved and pushed is the mixture, and the student
+    alone once the weight is 0.
+    """
 
-    mixed_policy_files: MixedPolicyFiles | None = None
+    _mixture_files: MixedPolicyFiles | None = None
     loaded_policy: MixingSpec | None = None
     """Mixture of the best checkpoint, once the student is that checkpoint's (`load_best_model_at_end`)."""
     args: Any
     state: Any
+
+    @property
+    def mixed_policy_files(self) -> MixedPolicyFiles | None:
+        """What is saved beside the student at the teacher weight of the moment; `None` where it is 0."""
+        weights: tuple[float, ...] = self.current_weights()  # type: ignore[attr-defined]
+        return self._mixture_files if any(weights) else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, see [`~transformers.Trainer.train`]."""
@@ -162,7 +171,7 @@ class MixedPolicySaving:
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]
         best = Path(self.state.best_model_checkpoint)
-        if self.mixed_policy_files is not None and (best / SPEC_FILE).is_file():
+        if self._mixture_files is not None and (best / SPEC_FILE).is_file():
             self.loaded_policy = MixingSpec.read(best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -22,7 +22,13 @@ from trl_blend.generation.recording import RolloutRecord
 from trl_blend.generation.rules import BlendRule
 from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.wrappers import adapter_layers, evaluation_mode
-from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
+from trl_blend.ops.importance import (
+    ImportanceSums,
+    floored_log_ratio,
+    importance_statistics,
+    summarize_importance,
+)
+from trl_blend.ops.reduction import masked_mean
 from trl_blend.trainers import _cards, _partners
 from trl_blend.trainers._greedy import own_share
 from trl_blend.trainers._run import RunMixin, default_config
@@ -46,6 +52,7 @@ _SETTINGS = (
     "adaptive_interval",
     "adaptive_scale",
     "adaptive_offset",
+    "adaptive_max_weight",
 )
 
 
@@ -175,6 +182,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._rollout_means = TokenMeans()
         self._latest_logps: Tensor | None = None
         self._importance_sums: ImportanceSums | None = None
+        self._floored_batch: dict[str, Any] | None = None
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -196,7 +204,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             )
         self._prepare_teachers(teachers)
         if args.objective == "mixed":
-            self.mixed_policy_files = MixedPolicyFiles(
+            self._mixture_files = MixedPolicyFiles(
                 self.accelerator.unwrap_model(self.model),
                 self.partners,
                 self.processing_class,
@@ -270,6 +278,16 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             self._metrics[mode][f"mixing/{name}"].append(value)
         return output
 
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.args.mixes:
+            training = self.model.training
+            total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            prompts_of_batch = total.view(-1, self.num_generations if training else self.num_generations_eval)
+            share = (prompts_of_batch > 0).any(dim=1).float().mean().item()
+            self._metrics["train" if training else "eval"]["mixing/rewarded_prompts"].append(share)
+        return rewards
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         turn = (prompt_ids, images, multimodal_fields, num_generations)
         if self._rule is None:
@@ -321,7 +339,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
                 mine = own_share(part, self.accelerator)
                 prompts = [row["prompt"] for row in mine]
                 _, completion_ids, _, completions, *_ = self._generate(prompts)
-                gathered = self._calculate_rewards(mine, prompts, completions, completion_ids)
+                gathered = super()._calculate_rewards(mine, prompts, completions, completion_ids)
                 rewards.append(gathered[: len(part)])
                 tokens += sum(map(len, completion_ids))
         num_tokens = int(self.accelerator.reduce(tokens, reduction="sum"))
@@ -360,6 +378,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         self._latest_logps = output[0].detach()
+        if self._floored_batch is not None:
+            self._floor_ratios(self._floored_batch)
         return output
 
     def _is_student(self, model: nn.Module) -> bool:
@@ -374,16 +394,31 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         if self.args.objective == "mixed" or not any(weights):
             with self.policy(weights):
                 return super()._compute_loss(model, inputs)
-        with self.policy(weights), self._importance_clip():
-            loss = super()._compute_loss(model, inputs)
+        batch = copy.copy(inputs)
+        with self.policy(weights), self._importance_clip(batch):
+            loss = super()._compute_loss(model, batch)
         self._log_importance(inputs)
         return loss
 
+    def _floor_ratios(self, batch: dict[str, Any]) -> None:
+        """Move the recorded log-probs of a batch so that TRL's ratio to them is that of [`floored_log_ratio`]."""
+        log_ratio, advantages = self._latest_logps - batch["old_per_token_logps"], batch["advantages"]
+        if self.importance_sampling_level == "sequence":
+            log_ratio = masked_mean(log_ratio, self._loss_mask(batch), dim=-1).unsqueeze(1)
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        floored = floored_log_ratio(log_ratio, advantages, self.args.is_clip_max)
+        batch["old_per_token_logps"] = batch["old_per_token_logps"] + log_ratio - floored
+
+    @staticmethod
+    def _loss_mask(batch: dict[str, Any]) -> Tensor:
+        return batch["completion_mask"] * batch.get("tool_mask", 1)
+
     @contextmanager
-    def _importance_clip(self) -> Iterator[None]:
+    def _importance_clip(self, batch: dict[str, Any]) -> Iterator[None]:
         r"""
-        Turn TRL's clipped surrogate into \\( -rA \\) (`"none"`) or \\( -\min(r, c)A \\) (`"max"`), by its own bounds:
-        without a lower bound, and with the upper bound and `delta` at \\( c \\), both arms of its minimum are equal.
+        Turn TRL's clipped surrogate into \\( -rA \\) (`"none"`, and `"floor"` with a ratio of its own) or
+        \\( -\min(r, c)A \\) (`"max"`), by its own bounds: without a lower bound, and with the upper bound and `delta`
+        at \\( c \\), both arms of its minimum are equal.
 
         Source: logit fusion, reference code. `"ppo"` leaves TRL's clipping as it is.
         """
@@ -396,18 +431,22 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self.epsilon_low = float("inf")
         self.epsilon_high = float("inf") if cap is None else cap - 1
         args.delta = cap
+        self._floored_batch = batch if args.is_clip_mode == "floor" else None
         try:
             yield
         finally:
+            self._floored_batch = None
             self.epsilon_low, self.epsilon_high, args.delta = saved
 
     def _log_importance(self, inputs: dict[str, Any]) -> None:
         """Log the ratio of the latest log-probabilities to the recorded ones, over the tokens of all ranks."""
         sums = importance_statistics(
             self._latest_logps - inputs["old_per_token_logps"],
-            inputs["completion_mask"] * inputs.get("tool_mask", 1),
+            self._loss_mask(inputs),
             level=self.importance_sampling_level,
             clip_max=self._ratio_cap(),
+            behavior_logps=inputs["old_per_token_logps"],
+            advantages=inputs["advantages"],
         )
         total = _combined(self.accelerator.gather(torch.stack(sums).float()[None]))
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -425,7 +464,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             return self.epsilon_high
         if args.loss_type in ("sapo", "vespo") or args.is_clip_mode == "none":
             return None
-        return args.is_clip_max if args.is_clip_mode == "max" else 1 + self.epsilon_high
+        return 1 + self.epsilon_high if args.is_clip_mode == "ppo" else args.is_clip_max
 
     # Evaluation
 
@@ -474,5 +513,5 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
 
 def _combined(sums: Tensor) -> ImportanceSums:
-    """Sums of several batches, `(n, 5)`, as those of one."""
+    """Sums of several batches, `(n, 7)`, as those of one."""
     return ImportanceSums(*sums.sum(dim=0))._replace(ratio_max=sums[:, 3].max())
