@@ -89,6 +89,24 @@ def largest_weight(student: Row, teacher: Row, budget: float, halvings: int = 50
     return low
 
 
+def chernoff_weight(student: Row, teacher: Row, halvings: int = 60) -> float:
+    """The `w` in `[0, 1]` with `E_{μ_w}[log p_T - log p_S] = 0`, by bisection; the nearer end where there is none."""
+    p, q = log_softmax(student), log_softmax(teacher)
+
+    def mean(weight: float) -> float:
+        both = [s if s == -math.inf or t > -math.inf else -math.inf for s, t in zip(p, q, strict=True)]
+        other = [t if t == -math.inf or s > -math.inf else -math.inf for s, t in zip(p, q, strict=True)]
+        mu = path(both, other, weight)
+        assert mu is not None
+        return math.fsum(math.exp(m) * (t - s) for m, s, t in zip(mu, p, q, strict=True) if m > -math.inf)
+
+    low, high = 0.0, 1.0
+    for _ in range(halvings):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if mean(middle) < 0 else (low, middle)
+    return 0.5 * (low + high)
+
+
 def speculative_distribution(student: Row, teacher: Row, top_k: int, teacher_temperature: float) -> list[float]:
     """
     Probability of each token under interleaved sampling with `γ = 1`, by following both stages.

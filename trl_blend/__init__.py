@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from trl_blend.consistency.provenance import TeacherProvenanceCallback, record_teacher
     from trl_blend.export.mixed_policy import export_mixed_policy
     from trl_blend.generation.hooks import blended_generation
-    from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
+    from trl_blend.generation.rules import (
+        BlendRule,
+        ChernoffBlend,
+        ContrastiveDecoding,
+        LogitArithmetic,
+        LogitMixing,
+        ProbabilityMixing,
+        SpeculativeKD,
+        TrustRegion,
+    )
     from trl_blend.rollouts.collect import collect_rollouts
     from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
     from trl_blend.rollouts.lightning import import_lightning_opd
@@ -43,6 +52,9 @@ if TYPE_CHECKING:
 
 _MODULE_OF = {
     "BlendRule": "trl_blend.generation.rules",
+    "ChernoffBlend": "trl_blend.generation.rules",
+    "ContrastiveDecoding": "trl_blend.generation.rules",
+    "LogitArithmetic": "trl_blend.generation.rules",
     "LogitMixGRPOConfig": "trl_blend.trainers.logit_mix_grpo",
     "LogitMixGRPOTrainer": "trl_blend.trainers.logit_mix_grpo",
     "LogitMixing": "trl_blend.generation.rules",
@@ -71,6 +83,9 @@ _MODULE_OF = {
 # Spelled out, not computed, so that type checkers and editors see it; a test holds it equal to `_MODULE_OF`.
 __all__ = [
     "BlendRule",
+    "ChernoffBlend",
+    "ContrastiveDecoding",
+    "LogitArithmetic",
     "LogitMixGRPOConfig",
     "LogitMixGRPOTrainer",
     "LogitMixing",

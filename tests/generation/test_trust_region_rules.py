@@ -6,7 +6,7 @@ import torch
 from tests import reference_trust_region as reference
 from tests.generation.teacher_forced import DETAILS, sample, teacher_forced_logits
 from trl_blend.errors import ConfigError
-from trl_blend.generation import BlendRule, SpeculativeKD, TrustRegion, blended_generation
+from trl_blend.generation import BlendRule, ChernoffBlend, SpeculativeKD, TrustRegion, blended_generation
 
 
 INF = math.inf
@@ -81,6 +81,26 @@ def test_ends_of_the_path_are_the_models_own_logits():
     assert not step.logits.isnan().any()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.4, 0.0])
+def test_chernoff_blend_is_as_far_from_both(scale):
+    student, teacher = draw(8, 30)
+    teacher[6] = student[6] + 0.01 * teacher[6]
+    student[7, 3], teacher[7, [5, 6]] = -INF, -INF
+    step = ChernoffBlend(scale)(student, [teacher])
+    torch.testing.assert_close(step.log_normalizer, step.logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    for row, (s, t) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
+        values = {name: column[row].item() for name, column in step.statistics.items()}
+        weight = scale * reference.chernoff_weight(s, t)
+        assert values["teacher_weight"] == pytest.approx(weight, abs=2e-4)
+        mu = reference.path(s, t, values["teacher_weight"])
+        assert_policy(step.logits[row], [math.exp(m) for m in mu])
+        assert values["kl_behavior_student"] == pytest.approx(reference.kl(mu, reference.log_softmax(s)), abs=1e-5)
+        assert values["kl_behavior_teacher"] == pytest.approx(reference.kl(mu, reference.log_softmax(t)), abs=1e-5)
+        if scale == 1.0:
+            assert values["kl_behavior_student"] == pytest.approx(values["kl_behavior_teacher"], abs=2e-3)
+    assert scale > 0 or torch.equal(step.logits, student)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 @pytest.mark.parametrize("budget", [1e-3, 0.1])
 def test_trust_region_decoding_has_the_temperature_once(student, teacher, prompts, budget, temperature):
@@ -142,7 +162,7 @@ def test_speculative_kd_decoding_has_the_temperature_once(student, teacher, prom
         assert logp == pytest.approx(math.log(expected[tokens[b, t]]), abs=1e-4)
 
 
-@pytest.mark.parametrize("rule", [TrustRegion(0.05), SpeculativeKD(3, 0.6)])
+@pytest.mark.parametrize("rule", [TrustRegion(0.05), SpeculativeKD(3, 0.6), ChernoffBlend(0.8)])
 def test_pure_over_leading_dimensions(rule):
     student, teacher = draw(2, 3, 8)
     student.requires_grad_(), teacher.requires_grad_()
@@ -160,7 +180,7 @@ def test_pure_over_leading_dimensions(rule):
     assert student.grad.isfinite().all() and student.grad.any() and teacher.grad is None
 
 
-@pytest.mark.parametrize("rule", [TrustRegion(0.05), SpeculativeKD(3, 0.6)])
+@pytest.mark.parametrize("rule", [TrustRegion(0.05), SpeculativeKD(3, 0.6), ChernoffBlend(0.8)])
 def test_precision_and_nan(rule):
     student, teacher = draw(3, 20)
     half = rule(student.bfloat16(), [teacher.bfloat16()])
@@ -190,7 +210,10 @@ def test_settings():
             SpeculativeKD(5, temperature)
     with pytest.raises(ConfigError, match="`top_k` is 5 for a vocabulary of 4 tokens"):
         SpeculativeKD(5, 1.0)(torch.zeros(1, 4), [torch.zeros(1, 4)])
-    for rule in (TrustRegion(0.1), SpeculativeKD(2, 1.0)):
+    for scale in (-0.1, 1.1, math.nan):
+        with pytest.raises(ConfigError, match="`scale` is"):
+            ChernoffBlend(scale)
+    for rule in (TrustRegion(0.1), SpeculativeKD(2, 1.0), ChernoffBlend()):
         for partners in ([], [torch.zeros(1, 4)] * 2):
             with pytest.raises(
                 ConfigError, match=f"`{type(rule).__name__}` got the logits of {len(partners)} partners"

@@ -12,7 +12,17 @@ from trl_blend.generation.hooks import BlendSession, blended_generation
 from trl_blend.generation.partner import PartnerDecoder
 from trl_blend.generation.processor import BlendLogitsProcessor
 from trl_blend.generation.recording import RolloutRecord
-from trl_blend.generation.rules import BlendRule, BlendStep, LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
+from trl_blend.generation.rules import (
+    BlendRule,
+    BlendStep,
+    ChernoffBlend,
+    ContrastiveDecoding,
+    LogitArithmetic,
+    LogitMixing,
+    ProbabilityMixing,
+    SpeculativeKD,
+    TrustRegion,
+)
 
 
 __all__ = [
@@ -20,6 +30,9 @@ __all__ = [
     "BlendRule",
     "BlendSession",
     "BlendStep",
+    "ChernoffBlend",
+    "ContrastiveDecoding",
+    "LogitArithmetic",
     "LogitMixing",
     "PartnerDecoder",
     "ProbabilityMixing",

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from trl_blend.errors import ConfigError
-from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
-from trl_blend.ops.policies import kl_and_normalizer, path_logits, speculative_mixture
+from trl_blend.ops.chernoff import chernoff_weight
+from trl_blend.ops.mixing import arithmetic_logits, mix_logits, mix_probs, validate_weights
+from trl_blend.ops.policies import contrastive_logits, kl_and_normalizer, path_logits, speculative_mixture
 from trl_blend.ops.trust_region import solve_with_statistics, validate_trust_region
 
 
@@ -225,6 +226,121 @@ class SpeculativeKD:
         logprobs, replaced = speculative_mixture(student, teacher, self.top_k, self.teacher_temperature)
         step = step_with_kl(logprobs, student)
         return step._replace(statistics={"replaced_share": replaced, **step.statistics})
+
+
+@dataclass(frozen=True)
+class ChernoffBlend:
+    r"""
+    Samples from the policy between student and teacher that is as far from the one as from the other. Use it where no
+    KL budget is to be chosen; `scale` anneals it, from 1 (the whole way to the middle) to 0 (the student).
+
+    $$
+    \mu = \mathrm{softmax}((1 - s\beta^*) z_S + s\beta^* z_T), \qquad
+    \mathrm{KL}(\mu_{\beta^*} \| p_S) = \mathrm{KL}(\mu_{\beta^*} \| p_T)
+    $$
+
+    The weight `β*` is found per prefix by [`~trl_blend.ops.chernoff.chernoff_weight`]. Statistics, each of shape
+    `(...)`, without gradient: `teacher_weight`, the weight `s·β*`; `kl_behavior_student` and `kl_behavior_teacher`
+    (nats), exact over the whole vocabulary.
+
+    Args:
+        scale (`float`, *optional*, defaults to `1.0`):
+            Factor `s` of the weight, in `[0, 1]`.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If the scale is out of range; when called, if there is not exactly one
+            partner.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.scale <= 1.0:  # also catches NaN
+            raise ConfigError(f"`scale` is {self.scale}. Set it to a number between 0 and 1.")
+
+    def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
+        student, teacher = _two_policies(self, student_logits, partner_logits)
+        weight = self.scale * chernoff_weight(student, teacher)
+        step = step_with_kl(path_logits(student, teacher, weight), student)
+        kl_teacher, _ = kl_and_normalizer(step.logits, teacher)
+        return step._replace(
+            statistics={"teacher_weight": weight, **step.statistics, "kl_behavior_teacher": kl_teacher}
+        )
+
+
+@dataclass(frozen=True)
+class ContrastiveDecoding:
+    r"""
+    Samples what an expert prefers more than an amateur does, among the tokens that the expert finds plausible. Use it
+    with the teacher as the expert and the student as the amateur, or with two partners, the expert first.
+
+    The logits are `(1 + β) z_E - β z_A` where `p_E >= α max p_E` and `-inf` elsewhere, see
+    [`~trl_blend.ops.policies.contrastive_logits`] (arXiv 2210.15097, 2309.09117). With two partners the student is not
+    part of the policy, and only `kl_behavior_student` knows it. That statistic is exact, in nats.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `0.1`):
+            Plausibility relative to the expert's most likely token, in `(0, 1]`.
+        beta (`float`, *optional*, defaults to `0.5`):
+            Strength of the contrast, 0 or more.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a setting is out of range; when called, if there are not one or two
+            partners.
+    """
+
+    alpha: float = 0.1
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha <= 1.0:
+            raise ConfigError(f"`alpha` is {self.alpha}. Set it to a number above 0, at most 1 (the papers use 0.1).")
+        if not 0.0 <= self.beta < math.inf:
+            raise ConfigError(f"`beta` is {self.beta}. Set it to a number of 0 or more (the paper uses 0.5).")
+
+    def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
+        if len(partner_logits) not in (1, 2):
+            raise ConfigError(
+                f"`ContrastiveDecoding` got the logits of {len(partner_logits)} partners. Pass the expert, or the "
+                "expert and the amateur."
+            )
+        student, expert = _two_policies(self, student_logits, partner_logits[:1])
+        amateur = partner_logits[1].detach().to(expert.dtype) if len(partner_logits) == 2 else student
+        return step_with_kl(contrastive_logits(expert, amateur, self.alpha, self.beta), student)
+
+
+@dataclass(frozen=True)
+class LogitArithmetic:
+    r"""
+    Samples from any weighted sum of the models' logits, negative weights included. Use it to push away from a model:
+    DExperts (1, α, -α), proxy tuning (1, 1, -1) and classifier-free guidance (1 + γ, -γ) are of this form.
+
+    The policy is `softmax(w_S z_S + Σ w_i z_i)`, see [`~trl_blend.ops.mixing.arithmetic_logits`] (arXiv 2105.03023,
+    2401.08565). Statistic `kl_behavior_student` (nats): the exact `KL(μ‖p_S)`.
+
+    Args:
+        student_weight (`float`):
+            Weight of the student.
+        weights (`tuple[float, ...]`):
+            Weight of each partner.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a weight is not finite or all are 0; when called, if their number differs
+            from the partners'.
+    """
+
+    student_weight: float
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+        given = (self.student_weight, *self.weights)
+        if not all(map(math.isfinite, given)) or not any(given):
+            raise ConfigError(f"the weights are {list(given)}. Set them to finite numbers that are not all 0.")
+
+    def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
+        logits = arithmetic_logits(student_logits, partner_logits, self.student_weight, self.weights)
+        return step_with_kl(logits, student_logits)
 
 
 def _two_policies(rule: object, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -142,3 +142,46 @@ def _active_models(
     models += [(logits.detach(), weight) for logits, weight in zip(partner_logits, checked, strict=True)]
     # Logits of half precision have too few bits to be averaged in
     return [(logits if logits.dtype == torch.float64 else logits.float(), w) for logits, w in models if w > 0.0]
+
+
+def arithmetic_logits(
+    student_logits: Tensor, partner_logits: Sequence[Tensor], student_weight: float, weights: Sequence[float]
+) -> Tensor:
+    r"""
+    Weighs the logits of a student and its partners by any numbers, negative ones included. Use it to push away from a
+    model: DExperts has weights 1, α, -α, proxy tuning 1, 1, -1, and classifier-free guidance 1 + γ, -γ.
+
+    $$
+    z = w_S z_S + \sum_i w_i z_i
+    $$
+
+    (arXiv 2105.03023, 2401.08565.) A model of weight 0 is left out; a token that any other excludes (`-inf`) is
+    excluded, whatever the sign of its weight, which is our choice.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Raw logits of the student.
+        partner_logits (`Sequence[torch.Tensor]`, each of shape `(..., V)`):
+            Raw logits of the partners. They are detached: no gradient flows to a partner.
+        student_weight (`float`):
+            Weight of the student.
+        weights (`Sequence[float]`):
+            One weight per partner. They need not sum to anything.
+
+    Returns:
+        `torch.Tensor` of shape `(..., V)`: Logits in float32, or float64 where an input is float64.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If the number of weights differs from the partners', or all are 0.
+    """
+    if len(weights) != len(partner_logits):
+        raise ConfigError(
+            f"`weights` has {len(weights)} entries for {len(partner_logits)} partners. Pass one weight per partner."
+        )
+    models = [(student_logits, student_weight), *((one.detach(), w) for one, w in zip(partner_logits, weights))]
+    active = [(one if one.dtype == torch.float64 else one.float(), w) for one, w in models if w != 0.0]
+    if not active:
+        raise ConfigError("`student_weight` and `weights` are all 0. Give at least one model a weight.")
+    excluded = torch.stack([logits == -math.inf for logits, _ in active]).any(dim=0)
+    total = sum(logits.masked_fill(excluded, 0.0) * weight for logits, weight in active)
+    return torch.as_tensor(total).masked_fill(excluded, -math.inf)

@@ -99,3 +99,36 @@ def speculative_mixture(
     logprobs = (teacher_logits / teacher_temperature).log_softmax(dim=-1) + replaced.log()
     logprobs = logprobs.scatter(-1, top.indices, torch.logaddexp(logprobs.gather(-1, top.indices), kept))
     return logprobs, replaced.detach().squeeze(-1)
+
+
+def contrastive_logits(expert_logits: Tensor, amateur_logits: Tensor, alpha: float, beta: float) -> Tensor:
+    r"""
+    Logits of contrastive decoding: what the expert prefers more than the amateur does, among the tokens that the
+    expert finds plausible. Use it to sharpen a strong model by a weak one; the papers use `alpha` 0.1 and `beta` 0.5.
+
+    $$
+    z(v) = (1 + \beta)\, z_E(v) - \beta\, z_A(v) \quad\text{where}\quad p_E(v) \ge \alpha \max_u p_E(u), \qquad
+    -\infty \ \text{elsewhere}
+    $$
+
+    (Contrastive decoding, arXiv 2210.15097, in the form of arXiv 2309.09117.) A token that one of the two excludes is
+    excluded, which is our choice.
+
+    Args:
+        expert_logits, amateur_logits (`torch.Tensor` of shape `(..., V)`):
+            Logits of both at the sampling temperature, at least float32.
+        alpha (`float`):
+            Plausibility relative to the expert's most likely token, in `(0, 1]`. 1 keeps that token alone.
+        beta (`float`):
+            Strength of the contrast, 0 or more. 0 is the expert, cut off.
+
+    Returns:
+        `torch.Tensor` of shape `(..., V)`: Logits, not normalised.
+    """
+    implausible = expert_logits < expert_logits.amax(dim=-1, keepdim=True) + math.log(alpha)
+    excluded = implausible | (amateur_logits == -math.inf)
+    contrast = (1.0 + beta) * expert_logits - beta * amateur_logits
+    # Without a token that both allow there is no contrast: the expert's own choice
+    excluded = torch.where(excluded.all(dim=-1, keepdim=True), implausible, excluded)
+    contrast = torch.where(amateur_logits == -math.inf, expert_logits, contrast)
+    return contrast.masked_fill(excluded, -math.inf)
