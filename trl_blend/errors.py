@@ -15,6 +15,9 @@ expect, so `except ValueError` keeps working.
 | [`UnsupportedError`] | a trainer's constructor, `blended_generation` | a combination that this package cannot run correctly |
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class TrlBlendError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -58,3 +61,9 @@ class HubError(TrlBlendError, OSError):
 
 class UnsupportedError(TrlBlendError, NotImplementedError):
     """A combination of features that would run, but not correctly."""
+
+
+def nearest(name: str, known: Iterable[str], mark: str = "") -> str:
+    """`"; did you mean ...?"` with the most similar known name, or nothing."""
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean `{mark}{found[0]}`?" if found else ""

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from datasets import Dataset
 
 from tests.rollouts.collecting import assert_logps, collect, ends_well, rows_of, save_model, save_prompts
 from tests.tiny import EOS_ID, tiny_lora, tiny_model, tiny_tokenizer
-from trl_blend import collect_rollouts
+from trl_blend import RolloutConfig, collect_rollouts, score_rollouts
 from trl_blend.errors import ConfigError, StoreError, UnsupportedError
 from trl_blend.rollouts import identities
+from trl_blend.rollouts.config import StoreConfig
 from trl_blend.rollouts.engines import local
 from trl_blend.rollouts.format import row_key
 from trl_blend.rollouts.prompts import PromptTokens, load_prompts
@@ -264,6 +266,56 @@ def test_model_and_prompts_are_passed_or_named(student, prompts, finished, tmp_p
         collect(None, prompts, tmp_path / "store", **SETTINGS)
     with pytest.raises(ConfigError, match="`args` is missing"):
         collect_rollouts(student, prompts)
+
+
+def test_settings_as_keyword_arguments(student, prompts, finished):
+    repeated = collect_rollouts(student, prompts, str(finished.folder), disable_tqdm=True, **SETTINGS)
+    assert repeated.digest == finished.digest
+    with pytest.warns(FutureWarning) as caught:
+        former = collect_rollouts(
+            student,
+            prompts,
+            output_dir=finished.folder,
+            show_progress=False,
+            max_new_tokens=8,
+            dataset_split="train",
+            vllm_server_url=None,
+            **{name: value for name, value in SETTINGS.items() if name != "max_completion_length"},
+        )
+    assert former.digest == finished.digest
+    assert sorted(str(one.message) for one in caught if one.category is FutureWarning) == [
+        "`dataset_split` is now `dataset_train_split`. Rename it.",
+        "`max_new_tokens` is now `max_completion_length`. Rename it.",
+        "`show_progress` is now `disable_tqdm`. Rename it.",
+        "`vllm_server_url` is now `vllm_server_base_url`. Rename it.",
+    ]
+    assert all(one.filename == __file__ for one in caught if one.category is FutureWarning)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "call", [partial(collect_rollouts, "model", ["1"]), partial(score_rollouts, "store", "model")]
+)
+@pytest.mark.parametrize(
+    ("args", "settings", "message"),
+    [
+        ("store", {"logp_dtype": "float32"}, "`logp_dtype='float32'` is no setting; did you mean `logps_dtype`"),
+        ("store", {"zzz": 1}, "`zzz=1` is no setting. `.*Config` lists them all"),
+        ("store", {"show_progress": False, "disable_tqdm": True}, "`disable_tqdm` is given twice"),
+        ("store", {"output_dir": "other"}, "`output_dir` is given twice, the second time as `output_dir='other'`"),
+        ("store", {"logps_dtype": "int8"}, "`logps_dtype='int8'` is unknown"),
+        (StoreConfig("store"), {}, "`args` is a StoreConfig. Pass a `.*Config`, or the folder"),
+        (None, {"repair": True}, "`args` is missing. Pass the folder of the store, or"),
+    ],
+)
+def test_keyword_arguments_that_are_refused(call, args, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        call(args, **settings)
+
+
+def test_a_configuration_is_whole():
+    with pytest.raises(ConfigError, match=r"\['seed'\] and a whole `RolloutConfig` were passed"):
+        collect_rollouts("model", ["1"], RolloutConfig("store"), seed=1)
 
 
 def test_vllm_has_to_be_installed(student, prompts, tmp_path, no_model, monkeypatch):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_blend.errors import ConfigError
 from trl_blend.models.loading import check_not_loaded, find_eos_token_ids, find_tokenizer
 from trl_blend.rollouts import identities, processes
-from trl_blend.rollouts.config import RolloutConfig, passed_or_named
+from trl_blend.rollouts.config import RolloutConfig, make_config, passed_or_named
 from trl_blend.rollouts.engines.base import (
     OnRows,
     Rollout,
@@ -32,8 +32,9 @@ from trl_blend.rollouts.store import RolloutStore
 def collect_rollouts(
     model: str | PreTrainedModel | None = None,
     prompts: str | os.PathLike[str] | Dataset | Sequence[Any] | None = None,
-    args: RolloutConfig | None = None,
+    args: RolloutConfig | str | os.PathLike[str] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
+    **settings: Any,
 ) -> RolloutStore:
     """
     Sample completions of every prompt and write them as a store of rollouts.
@@ -49,10 +50,12 @@ def collect_rollouts(
         prompts (`str`, [`~datasets.Dataset`] or `list`, *optional*):
             Prompts, text or messages, see [`~trl_blend.rollouts.prompts.load_prompts`]. Defaults to those that `args`
             names.
-        args ([`~trl_blend.rollouts.config.RolloutConfig`]):
-            The configuration.
+        args ([`~trl_blend.rollouts.config.RolloutConfig`], `str` or `os.PathLike`):
+            The configuration, or the folder of the store.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the student, by default the one beside the model.
+        **settings (`Any`):
+            Fields of the configuration, where `args` is a folder.
 
     Returns:
         [`~trl_blend.rollouts.store.RolloutStore`]: The finished store.
@@ -63,8 +66,7 @@ def collect_rollouts(
         [`~trl_blend.errors.StoreError`]: If the store is broken, being written by another process, or the disk full.
         [`~trl_blend.errors.UnsupportedError`]: If the model cannot generate.
     """
-    if args is None:
-        raise ConfigError("`args` is missing. Pass `RolloutConfig(output_dir=...)`.")
+    args = make_config(RolloutConfig, args, settings)
     model, argument = passed_or_named(model, "model", args, "model_name_or_path")
     prompts, origin = passed_or_named(prompts, "prompts", args, "dataset_name")
     options = load_options(args)

@@ -1,10 +1,24 @@
 """Configurations of the two commands that make a store: sampling its rollouts, and scoring them."""
 
 import json
-from dataclasses import dataclass, field
-from typing import Any
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-from trl_blend.errors import ConfigError
+from trl_blend.errors import ConfigError, nearest
+
+
+Config = TypeVar("Config", bound="StoreConfig")
+
+FORMER_NAMES = {
+    "dataset_split": "dataset_train_split",
+    "max_new_tokens": "max_completion_length",
+    "show_progress": "disable_tqdm",
+    "vllm_server_url": "vllm_server_base_url",
+}
+"""Keyword arguments that had another name before the configurations, and the field that each is now."""
 
 
 @dataclass
@@ -237,6 +251,44 @@ class ScoringConfig(StoreConfig):
     def revision(self) -> str | None:
         """Revision of the model that the engine runs."""
         return self.teacher_model_revision
+
+
+def make_config(
+    kind: type[Config], args: Config | str | os.PathLike[str] | None, settings: Mapping[str, Any]
+) -> Config:
+    """
+    The configuration of a call: a whole one, or its fields as keyword arguments, with `args` as the output folder.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there is no folder, both are given, a name is unknown, or a value is out
+            of range.
+    """
+    if isinstance(args, kind):
+        if settings:
+            raise ConfigError(f"{sorted(settings)} and a whole `{kind.__name__}` were passed. Set them in it.")
+        return args
+    if args is not None and not isinstance(args, str | os.PathLike):
+        raise ConfigError(
+            f"`args` is a {type(args).__name__}. Pass a `{kind.__name__}`, or the folder of the store with the "
+            "settings as keyword arguments."
+        )
+    values = {} if args is None else {"output_dir": args}
+    known = {entry.name for entry in fields(kind)}
+    for name, value in settings.items():
+        field_name = FORMER_NAMES.get(name, name)
+        if field_name not in known:
+            raise ConfigError(
+                f"`{name}={value!r}` is no setting{nearest(name, known) or '.'} `{kind.__name__}` lists them all."
+            )
+        if field_name != name:
+            warnings.warn(f"`{name}` is now `{field_name}`. Rename it.", FutureWarning, stacklevel=3)
+            value = not value if name == "show_progress" else value
+        if field_name in values:
+            raise ConfigError(f"`{field_name}` is given twice, the second time as `{name}={value!r}`. Drop one.")
+        values[field_name] = value
+    if "output_dir" not in values:
+        raise ConfigError(f"`args` is missing. Pass the folder of the store, or `{kind.__name__}(output_dir=...)`.")
+    return kind(**values)
 
 
 def passed_or_named(passed: Any, argument: str, args: Any, option: str) -> tuple[Any, str]:

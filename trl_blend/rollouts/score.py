@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from trl_blend.errors import ConfigError, TokenizerMismatchError
 from trl_blend.models.loading import check_not_loaded
 from trl_blend.rollouts import identities, processes
-from trl_blend.rollouts.config import ScoringConfig, passed_or_named
+from trl_blend.rollouts.config import ScoringConfig, make_config, passed_or_named
 from trl_blend.rollouts.engines.base import OnRows, ScoringEngine, load_options, make_engine
 from trl_blend.rollouts.format import Manifest
 from trl_blend.rollouts.ragged import to_rows
@@ -23,7 +23,8 @@ from trl_blend.rollouts.store import RolloutStore, load_rollouts
 def score_rollouts(
     rollouts: str | os.PathLike[str] | RolloutStore | None = None,
     teacher: str | PreTrainedModel | None = None,
-    args: ScoringConfig | None = None,
+    args: ScoringConfig | str | os.PathLike[str] | None = None,
+    **settings: Any,
 ) -> RolloutStore:
     """
     Give every token of a store of rollouts the teacher's log-probability, and write both as a new store.
@@ -39,8 +40,10 @@ def score_rollouts(
             the one that `args` names.
         teacher (`str`, [`~transformers.PreTrainedModel`] or `peft.PeftModel`, *optional*):
             The teacher: folder, Hub id or model. Defaults to the one that `args` names.
-        args ([`~trl_blend.rollouts.config.ScoringConfig`]):
-            The configuration.
+        args ([`~trl_blend.rollouts.config.ScoringConfig`], `str` or `os.PathLike`):
+            The configuration, or the folder of the store.
+        **settings (`Any`):
+            Fields of the configuration, where `args` is a folder.
 
     Returns:
         [`~trl_blend.rollouts.store.RolloutStore`]: The finished store.
@@ -52,8 +55,7 @@ def score_rollouts(
         [`~trl_blend.errors.StoreError`]: If a store is broken, being written by another process, or the disk full.
         [`~trl_blend.errors.UnsupportedError`]: If the teacher is no decoder-only language model.
     """
-    if args is None:
-        raise ConfigError("`args` is missing. Pass `ScoringConfig(output_dir=...)`.")
+    args = make_config(ScoringConfig, args, settings)
     rollouts, _ = passed_or_named(rollouts, "rollouts", args, "rollouts")
     teacher, argument = passed_or_named(teacher, "teacher", args, "teacher_model_name_or_path")
     options = load_options(args)

@@ -1,14 +1,13 @@
 """How the command line speaks: exit codes, one line per error, and the nearest name for a misspelt one."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from trl_blend.errors import ConfigError
+from trl_blend.errors import ConfigError, nearest
 
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -34,12 +33,6 @@ def tell(message: str) -> None:
     """Write a result to standard output, once per launch."""
     if is_main_process():
         print(message)
-
-
-def nearest(name: str, known: Iterable[str], mark: str = "") -> str:
-    """`"; did you mean ...?"` with the most similar known name, or nothing."""
-    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean `{mark}{found[0]}`?" if found else ""
 
 
 def without_token(arguments: Sequence[str]) -> list[str]:
