@@ -17,7 +17,6 @@ from trl_blend.rollouts import identities
 from trl_blend.rollouts.config import StoreConfig
 from trl_blend.rollouts.engines import local
 from trl_blend.rollouts.format import row_key
-from trl_blend.rollouts.prompts import PromptTokens, load_prompts
 
 
 SETTINGS = {
@@ -131,28 +130,6 @@ def test_without_an_identity(student, prompts, tmp_path):
     assert store.manifest.student is None and store.manifest.settings["student_name"] == student
 
 
-# -------------------- prompts
-
-
-def test_messages_go_through_the_chat_template():
-    tokenizer = tiny_tokenizer()
-    messages = [{"role": "user", "content": "1+1"}]
-    rows = [{"prompt": messages}, {"prompt": [*messages, {"role": "assistant", "content": "so"}]}]
-    ids = PromptTokens(Dataset.from_list(rows), tokenizer).ids(0, 2)
-    assert tokenizer.decode(ids[0]) == "<user>1+1<assistant>"
-    assert tokenizer.decode(ids[1]) == "<user>1+1<assistant>so"  # to be continued, so without its end
-
-
-def test_where_prompts_may_come_from(tmp_path, prompts):
-    assert len(load_prompts(prompts)) == 11
-    assert load_prompts(["a", "b"])["prompt"] == ["a", "b"]
-    assert load_prompts([{"prompt": "a", "answer": "b"}]).column_names == ["prompt", "answer"]
-    dataset = Dataset.from_list([{"question": "a"}])
-    assert load_prompts(dataset, column="question") is dataset
-    dataset.to_parquet(tmp_path / "x.parquet")
-    assert load_prompts(str(tmp_path / "x.parquet"), column="question")["question"] == ["a"]
-
-
 # -------------------- resuming
 
 
@@ -242,7 +219,7 @@ def test_another_student_or_other_prompts_do_not_continue(student, prompts, fini
         ({"logps_dtype": "int8"}, "`logps_dtype='int8'` is unknown"),
         ({"dtype": "float8"}, "`dtype='float8'` is unknown"),
         ({"load_in_4bit": True}, "needs bitsandbytes"),
-        ({"prompt_column": "question"}, r"no column `question`, only \['prompt'\]"),
+        ({"prompt_column": "question"}, r"no column `question` in the prompts, only \['prompt'\]"),
         ({"max_completion_length": 250}, "Row 1 .* has 15 tokens.*256 tokens.*`max_completion_length=241` or less"),
         ({"use_vllm": True, "vllm_server_base_url": "http://x"}, "Set one"),
         ({"vllm_kwargs": {"max_model_len": 9}}, "Set `use_vllm=True`"),
@@ -330,8 +307,7 @@ def test_vllm_has_to_be_installed(student, prompts, tmp_path, no_model, monkeypa
         ("empty.jsonl", "is empty"),
         ("missing.jsonl", "`prompts='missing.jsonl'`: there is no such file"),
         (Dataset.from_dict({"prompt": []}), "`prompts` is empty"),
-        (["1", ""], "Row 1 of the prompts has no tokens"),
-        ([{"prompt": 3}], "Row 0 of the prompts is '3', neither text nor a list of messages"),
+        (["1", ""], "Row 1 of the prompts has no prompt: column `prompt` is ''. Drop the row"),
         (["a", "a" * 250], "Row 1 .* has 250 tokens.*Set `max_completion_length=6` or less, or drop"),
         (["a" * 300], "the 256 tokens that the model takes. Drop the longest prompts"),
         (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "is a IterableDataset.*Pass one split"),

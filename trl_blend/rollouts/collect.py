@@ -11,7 +11,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_blend.errors import ConfigError
 from trl_blend.models.loading import check_not_loaded, find_eos_token_ids, find_tokenizer
 from trl_blend.rollouts import identities, processes
 from trl_blend.rollouts.config import RolloutConfig, make_config, passed_or_named
@@ -25,7 +24,13 @@ from trl_blend.rollouts.engines.base import (
     row_seed,
 )
 from trl_blend.rollouts.format import Manifest, row_key
-from trl_blend.rollouts.prompts import PromptScan, PromptTokens, describe_dataset, load_prompts, shard_bounds
+from trl_blend.rollouts.prompts import (
+    PromptTokens,
+    check_prompt_lengths,
+    describe_dataset,
+    load_prompts,
+    shard_bounds,
+)
 from trl_blend.rollouts.store import RolloutStore
 
 
@@ -75,12 +80,13 @@ def collect_rollouts(
     engine: RolloutEngine = make_engine(model, argument, args)
     tokenizer = processing_class or find_tokenizer(model, argument, required=True, **options.hub)
     dataset = load_prompts(prompts, origin, args.prompt_column, args.dataset_config, args.dataset_train_split)
-    source = PromptTokens(dataset, tokenizer, args.prompt_column, args.chat_template_kwargs)
+    eos_token_ids = find_eos_token_ids(model, tokenizer, revision=options.revision)
+    source = PromptTokens(dataset, tokenizer, args.prompt_column, args.chat_template_kwargs, eos_token_ids)
     # All samples of a prompt are in one shard
     samples = args.num_rollouts_per_prompt
     bounds = list(shard_bounds(len(source), max(1, args.rows_per_shard // samples)))
     scan = source.scan(bounds)
-    _check_lengths(scan, args.max_completion_length, engine.max_length)
+    check_prompt_lengths(scan, args.max_completion_length, engine.max_length)
 
     state = processes.processes()
     sampling = SamplingSettings(
@@ -91,7 +97,7 @@ def collect_rollouts(
         max_new_tokens=args.max_completion_length,
         num_rollouts_per_prompt=samples,
         seed=args.seed,
-        eos_token_ids=find_eos_token_ids(model, tokenizer, revision=options.revision),
+        eos_token_ids=eos_token_ids,
         pad_token_id=tokenizer.pad_token_id,
     )
     student = identities.find(state, model, argument, args, tokenizer)
@@ -142,16 +148,3 @@ def _sample(
         drawn = engine.sample([prompt_ids[row] for row in batch], [seeds[row] for row in batch], on_rows)
         rollouts.update(zip(batch, drawn, strict=True))
     return [rollouts[row] for row in range(len(prompt_ids))]
-
-
-def _check_lengths(scan: PromptScan, length: int, limit: int | None) -> None:
-    """Refuse prompts that leave no room for a completion, before anything is loaded."""
-    if limit is None or scan.longest + length <= limit:
-        return
-    remedy = "Drop the longest prompts"
-    if scan.longest < limit:
-        remedy = f"Set `max_completion_length={limit - scan.longest}` or less, or drop the longest prompts"
-    raise ConfigError(
-        f"Row {scan.longest_row} of the prompts has {scan.longest} tokens. With `max_completion_length={length}` that "
-        f"is more than the {limit} tokens that the model takes. {remedy}."
-    )

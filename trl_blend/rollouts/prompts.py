@@ -1,17 +1,24 @@
 """Prompts as token ids: where they come from, and one pass over all of them before anything is loaded."""
 
 import hashlib
+import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 from trl_blend.errors import ConfigError
 
 
+logger = logging.getLogger(__name__)
+
+# Columns of TRL's conversational format that go into the chat template
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -49,13 +56,9 @@ def load_prompts(
             f"`{argument}` is a {type(prompts).__name__}, whose rows cannot be read by their number. Pass one split "
             "of a `Dataset` that is not streamed, a list or a path."
         )
-    if column not in dataset.column_names:
-        raise ConfigError(
-            f"The prompts have no column `{column}`, only {dataset.column_names}. Name the column of the prompts with "
-            "`prompt_column`."
-        )
     if len(dataset) == 0:
         raise ConfigError(f"`{argument}` is empty. Pass at least one prompt.")
+    check_prompts(dataset, column)
     return dataset
 
 
@@ -81,6 +84,82 @@ def _read(name: str, argument: str, config: str | None, split: str) -> Dataset:
         raise ConfigError(f"`{argument}={name!r}` (split {split!r}) cannot be read: {first}") from error
 
 
+def check_prompts(dataset: Dataset | IterableDataset, column: str = "prompt", what: str = "the prompts") -> None:
+    """
+    Check that every row of a dataset has a prompt, text or messages. Of a streamed dataset, the first 100 rows are
+    looked at.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The rows.
+        column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompts.
+        what (`str`, *optional*, defaults to `"the prompts"`):
+            What the error messages call the dataset, such as "`train_dataset`".
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If the column is missing, there are no rows, or a prompt is missing, empty
+            or of another type. The message names the row, its value and the remedy.
+    """
+    names = dataset.column_names
+    if names is not None and column not in names:
+        raise ConfigError(
+            f"There is no column `{column}` in {what}, only {names}. Name the column of the prompts with "
+            "`prompt_column`."
+        )
+    if isinstance(dataset, Dataset):
+        rows: Iterable[Any] = (
+            row for start in range(0, len(dataset), 1000) for row in dataset[start : start + 1000][column]
+        )
+    else:
+        rows = (row.get(column) for row in islice(dataset, 100))
+    count = 0
+    for count, prompt in enumerate(rows, 1):
+        check_prompt(prompt, count - 1, column, what)
+    if not count:
+        raise ConfigError(f"There are no rows in {what}. Pass at least one prompt.")
+
+
+def check_prompt(prompt: Any, row: int, column: str = "prompt", what: str = "the prompts") -> None:
+    """
+    Check one prompt, see [`check_prompts`].
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it is missing, empty, or neither text nor messages.
+    """
+    where = f"Row {row} of {what}"
+    if prompt is None or (isinstance(prompt, str | list) and not _has_content(prompt)):
+        raise ConfigError(f"{where} has no prompt: column `{column}` is {prompt!r}. Drop the row, or fill it in.")
+    if isinstance(prompt, str):
+        return
+    remedy = f"Correct the row, or name the right column with `prompt_column` (now `{column}`)."
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        raise ConfigError(
+            f"{where} is {_shown(prompt)}, neither text nor a list of messages "
+            f"(`{{'role': ..., 'content': ...}}`). {remedy}"
+        )
+    for message in prompt:
+        content = message.get("content")
+        if not isinstance(message.get("role"), str):
+            raise ConfigError(f"{where} has the message {_shown(message)} without a `role`. {remedy}")
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            raise ConfigError(f"{where} has the message {_shown(message)}, whose `content` is no text. {remedy}")
+        parts = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        if other := sorted({str(kind) for kind in parts if kind != "text"}):
+            raise ConfigError(
+                f"{where} has a message with {', '.join(other)} in its `content`: rollouts are of text only. Drop "
+                "the row."
+            )
+
+
+def _has_content(prompt: str | list[Any]) -> bool:
+    """Whether there is anything but white space in a text, or in one of the messages."""
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    contents = (one.get("content") or one.get("tool_calls") if isinstance(one, dict) else one for one in prompt)
+    return any(content.strip() if isinstance(content, str) else content for content in contents)
+
+
 class PromptScan(NamedTuple):
     """
     What one pass over all prompts found: SHA-256 of the token ids of each shard's prompts, and of those; the number of
@@ -93,56 +172,148 @@ class PromptScan(NamedTuple):
     longest_row: int
 
 
+def check_prompt_lengths(scan: PromptScan, length: int, limit: int | None, what: str = "the prompts") -> None:
+    """
+    Check that the longest prompt leaves room for a completion.
+
+    Args:
+        scan ([`PromptScan`]):
+            The prompts.
+        length (`int`):
+            `max_completion_length`.
+        limit (`int`, *optional*):
+            Most tokens of a prompt and its completion; `None` for no limit.
+        what (`str`, *optional*, defaults to `"the prompts"`):
+            What the error message calls the prompts.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it does not. The message names the row and the length that fits.
+    """
+    if limit is None or scan.longest + length <= limit:
+        return
+    remedy = "Drop the longest prompts"
+    if scan.longest < limit:
+        remedy = f"Set `max_completion_length={limit - scan.longest}` or less, or drop the longest prompts"
+    raise ConfigError(
+        f"Row {scan.longest_row} of {what} has {scan.longest} tokens. With `max_completion_length={length}` that "
+        f"is more than the {limit} tokens that the model takes. {remedy}."
+    )
+
+
 class PromptTokens:
     """
     Token ids of prompts, read in slices: nothing is kept.
 
-    Text is tokenised as it is. Messages go through the chat template, with the generation prompt behind them, or,
-    where the last message is the assistant's, as the beginning of its completion.
+    Messages go through the chat template, with the generation prompt behind them, or, where the last message is the
+    assistant's, as the beginning of its completion. As in TRL, the row's columns `tools` (a list, or its JSON) and
+    `chat_template_kwargs` go into the template.
+
+    Text is tokenised as it is, with what the tokenizer puts in front of it. What it puts behind a text, such as an
+    end-of-sequence token, is left out, for a completion follows; so is a second token for the beginning of the
+    sequence. A scan says so, and what else looks unlike a prompt, once.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            The rows.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The student's.
+        column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompts.
+        template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the chat template; those of a row come before them.
+        eos_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a text, beside the tokenizer's own.
+        what (`str`, *optional*, defaults to `"the prompts"`):
+            What the messages call the prompts.
     """
 
     def __init__(
-        self, dataset: Dataset, tokenizer: Any, column: str = "prompt", template_kwargs: dict[str, Any] | None = None
+        self,
+        dataset: Dataset,
+        tokenizer: Any,
+        column: str = "prompt",
+        template_kwargs: dict[str, Any] | None = None,
+        eos_token_ids: Sequence[int] = (),
+        what: str = "the prompts",
     ) -> None:
-        self._dataset = dataset.select_columns([column])
+        columns = [column, *(name for name in _TEMPLATE_COLUMNS if name in dataset.column_names)]
+        self._dataset = dataset.select_columns(columns)
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        self._column = column
+        self._column, self._what = column, what
         self._template_kwargs = template_kwargs or {}
+        self._eos = {self._tokenizer.eos_token_id, *eos_token_ids} - {None}
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        special = {token for token, entry in added.items() if entry.special} | set(self._tokenizer.all_special_ids)
+        self._special = special - {self._tokenizer.unk_token_id}
+        self._found: dict[str, list[int]] = {}  # rows by what is odd about them
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def ids(self, start: int, stop: int) -> list[list[int]]:
         """Token ids of the prompts `start` to `stop`; one that is neither text nor messages, or empty, is refused."""
-        rows = self._dataset[start:stop][self._column]
-        return [self._encode(prompt, row) for row, prompt in enumerate(rows, start)]
+        columns = self._dataset[start:stop]
+        names = list(columns)
+        rows = (dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return [self._encode(values, row) for row, values in enumerate(rows, start)]
 
     def scan(self, bounds: Iterable[tuple[int, int]]) -> PromptScan:
         """One pass over all prompts, a shard at a time: `bounds` are those of [`shard_bounds`]."""
         digests, longest, longest_row = [], 0, 0
+        self._found.clear()
         for start, stop in bounds:
             shard = self.ids(start, stop)
             digests.append(_digest(shard))
             for row, ids in enumerate(shard, start):
                 if len(ids) > longest:
                     longest, longest_row = len(ids), row
+        for message, rows in self._found.items():
+            others = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            logger.warning(f"Row {rows[0]}{others} of {self._what}: {message}")
         return PromptScan(digests, hashlib.sha256("".join(digests).encode()).hexdigest(), longest, longest_row)
 
-    def _encode(self, prompt: Any, row: int) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-        elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-            ids = self._encode_messages(prompt, row)
-        else:
-            raise ConfigError(
-                f"Row {row} of the prompts is {str(prompt)[:60]!r}, neither text nor a list of messages "
-                "(`{'role': ..., 'content': ...}`). Correct the row, or name the right column with `prompt_column`."
-            )
+    def _encode(self, values: dict[str, Any], row: int) -> list[int]:
+        prompt = values[self._column]
+        check_prompt(prompt, row, self._column, self._what)
+        ids = self._encode_text(values, row) if isinstance(prompt, str) else self._encode_messages(values, row)
         if len(ids) == 0:
-            raise ConfigError(f"Row {row} of the prompts has no tokens. Drop the row.")
-        return list(ids)
+            raise ConfigError(f"Row {row} of {self._what} has no tokens. Drop the row.")
+        if ids[-1] in self._eos:
+            self._note(row, "it ends with an end-of-sequence token, behind which a model was not trained to go on.")
+        return ids
 
-    def _encode_messages(self, messages: list[dict[str, Any]], row: int) -> list[int]:
+    def _encode_text(self, values: dict[str, Any], row: int) -> list[int]:
+        text = values[self._column]
+        ids = list(self._tokenizer(text)["input_ids"])
+        bos = self._tokenizer.bos_token_id
+        if ids and (ids[-1] in self._special or ids[:2] == [bos, bos]):
+            own = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            first = next((start for start in range(len(ids)) if ids[start : start + len(own)] == own), 0)
+            in_front, behind = ids[:first], ids[first + len(own) :]
+            if behind:
+                tokens = self._tokenizer.convert_ids_to_tokens(behind)
+                self._note(row, f"the tokenizer puts {tokens} behind a text, which prompts are left without.")
+            if in_front and in_front[-1] == bos == (own or [None])[0]:
+                in_front.pop()
+                self._note(
+                    row, "the text begins with the token that the tokenizer puts in front of it: it is there once."
+                )
+            ids = in_front + own
+        if any(values.get(name) for name in _TEMPLATE_COLUMNS):
+            self._note(row, f"{' and '.join(_TEMPLATE_COLUMNS)} are of messages, and have no effect on text.")
+        if self._tokenizer.chat_template is not None and self._special.isdisjoint(ids[1:]):
+            self._note(
+                row,
+                "it is text, which is continued as it is, and the tokenizer has a chat template. Write messages "
+                "(`[{'role': 'user', 'content': ...}]`) if the student was trained on conversations.",
+            )
+        return ids
+
+    def _encode_messages(self, values: dict[str, Any], row: int) -> list[int]:
+        messages = [{**_without_none(message), "content": message.get("content")} for message in values[self._column]]
+        settings = {**self._template_kwargs, **self._of_template(values, "chat_template_kwargs", dict, row)}
+        if tools := self._of_template(values, "tools", list, row):
+            settings["tools"] = tools
         continues = messages[-1]["role"] == "assistant"
         try:
             return self._tokenizer.apply_chat_template(
@@ -151,11 +322,42 @@ class PromptTokens:
                 continue_final_message=continues,
                 tokenize=True,
                 return_dict=True,
-                **self._template_kwargs,
+                **settings,
             )["input_ids"]
         except Exception as error:  # templates raise what they like
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"The chat template cannot render row {row} of the prompts: {first}") from error
+            raise ConfigError(f"The chat template cannot render row {row} of {self._what}: {first}") from error
+
+    def _of_template(self, values: dict[str, Any], name: str, kind: type, row: int) -> Any:
+        """A column of the row that goes into the template, without the gaps that Arrow fills with `None`."""
+        value = values.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                pass  # what it is instead is said below
+        if not value:
+            return kind()
+        if not isinstance(value, kind):
+            raise ConfigError(
+                f"Row {row} of {self._what}: column `{name}` is {_shown(value)}, not a {kind.__name__}. Correct the "
+                "row, or drop the column."
+            )
+        return _without_none(value)
+
+    def _note(self, row: int, message: str) -> None:
+        self._found.setdefault(message, []).append(row)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return [_without_none(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def shard_bounds(rows: int, per_shard: int) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -25,6 +25,7 @@ from transformers.generation.logits_process import (
 from trl_blend import _compat
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.generation.settings import GENERATION_SETTINGS
+from trl_blend.models.limits import context_length
 from trl_blend.models.loading import find_config, load_model
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
@@ -191,16 +192,6 @@ def _check_head(model: Any) -> None:
             "fused log-probabilities cannot read. Merge the adapter (`merge_and_unload`), or keep `lm_head` out of "
             "the quantization (`llm_int8_skip_modules`)."
         )
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Number of positions that a model was built for, `None` where its configuration does not say."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 logger = logging.getLogger(__name__)

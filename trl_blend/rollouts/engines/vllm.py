@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from trl_blend.errors import ConfigError
+from trl_blend.models.limits import context_length
 from trl_blend.models.loading import find_config
 from trl_blend.rollouts.config import RolloutConfig
 from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, cut_at_eos, load_options
-from trl_blend.rollouts.engines.local import context_length
 from trl_blend.rollouts.engines.vllm_server import check_by_name, request_settings, scores_of_prompt_logprobs
 
 
