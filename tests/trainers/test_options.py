@@ -165,6 +165,60 @@ def test_the_defaults_are_these(tmp_path, config):
     assert {name: getattr(args, name) for name in own_names(config)} == DEFAULTS[config]
 
 
+# -------------------- values that no run can mean
+
+NO_RUN = {
+    "max_steps": (0, 0.5j, "many"),
+    "per_device_train_batch_size": (0, -1),
+    "per_device_eval_batch_size": (0,),
+    "gradient_accumulation_steps": (0,),
+    "learning_rate": (-1e-5, float("nan"), float("inf"), "1e-5"),
+    "weight_decay": (-0.1,),
+    "max_grad_norm": (-1.0,),
+    "report_to": ("wandbb", ["tensorboard", "everyone"]),
+}
+SAMPLING = {
+    "temperature": (0, 0.0, -1.0, float("nan"), "hot"),
+    "top_p": (0.0, 1.5),
+    "max_completion_length": (0,),
+    "repetition_penalty": (0.0,),
+}
+NO_RUNS = [
+    (config, name, value)
+    for config in PARENTS
+    for name, values in (NO_RUN | ({} if config is OfflineOPDConfig else SAMPLING)).items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value"), NO_RUNS, ids=str)
+def test_values_that_no_run_can_mean(tmp_path, config, name, value):
+    with pytest.raises(ConfigError, match=f"`{name}=") as error:
+        MAKERS[config](tmp_path, **{name: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("config", PARENTS)
+def test_no_epochs_are_no_run_unless_the_steps_are_given(tmp_path, config):
+    for epochs in (0, -1.0):
+        with pytest.raises(ConfigError, match=f"`num_train_epochs={epochs}` must be positive"):
+            MAKERS[config](tmp_path, max_steps=-1, num_train_epochs=epochs)
+    assert MAKERS[config](tmp_path, max_steps=1, num_train_epochs=0).max_steps == 1
+
+
+@pytest.mark.parametrize("config", PARENTS)
+def test_what_the_parents_refuse_is_an_error_of_the_configuration(tmp_path, config):
+    with pytest.raises(ConfigError, match="eval_steps|eval strategy"):
+        MAKERS[config](tmp_path, lr_scheduler_type="greedy")
+
+
+def test_a_report_that_cannot_be_made_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_blend.trainers._options.get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ConfigError, match="`report_to='wandb'` needs wandb, which is not installed"):
+        runs.config(tmp_path, report_to="wandb")
+    assert runs.config(tmp_path, report_to="all").report_to and runs.config(tmp_path, report_to="none") is not None
+
+
 # -------------------- words
 
 
@@ -224,6 +278,15 @@ PARSED = [
             "mixing_space": "probs",
             "objective": "student",
             "is_clip_mode": "none",
+            "eval_policy": "both",
+        },
+    ),
+    (
+        LogitMixGRPOConfig,
+        {
+            "teacher_weight": [0.2],
+            "teacher_weight_schedule": "adaptive",
+            "objective": "student",
             "is_clip_max": 2.5,
             "adaptive_num_prompts": 7,
             "adaptive_interval": 3,
@@ -231,7 +294,6 @@ PARSED = [
             "adaptive_offset": 0.2,
             "adaptive_max_weight": 0.6,
             "adaptive_success_threshold": 0.5,
-            "eval_policy": "both",
         },
     ),
     (

@@ -10,8 +10,10 @@ from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import runs, scored
+from tests.trainers.runs import assert_same_tensors, snapshot
 from trl_blend import LogitMixGRPOTrainer, OfflineOPDTrainer, TrustRegionOPDTrainer
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.trainers import _partners
 
 
 PARENTS = {"grpo": GRPOTrainer, "opd": DistillationTrainer, "offline": SFTTrainer}
@@ -81,6 +83,33 @@ def test_load_settings_of_a_teacher_that_is_not_loaded_by_name(kind, refuses, na
     if kind == "grpo":
         several = {"teacher": ["teacher", tiny_model(seed=1)], "teacher_weight": [0.1, 0.1]}
         refuses(ConfigError, "already instantiated", **several, **{name: value})
+
+
+def test_the_configuration_may_name_the_teacher(make, refuses, models):
+    name = str(models / "teacher")
+    named = make(teacher=None, teacher_model_name_or_path=name)
+    assert_same_tensors(snapshot(named.partners[0]), snapshot(make(teacher="teacher").partners[0]))
+    # Scripts pass the same name twice
+    assert make(teacher="teacher", teacher_model_name_or_path=name).partners
+    for teacher, shown in (("second", repr(str(models / "second"))), (tiny_model(seed=1), "a Qwen3ForCausalLM")):
+        message = refuses(ConfigError, "Drop one", teacher=teacher, teacher_model_name_or_path=name)
+        assert f"`teacher_model` is {shown}" in message and repr(name) in message
+
+
+def test_a_new_adapter_learns_nothing_from_its_own_base(build_opd, monkeypatch):
+    """Its loss is 0, and with it every gradient."""
+    refuses = functools.partial(runs.check_refusal, build_opd, DistillationTrainer, monkeypatch)
+    for adapter in (LORA, {"student": tiny_lora(tiny_model(), init_lora_weights=True)}):
+        refuses(ConfigError, "a new adapter does not differ", teacher=None, **adapter)
+    moved = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    assert build_opd(teacher=None, trainer_kwargs={"peft_config": moved}).partners == []
+    tokenizer = {"trainer_kwargs": {"processing_class": tiny_tokenizer()}}
+    assert build_opd(teacher=None, student=tiny_lora(tiny_model()), **tokenizer).partners == []
+
+
+def test_a_threshold_of_no_reward(build_opd, monkeypatch):
+    refuses = functools.partial(runs.check_refusal, build_opd, DistillationTrainer, monkeypatch)
+    refuses(ConfigError, "`success_threshold=0.5` has no effect without `reward_funcs`", success_threshold=0.5)
 
 
 def test_no_teacher_without_peft(kind, refuses):
@@ -177,8 +206,9 @@ def test_adapters_of_the_offline_trainer(models, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", [{"bias": "lora_only"}, {"init_lora_weights": "pissa"}], ids=str)
-def test_an_adapter_that_changes_the_base_is_no_teacher(make, setting):
+def test_an_adapter_that_changes_the_base_is_no_teacher(make, setting, monkeypatch):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **setting)
+    monkeypatch.setattr(_partners, "check_adapter_has_moved", lambda *args: None)  # refuses before
     with pytest.raises(UnsupportedError, match="`teacher` is None, but adapter 'default'"):
         make(teacher=None, trainer_kwargs={"peft_config": config})
     assert make(trainer_kwargs={"peft_config": config}).partners

@@ -1,16 +1,44 @@
-"""What the configs share: an option is described in the docstring alone, and one of a few words is checked as such."""
+"""What the configs share: an option is described in the docstring alone, and what no run can mean is refused."""
 
 import dataclasses
 import inspect
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from trl_blend.errors import ConfigError
 
 
 Config = TypeVar("Config", bound=type)
+
+# Settings of the parents that are refused late, in a traceback, or not at all: smallest value, largest value
+_AT_LEAST_ONE = (1, math.inf, "at least 1")
+_NOT_NEGATIVE = (0.0, math.inf, "at least 0")
+_POSITIVE = (math.nextafter(0.0, 1.0), math.inf, "positive")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "per_device_train_batch_size": _AT_LEAST_ONE,
+    "per_device_eval_batch_size": _AT_LEAST_ONE,
+    "gradient_accumulation_steps": _AT_LEAST_ONE,
+    "num_generations": _AT_LEAST_ONE,
+    "num_iterations": _AT_LEAST_ONE,
+    "steps_per_generation": _AT_LEAST_ONE,
+    "generation_batch_size": _AT_LEAST_ONE,
+    "max_completion_length": _AT_LEAST_ONE,
+    "max_length": _AT_LEAST_ONE,
+    "learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "temperature": _POSITIVE,
+    "repetition_penalty": _POSITIVE,
+    "top_p": (math.nextafter(0.0, 1.0), 1.0, "above 0 and at most 1"),
+    "min_p": (0.0, 1.0, "between 0 and 1"),
+    "top_k": _NOT_NEGATIVE,
+}
 _ENTRY = re.compile(r"^    (\w+) \(.+\):\n((?:        .+\n|\n)+)", flags=re.MULTILINE)
 
 
@@ -63,6 +91,84 @@ def choices_of(config: type) -> dict[str, tuple[Any, ...]]:
         if kinds and all(kind is type(None) or get_origin(kind) is Literal for kind in kinds):
             found[name] = tuple(word for kind in kinds for word in get_args(kind) or (None,))
     return found
+
+
+def check_run(args: Any) -> None:
+    """
+    Refuse what no run can mean: no steps, an empty batch, sampling at temperature 0, a report to nobody.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: With the value, and the values that there are.
+    """
+    kwargs = getattr(args, "generation_kwargs", None)
+    sampling = kwargs if isinstance(kwargs, dict) else {}
+    for name, bounds in _RANGES.items():
+        for value in (getattr(args, name, None), sampling.get(name)):
+            _check_range(name, value, *bounds)
+    _check_range("max_steps", args.max_steps, -math.inf, math.inf, "a number")
+    if args.max_steps == 0:
+        raise ConfigError("`max_steps=0` trains nothing. Set it to a number of steps, or leave it out for epochs.")
+    if args.max_steps < 0:
+        _check_range("num_train_epochs", args.num_train_epochs, *_POSITIVE)
+    _check_reports(args.report_to)
+
+
+def _check_range(name: str, value: Any, low: float, high: float, must_be: str) -> None:
+    if value is None or (isinstance(value, Real) and low <= value <= high and value != math.inf):
+        return
+    must_be = must_be if isinstance(value, Real) else "a number"
+    hint = " Greedy rollouts (0) are none to learn from." if name == "temperature" else ""
+    raise ConfigError(f"`{name}={value!r}` must be {must_be}.{hint}")
+
+
+def _check_reports(report_to: Any) -> None:
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    names = [] if names in (["all"], ["none"]) else names
+    try:
+        get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ConfigError(f"`report_to={report_to!r}`: {error} `'none'` reports to nobody.") from error
+    # Those that name themselves: the callbacks of the others say what they lack
+    absent = {"comet_ml", "mlflow", "tensorboard", "trackio", "wandb"} & set(names)
+    absent -= set(get_available_reporting_integrations() if absent else ())
+    if absent:
+        missing = ", ".join(sorted(absent))
+        raise ConfigError(
+            f"`report_to={report_to!r}` needs {missing}, which is not installed. Install it, or drop it."
+        )
+
+
+def refuse_unread(args: Any, names: Iterable[str], switch: str, needed: Any = None) -> None:
+    """
+    Refuse settings that nothing reads because of another one: those that are not at their default.
+
+    Args:
+        args:
+            The config.
+        names (`Iterable[str]`):
+            The settings.
+        switch (`str`):
+            The setting that leaves them out, which the message names with its value.
+        needed (*optional*):
+            Value of it with which they are read; without one, any other.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: Names both settings and their values.
+    """
+    remedy = f"Set `{switch}={needed!r}`" if needed is not None else f"Change `{switch}`"
+    for name in names:
+        if not is_default(args, name):
+            raise ConfigError(
+                f"`{name}={getattr(args, name)!r}` has no effect with `{switch}={getattr(args, switch)!r}`. {remedy}, "
+                f"or leave `{name}` unset, in a settings file too."
+            )
+
+
+def is_default(args: Any, name: str) -> bool:
+    """Whether a setting has the default of its field."""
+    field = args.__dataclass_fields__[name]
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(args, name) == default
 
 
 def _fields(config: type) -> Iterator[dataclasses.Field]:

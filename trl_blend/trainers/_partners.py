@@ -5,6 +5,7 @@ Shared by the trainers. A partner is a causal language model with the student's 
 process (see [`~trl_blend.models.loading.load_frozen`]).
 """
 
+import re
 from typing import Any
 
 from accelerate import Accelerator
@@ -28,6 +29,18 @@ def as_list(teacher_model: Teacher) -> list[str | PreTrainedModel]:
     if teacher_model is None:
         return []
     return list(teacher_model) if isinstance(teacher_model, (list, tuple)) else [teacher_model]
+
+
+def given_teachers(teacher_model: Teacher, args: Any) -> list[str | PreTrainedModel]:
+    """The argument `teacher_model`, or else those that the configuration names; both only where they are the same."""
+    given, named = as_list(teacher_model), as_list(getattr(args, "teacher_model_name_or_path", None))
+    if given and named and given != named:
+        shown = ", ".join(repr(one) if isinstance(one, str) else f"a {type(one).__name__}" for one in given)
+        raise ConfigError(
+            f"`teacher_model` is {shown}, but the configuration has `teacher_model_name_or_path="
+            f"{args.teacher_model_name_or_path!r}`. Drop one of them."
+        )
+    return given or named
 
 
 def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list[float], args: Any) -> None:
@@ -159,6 +172,23 @@ def check_adapters(model: Any, teachers: list, peft_config: Any, off: str | None
         )
     for adapter in adapters:
         check_lm_head_adapter(adapter)
+
+
+def check_adapter_has_moved(model: Any, peft_config: Any) -> None:
+    """Refuse the student's own base as the target of a loss where the student starts as that base."""
+    if peft_config is not None:
+        initial = {value for name, value in vars(peft_config).items() if re.fullmatch(r"init_(\w+_)?weights", name)}
+        is_new = False not in initial
+    elif not isinstance(model, str) and is_peft_model(model):
+        factors = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+        is_new = bool(factors) and not any(factor.any() for factor in factors)
+    else:
+        return
+    if is_new:
+        raise ConfigError(
+            "`teacher_model=None` means the student's own base, from which a new adapter does not differ: the loss is "
+            "0 and nothing is trained. Pass `teacher_model`, or a PEFT model whose adapter has been trained."
+        )
 
 
 def check_base_as_reference(model: Any, *, is_fsdp: bool, decodes_from_shards: bool) -> None:

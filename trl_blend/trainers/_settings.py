@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.logging import get_logger
 
 from trl_blend._files import write_atomically
+from trl_blend.errors import ConfigError
 
 
 logger = get_logger(__name__)
@@ -70,11 +71,14 @@ class Token(str):
 class TokensUnwritten:
     """
     In front of the TRL class among a config's bases: `hub_token`, and a `token` among arguments for loading a model,
-    reach the Hub and no file, report or message.
+    reach the Hub and no file, report or message. What TRL or transformers refuse of the settings is a [`ConfigError`].
     """
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
+        try:
+            super().__post_init__()  # type: ignore[misc]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
         guard_tokens(self)
 
     def to_dict(self) -> dict[str, Any]:

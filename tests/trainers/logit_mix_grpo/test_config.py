@@ -1,5 +1,7 @@
 """The values of the mixture that are refused, and what it becomes at each step."""
 
+import re
+
 import pytest
 
 from tests import reference
@@ -117,7 +119,7 @@ def test_clip_modes_replace_delta(make, mode):
     with pytest.raises(ConfigError, match=f"`delta=2.0`.*`is_clip_mode='{mode}'`"):
         make(objective="student", is_clip_mode=mode, delta=2.0)
     make(objective="student", is_clip_mode="ppo", delta=2.0)
-    make(objective="mixed", is_clip_mode=mode, delta=2.0)
+    make(objective="mixed", delta=2.0)
 
 
 @pytest.mark.parametrize("mode", ["none", "max", "floor"])
@@ -129,13 +131,47 @@ def test_clip_modes_need_the_clipped_surrogate(make, mode, loss_type):
     with pytest.raises(ConfigError, match=f"`is_clip_mode='{mode}'`.*`loss_type='{loss_type}'`"):
         make(**settings)
     make(**{**settings, "is_clip_mode": "ppo"})
-    make(**{**settings, "objective": "mixed"})
+    make(**{**settings, "objective": "mixed", "is_clip_mode": "max"})
 
 
 def test_the_cap_must_be_positive(make):
     with pytest.raises(ConfigError, match="`is_clip_max=0.0`"):
         make(objective="student", is_clip_max=0.0)
-    make(objective="student", is_clip_mode="none", is_clip_max=0.0)
+
+
+ADAPTIVE = ("adaptive_num_prompts", "adaptive_interval", "adaptive_scale", "adaptive_offset")
+DECAY = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": 5}
+UNREAD = [
+    *(({name: 7}, name, "teacher_weight_schedule='constant'") for name in ADAPTIVE),
+    ({"adaptive_success_threshold": 0.5, **DECAY}, "adaptive_success_threshold", "teacher_weight_schedule='linear'"),
+    ({"is_clip_mode": "none"}, "is_clip_mode", "objective='mixed'"),
+    ({"is_clip_max": 2.0}, "is_clip_max", "objective='mixed'"),
+    ({"objective": "student", "is_clip_mode": "none", "is_clip_max": 2.0}, "is_clip_max", "is_clip_mode='none'"),
+    ({"objective": "student", "is_clip_mode": "ppo", "is_clip_max": 2.0}, "is_clip_max", "is_clip_mode='ppo'"),
+    ({"objective": "student", "epsilon": 0.3}, "epsilon", "is_clip_mode='max'"),
+    ({"objective": "student", "epsilon_high": 0.3}, "epsilon_high", "is_clip_mode='max'"),
+    ({"teacher_weight": 0.0, "mixing_space": "probs"}, "mixing_space", "teacher_weight=[0.0]"),
+    ({"teacher_weight": 0.0, **DECAY}, "teacher_weight_schedule", "teacher_weight=[0.0]"),
+    ({"teacher_weight": 0.0, "eval_policy": "both"}, "eval_policy", "teacher_weight=[0.0]"),
+    (
+        {"teacher_weight": 0.0, "objective": "student", "is_clip_mode": "ppo"},
+        "is_clip_mode",
+        "teacher_weight=[0.0]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "name", "because"), UNREAD, ids=str)
+def test_settings_that_nothing_reads(make, settings, name, because):
+    with pytest.raises(ConfigError, match=rf"`{name}=.*` has no effect with `{re.escape(because)}`"):
+        make(**settings)
+
+
+def test_settings_at_their_defaults_are_left_alone(make):
+    make(adaptive_scale=5.0, is_clip_max=3.0, is_clip_mode="max")
+    make(teacher_weight=0.0, mixing_space="logits", is_clip_max=3.0)
+    # A weight that decays to 0 hands over to TRL's clipping
+    make(objective="student", epsilon=0.3, **DECAY)
 
 
 def test_the_floor_is_below_the_cap_and_not_for_the_kl_term(make):

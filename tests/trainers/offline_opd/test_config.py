@@ -56,6 +56,10 @@ REFUSED = {
     "max_policy_drift=0": {"max_policy_drift": 0.0},
     "max_policy_drift=nan": {"max_policy_drift": float("nan")},
     "stream_rollouts=True": {"stream_rollouts": True, "max_steps": -1},
+    "policy_drift_action='stop'` has no effect": {"policy_drift_action": "stop"},
+    "teacher_model_revision='v2'` has no effect": {"teacher_model_revision": "v2"},
+    "teacher_model_init_kwargs=.* has no effect": {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
+    "dataset_text_field='story'": {"dataset_text_field": "story"},
 }
 
 

@@ -154,7 +154,7 @@ def test_values_out_of_range(make, settings, name):
 
 
 def test_values_at_the_ends_of_their_ranges(make):
-    make(kl_budget=0.0, blend_warmup_steps=1)
+    make(kl_budget=0.0)
     make(rollout_policy="fixed_weight", teacher_weight=0.0)
     make(rollout_policy="fixed_weight", teacher_weight=1.0)
     make(rollout_policy="speculative_kd", skd_top_k=1)
@@ -165,6 +165,26 @@ def test_values_at_the_ends_of_their_ranges(make):
 def test_a_degenerate_veto_target_says_why(make):
     with pytest.raises(ConfigError, match="the student's entropy cancels out"):
         make(distillation_target="veto", veto_weight_start=1.0)
+
+
+UNREAD = [
+    ({"rollout_policy": "fixed_weight", "kl_budget_schedule": "constant"}, "kl_budget_schedule", "rollout_policy"),
+    ({"rollout_policy": "student", "kl_budget_schedule": "cosine"}, "kl_budget_schedule", "rollout_policy"),
+    ({"kl_top_k": 8}, "kl_top_k", "kl_support='full'"),
+    ({"kl_budget": 0.0, "kl_budget_schedule": "constant"}, "kl_budget_schedule", "kl_budget=0.0"),
+    ({"kl_budget": 0.0, "blend_warmup_steps": 5}, "blend_warmup_steps", "kl_budget=0.0"),
+    (
+        {"rollout_policy": "fixed_weight", "teacher_weight": 0.0, "blend_warmup_steps": 5},
+        "blend_warmup_steps",
+        "teacher_weight=0.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "name", "because"), UNREAD, ids=str)
+def test_settings_that_nothing_reads(make, settings, name, because):
+    with pytest.raises(ConfigError, match=f"`{name}=.*` has no effect with `{because}"):
+        make(**settings)
 
 
 def test_eos_ids_that_are_not_merged_have_no_effect(make):
@@ -247,8 +267,6 @@ def test_a_constant_rule_lasts_the_run_or_the_warmup(make, settings, rule):
     [
         {"rollout_policy": "student"},
         {"kl_budget": 0.0},
-        {"kl_budget": 0.0, "blend_warmup_steps": 5},
-        {"kl_budget": 0.0, "kl_budget_schedule": "constant"},
         {"rollout_policy": "fixed_weight", "teacher_weight": 0.0},
     ],
 )

@@ -11,12 +11,28 @@ from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.ops.mixing import validate_weights
 from trl_blend.schedules import DECAYING_SCHEDULES, make_schedule
-from trl_blend.trainers._options import check_choices, with_help
+from trl_blend.trainers._options import check_choices, check_run, refuse_unread, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
 # Losses whose per-token term is the clipped surrogate that `is_clip_mode` reshapes
 _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+_ADAPTIVE = (
+    "adaptive_num_prompts",
+    "adaptive_interval",
+    "adaptive_scale",
+    "adaptive_offset",
+    "adaptive_success_threshold",
+)
+# Settings that only one value of another setting reads, in the order in which they are looked at
+_READ_BY = (
+    (_ADAPTIVE, "teacher_weight_schedule", "adaptive"),
+    (("is_clip_mode", "is_clip_max"), "objective", "student"),
+    (("is_clip_max",), "is_clip_mode", "max"),
+)
+# And those that no run without a teacher reads
+_MIXING = ("teacher_weight_schedule", "mixing_space", "is_clip_mode", "is_clip_max", "eval_policy")
 
 
 @with_help
@@ -36,8 +52,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`list[str]`, *optional*):
-            Model id or path of each teacher. Read by scripts, which pass it on as the
-            `teacher_model` argument of the trainer.
+            Model id or path of each teacher, where the trainer is given no `teacher_model`.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher (branch, tag or commit), used when the teacher is given as a string.
         teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
@@ -138,8 +153,10 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         weights = self.teacher_weight if isinstance(self.teacher_weight, (list, tuple)) else [self.teacher_weight]
         self.teacher_weight = list(validate_weights(weights, "teacher_weight"))
         check_choices(self)
+        check_run(self)
         self._check_schedule()
-        if self.eval_policy is None:
+        self._check_unread()
+        if self.eval_policy is None and self.mixes:
             self.eval_policy = self.objective
         super().__post_init__()  # also parses the dictionaries that the command line passes as strings
         self._check_objective()
@@ -177,10 +194,10 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                 f"`teacher_weight_decay_steps={steps}` has no effect with `teacher_weight_schedule={schedule!r}`. "
                 "Set the schedule to 'linear' or 'cosine', or leave `teacher_weight_decay_steps` unset."
             )
-        for name in ("adaptive_num_prompts", "adaptive_interval"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"`{name}={getattr(self, name)}` must be at least 1.")
         if schedule == "adaptive":
+            for name in ("adaptive_num_prompts", "adaptive_interval"):
+                if getattr(self, name) < 1:
+                    raise ConfigError(f"`{name}={getattr(self, name)}` must be at least 1.")
             if self.adaptive_scale <= 0:
                 raise ConfigError(f"`adaptive_scale={self.adaptive_scale}` must be positive.")
             if not 0.0 < self.adaptive_max_weight <= 1.0:
@@ -190,6 +207,13 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                     "`teacher_weight_schedule='adaptive'` moves a single weight, got "
                     f"`teacher_weight={self.teacher_weight}`. Use one teacher, or another schedule."
                 )
+
+    def _check_unread(self):
+        if not self.mixes:
+            refuse_unread(self, _MIXING, "teacher_weight")
+        for names, switch, value in _READ_BY:
+            if getattr(self, switch) != value:
+                refuse_unread(self, names, switch, value)
 
     def _check_objective(self):
         if self.mixes:
@@ -207,6 +231,9 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                 f"`delta={self.delta}` bounds the ratio of TRL's clipping, which `is_clip_mode={self.is_clip_mode!r}` "
                 "replaces. Drop `delta`, or set `is_clip_mode='ppo'`."
             )
+        # A constant weight never reaches 0, from where on TRL's clipping would apply, nor does an adaptive one
+        if self.is_clip_mode != "ppo" and self.teacher_weight_schedule not in DECAYING_SCHEDULES:
+            refuse_unread(self, ("epsilon", "epsilon_high"), "is_clip_mode", "ppo")
         if self.is_clip_mode == "max" and self.is_clip_max <= 0:
             raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")
         if self.is_clip_mode == "floor" and self.is_clip_max < 1:

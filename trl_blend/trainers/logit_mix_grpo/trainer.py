@@ -110,8 +110,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student to train, see [`~trl.GRPOTrainer`].
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or a `list` of them, *optional*):
-            Frozen teacher(s) with the student's tokenizer. `None` with PEFT means the student's own base, adapters
-            disabled: one set of weights, no second copy.
+            Frozen teacher(s) with the student's tokenizer. Defaults to `args.teacher_model_name_or_path`. Neither of
+            them, with PEFT, means the student's own base, adapters disabled: one set of weights, no second copy.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             See [`~trl.GRPOTrainer`].
         args ([`LogitMixGRPOConfig`], *optional*):
@@ -160,7 +160,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         **kwargs: Any,
     ):
         args = default_config(LogitMixGRPOConfig, model) if args is None else args
-        teachers = _partners.as_list(teacher_model)
+        teachers = _partners.given_teachers(teacher_model, args)
         checks.check_arguments(
             model,
             teachers,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from trl import SFTConfig
 
 from trl_blend.errors import ConfigError
-from trl_blend.trainers._options import check_choices, with_help
+from trl_blend.trainers._options import check_choices, check_run, refuse_unread, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
@@ -19,6 +19,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "assistant_only_loss": (False, "the loss is on the sampled completion"),
     "chat_template_path": (None, "the rows are token ids already; set the template before collecting rollouts"),
     "eos_token": (None, "the rows are token ids already; set it before collecting rollouts"),
+    "dataset_text_field": ("text", "the rows are token ids already"),
     "truncation_mode": ("keep_start", "without its start a row has another context than the teacher scored"),
 }
 
@@ -137,8 +138,9 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
         for name, (value, reason) in _FIXED.items():
             if getattr(self, name) != value:
                 raise ConfigError(f"`{name}={getattr(self, name)!r}` has no use here: {reason}. Leave `{name}` out.")
-        super().__post_init__()
         check_choices(self)
+        check_run(self)
+        super().__post_init__()
         self._check_parent_settings()
         self._check_rescoring()
         if self.importance_correction != "none" and self.uses_top_k:
@@ -153,6 +155,8 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
                 "set both."
             )
         drift = self.max_policy_drift
+        if drift is None:
+            refuse_unread(self, ("policy_drift_action",), "max_policy_drift")
         if drift is not None and not (math.isfinite(drift) and drift > 0.0):
             raise ConfigError(
                 f"`max_policy_drift={drift}` must be positive and finite (nats per token). Leave it out for no bound."
@@ -199,6 +203,9 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             )
 
     def _check_rescoring(self):
+        if not self.teacher_model_name_or_path:
+            loading = ("teacher_model_revision", "teacher_model_init_kwargs")
+            refuse_unread(self, loading, "teacher_model_name_or_path")
         if self.rescore_num_rows is None:
             self.rescore_num_rows = 64 if self.teacher_model_name_or_path else 0
         if self.rescore_num_rows < 0:

@@ -10,6 +10,7 @@ from trl_blend.generation.settings import distribution_warpers
 from trl_blend.models.loading import find_tokenizer
 from trl_blend.ops.vocab import EosMap, eos_map
 from trl_blend.trainers import _partners
+from trl_blend.trainers._options import is_default
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 
@@ -28,6 +29,7 @@ def check_arguments(
     peft_config: Any,
     train_dataset: Any = None,
     eval_dataset: Any = None,
+    has_rewards: bool = True,
 ) -> None:
     """Check the constructor's arguments against each other; the errors are those of the trainer."""
     if not isinstance(args, TrustRegionOPDConfig):
@@ -36,11 +38,17 @@ def check_arguments(
         raise ConfigError(f"`teacher_model` has {len(teachers)} models. Pass one: the loss has one target.")
     _partners.check_teacher_arguments(teachers, [0.0], args)
     _partners.check_adapters(model, teachers, peft_config)
+    if not has_rewards and not is_default(args, "success_threshold"):
+        raise ConfigError(
+            f"`success_threshold={args.success_threshold}` has no effect without `reward_funcs`. Leave it out."
+        )
     if not teachers and args.teacher_eos_token_id is not None:
         raise ConfigError(
             f"`teacher_eos_token_id={args.teacher_eos_token_id}` has no effect without `teacher_model`: the student's "
             "own base ends its sequences as the student does. Drop it."
         )
+    if not teachers:
+        _partners.check_adapter_has_moved(model, peft_config)
     if args.world_size > 1 and (args.teacher_model_init_kwargs or {}).get("device_map") is not None:
         raise ConfigError(
             f"`teacher_model_init_kwargs` has `device_map={args.teacher_model_init_kwargs['device_map']!r}`, but with "

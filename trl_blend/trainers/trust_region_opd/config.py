@@ -10,7 +10,7 @@ from trl_blend.errors import ConfigError
 from trl_blend.generation.rules import BlendRule, LogitMixing, SpeculativeKD, TrustRegion
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.schedules import make_schedule
-from trl_blend.trainers._options import check_choices, with_help
+from trl_blend.trainers._options import check_choices, check_run, refuse_unread, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
@@ -145,6 +145,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         if isinstance(self.teacher_eos_token_id, int):
             self.teacher_eos_token_id = [self.teacher_eos_token_id]
         check_choices(self)
+        check_run(self)
         self._resolve()
         self._check_ranges()
         super().__post_init__()  # also parses the dictionaries that the command line passes as strings
@@ -176,6 +177,13 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
                 f"`blend_warmup_steps={self.blend_warmup_steps}` has no effect with `rollout_policy='student'`. "
                 "Choose another `rollout_policy`, or leave `blend_warmup_steps` unset."
             )
+        if self.rollout_policy != "trust_region":
+            refuse_unread(self, ("kl_budget_schedule",), "rollout_policy", "trust_region")
+        if self.kl_support == "full":
+            refuse_unread(self, ("kl_top_k",), "kl_support", "student_top_k")
+        amount = {"trust_region": "kl_budget", "fixed_weight": "teacher_weight"}.get(self.rollout_policy)
+        if amount and getattr(self, amount) == 0:
+            refuse_unread(self, ("kl_budget_schedule", "blend_warmup_steps"), amount)
         if self.teacher_eos_token_id is not None and not self.canonicalize_eos:
             raise ConfigError(
                 f"`teacher_eos_token_id={self.teacher_eos_token_id}` has no effect with `canonicalize_eos=False`. "

@@ -157,7 +157,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         **kwargs: Any,
     ):
         args = default_config(TrustRegionOPDConfig, model) if args is None else args
-        teachers = _partners.as_list(teacher_model or args.teacher_model_name_or_path)
+        teachers = _partners.given_teachers(teacher_model, args)
         checks.check_arguments(
             model,
             teachers,
@@ -166,6 +166,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             peft_config=peft_config,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            has_rewards=bool(reward_funcs),
         )
         self.reward_funcs = as_reward_functions(reward_funcs)
         reward_names = [_compat.get_callable_name(function) for function in self.reward_funcs]
