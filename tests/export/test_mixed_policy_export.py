@@ -98,7 +98,7 @@ def test_models_in_memory_and_the_dtype_of_the_reference(models, modules_cache):
 
 
 def test_nothing_of_a_training_run_is_copied(models):
-    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", "logit_mix_state.json"):
+    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", "trl_blend_run.json"):
         (models / "student" / name).write_text("{}")
     policy = export_mixed_policy(models / "student", models / "teacher", 0.4, models / "policy")
     names = {path.relative_to(policy).as_posix() for path in policy.rglob("*") if path.is_file()}

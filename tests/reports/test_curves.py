@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 from matplotlib import image
 
-from trl_blend.reports.curves import CURVES_FILE, Curve, Panel, curves_figure, draw_curves, progress_text
+from trl_blend.reports.curves import CURVES_FILE, Curve, Panel, curves_figure, draw_curves, last_values, progress_text
 
 
 WEIGHT = Panel("Weight", (Curve("mix/weight", "teacher", "weight"),), evaluation=False)
@@ -58,9 +58,23 @@ def test_panels_without_a_point_are_left_out_and_no_axes_is_empty():
 
 
 def test_nothing_to_draw(tmp_path):
-    for history in ([], [{"step": 1, "train_runtime": 1.0}], [{"step": 1, "mix/kl": None}]):
+    dots = [{"step": 1, "mix/kl": 0.1, "mix/weight": 0.5}, {"step": 2, "eval_mix/kl": 0.2}]
+    for history in ([], [{"step": 1, "train_runtime": 1.0}], [{"step": 1, "mix/kl": None}], dots):
         assert draw_curves(history, (KL, WEIGHT), tmp_path / CURVES_FILE) is False
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_logged_once_is_a_table():
+    history = [
+        {"step": 1, "mix/kl": 0.1, "mix/weight": 0.5},
+        {"step": 2, "mix/kl": 0.25},
+        {"step": 3, "eval_mix/kl": 2},
+    ]
+    assert last_values(history, (WEIGHT, KL, Panel("Loss", (Curve("loss"),)))) == (
+        ("last logged", "step", "value"),
+        [("Weight: teacher", "1", "0.5"), ("KL: realised", "2", "0.25"), ("KL: realised, evaluation", "3", "2")],
+    )
+    assert last_values([{"step": 1, "train_loss": 1.0}], (KL,)) is None
 
 
 def test_few_points_are_markers_and_evaluations_are_hollow():
@@ -114,7 +128,7 @@ def test_every_point_is_inside_its_panel(values, from_zero):
 
 def test_a_file_is_drawn_and_drawn_again(tmp_path):
     path = tmp_path / "new" / CURVES_FILE
-    assert draw_curves(HISTORY[:1], (KL,), path) is True
+    assert draw_curves(HISTORY[:2], (KL,), path) is True
     before = image.imread(path)
     assert draw_curves(HISTORY, (KL,), path) is True
     assert image.imread(path).shape == before.shape and (image.imread(path) != before).any()
@@ -131,7 +145,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="Input/output error"):
-        draw_curves(HISTORY[:1], (KL,), path)
+        draw_curves(HISTORY[:2], (KL,), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -148,7 +162,8 @@ def test_the_style_is_neither_taken_from_the_user_nor_left_to_him(tmp_path):
 def test_neither_pyplot_nor_a_backend_is_touched(tmp_path):
     code = (
         "import sys; from trl_blend.reports.curves import *; assert 'matplotlib' not in sys.modules;"
-        f"assert draw_curves([{{'step': 1, 'a': 1.0}}], [Panel('A', (Curve('a'),))], {str(tmp_path / 'a.png')!r});"
+        "log = [{'step': 1, 'a': 1.0}, {'step': 2, 'a': 2.0}];"
+        f"assert draw_curves(log, [Panel('A', (Curve('a'),))], {str(tmp_path / 'a.png')!r});"
         "assert 'matplotlib.figure' in sys.modules; print('matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -1,13 +1,17 @@
 """What the cards of all trainers have in common: names, results, the license, the curves."""
 
+import ast
 import shutil
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from peft import LoraConfig
 
 from tests.trainers import runs
 from tests.trainers.card_reading import code_of, metadata_of, read_card, run_of, tables_of, write_card
+from trl_blend.reports.curves import draw_curves
+from trl_blend.trainers import _cards
 
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
@@ -122,12 +126,28 @@ def test_the_commit_that_the_cache_knows(build_opd, from_hub, tmp_path, monkeypa
     assert "at revision `v3`" in run["teacher"] and run["identity of the teacher"].endswith("were not hashed")
 
 
-def test_a_tokenizer_without_a_chat_template(build_opd, build):
-    for trainer in (build_opd(), build(teacher_weight=0.5)):
-        assert '"role": "user"' in write_card(trainer)
-        trainer.processing_class.chat_template = None
-        card = write_card(trainer)
-        assert '"role": "user"' not in card and '("What is 123 + 456?"' in card
+def test_the_usage_shows_a_prompt_of_the_data(build_opd, build):
+    """In the form that it was trained in: text as it is, messages through the chat template."""
+    system = {"role": "system", "content": 'Add {{two}} "numbers".'}
+    messages = [system, {"role": "user", "content": "1 + 1 =\n" + "x" * 400}]
+    rows = Dataset.from_dict({"prompt": [messages] * 8})
+    for make in (build_opd, build):
+        _, code = code_of(write_card(make()))
+        assert '"role"' not in code and '("12+3="' in code
+        tree, code = code_of(write_card(make(train_dataset=rows)))
+        (shown,) = [
+            ast.literal_eval(node)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.List) and "role" in ast.dump(node)
+        ]
+        assert shown[0] == system and shown[1]["content"] == messages[1]["content"][:200] + "…"
+
+
+def test_a_stream_has_no_prompt_to_show(build_opd):
+    trainer = build_opd(train_dataset=runs.dataset().to_iterable_dataset())
+    assert '"content": "What is 123 + 456?"' in write_card(trainer)
+    trainer.processing_class.chat_template = None
+    assert '("What is 123 + 456?"' in write_card(trainer)
 
 
 # Results and curves
@@ -151,15 +171,36 @@ def test_scores(build_opd):
 
 
 def test_curves(build_opd, monkeypatch):
-    trainer = build_opd(max_steps=2)
+    trainer = build_opd(max_steps=2, save_strategy="steps", save_steps=1)
     assert "training_curves.png" not in write_card(trainer)  # nothing is logged yet
+    drawn = []
+    monkeypatch.setattr(
+        _cards, "draw_curves", lambda log, *args, **names: drawn.append(len(log)) or draw_curves(log, *args, **names)
+    )
     trainer.train()
+    assert drawn == [3]  # once, at the end, with the summary of the run
+    assert "](training_curves.png)" in read_card(trainer) and "| last logged |" not in read_card(trainer)
     card, picture = write_card(trainer), Path(trainer.args.output_dir, "training_curves.png")
     assert "](training_curves.png)" in card and "![The budget" in card
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert drawn == [3]
     picture.unlink()
     monkeypatch.setattr(trainer, "write_curves", lambda: None)
     assert "training_curves.png" not in write_card(trainer)
+
+
+def test_a_run_of_one_log_has_a_table_instead_of_dots(build_opd):
+    trainer = build_opd(max_steps=1, kl_budget=0.1, blend_warmup_steps=2)
+    trainer.train()
+    assert not Path(trainer.args.output_dir, "training_curves.png").exists()
+    table = next(rows for rows in tables_of(write_card(trainer)).values() if rows[0][0] == "last logged")
+    values = {name: (step, value) for name, step, value in table[1:]}
+    logged = trainer.state.log_history[0]
+    assert values["KL(behaviour ‖ student): realised, nats per token"] == (
+        "1",
+        f"{logged['blend/kl_behavior_student']:.4g}",
+    )
+    assert values["Loss"] == ("1", f"{logged['loss']:.4g}")
 
 
 def test_half_precision_is_told_apart(build_opd):
@@ -203,16 +244,16 @@ def test_only_the_main_process_writes(build_opd, monkeypatch):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_code_of_an_ordinary_card_decodes_the_student(build_opd, adapter, capsys):
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    trainer = build_opd(trainer_kwargs={"peft_config": lora if adapter else None})
+    prompt = [{"role": "user", "content": "What is 123 + 456?"}]
+    rows = Dataset.from_dict({"prompt": [prompt] * 8})
+    trainer = build_opd(trainer_kwargs={"peft_config": lora if adapter else None}, train_dataset=rows)
     trainer.save_model()
     code = code_of(write_card(trainer))[1]
     greedily = "max_new_tokens=8, do_sample=False"
     code = code.replace('"tiny"', repr(trainer.args.output_dir)).replace("max_new_tokens=256", greedily)
     exec(code, {})
     tokenizer = trainer.processing_class
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 123 + 456?"}], add_generation_prompt=True, return_tensors="pt"
-    )
+    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")
     output = trainer.model.generate(inputs["input_ids"], max_new_tokens=8, do_sample=False)
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert capsys.readouterr().out.splitlines()[-1] == text and text

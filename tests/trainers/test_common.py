@@ -212,13 +212,17 @@ LINEAR = {"teacher_weight": 0.4, "teacher_weight_schedule": "linear", "teacher_w
 SCHEDULES = {
     "linear": LINEAR,
     "cosine": {**LINEAR, "teacher_weight_schedule": "cosine", "teacher_weight_decay_steps": 3},
-    "adaptive": {"teacher_weight": 0.4, "teacher_weight_schedule": "adaptive", "adaptive_offset": 0.0},
+    "adaptive": {
+        "teacher_weight": 0.4,
+        "teacher_weight_schedule": "adaptive",
+        "adaptive_offset": 0.0,
+        "adaptive_num_prompts": 4,
+    },
 }
 GRPO = {
     "max_steps": 4,
     "learning_rate": 2e-3,
     "reward_funcs": parity,
-    "adaptive_num_prompts": 4,
     "trainer_kwargs": {"eval_dataset": runs.dataset(("3*3=", "10-1=", "why?", "zz"))},
 }
 # Two micro-batches per step, in one epoch
@@ -313,8 +317,8 @@ def test_another_setting_is_a_warning_with_both_values(make, checkpoint, caplog,
     trainer = make(kind, **{**FIRST[kind], "max_steps": 2, name: value})
     with caplog.at_level(logging.WARNING):
         record = runs.train(trainer, resume_from_checkpoint=checkpoint(kind))
-    message = next(text for text in caplog.messages if "Resuming with" in text)
-    assert f"`{name}={value!r}`" in message and f"`{name}={was!r}`" in message
+    (message,) = [text for text in caplog.messages if "Resuming with" in text]
+    assert f"checkpoint-1: `{name}={was!r}`, now `{name}={value!r}`" in message
     metric, expected = RUNNING[kind]
     assert record.logged(metric)[-1] == expected(trainer.args)  # what is given now is what runs
 

@@ -123,7 +123,7 @@ def test_a_failure_to_draw_does_not_lose_the_run(build_one, monkeypatch, caplog)
 def test_only_the_main_process_draws_and_only_what_there_is(build_one, tmp_path, monkeypatch):
     trainer = build_one("offline_opd")
     assert trainer.write_curves() is None  # nothing logged yet
-    trainer.state.log_history = [{"step": 1, "offline/drift_kl": 0.1}]
+    trainer.state.log_history = [{"step": step, "offline/drift_kl": 0.1} for step in (1, 2)]
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "is_world_process_zero", lambda: False)
         assert trainer.write_curves() is None

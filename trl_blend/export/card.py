@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from trl_blend._version import __version__
 from trl_blend.ops.mixing import student_weight
-from trl_blend.reports.cards import model_link, render
+from trl_blend.reports.cards import example_prompt, model_link, render
 from trl_blend.reports.metadata import base_license
 from trl_blend.reports.names import shown_name
 
@@ -49,7 +49,7 @@ def write_policy_card(
         "references": [(_shown(part), f"{weight:g}") for part, weight in zip(references, weights, strict=True)],
         "space": space,
         "is_adapter": is_adapter,
-        "chat": has_chat_template,
+        "example": example_prompt(has_chat_template),
         "version": __version__,
         "local_names": [part.name for part in parts],
     }

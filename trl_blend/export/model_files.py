@@ -24,7 +24,7 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SMALL_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 # Of a training run, of an adapter, or of another export
-_NOT_COPIED = {"adapter_config.json", "logit_mix_state.json", "mixing.json", "trainer_state.json"}
+_NOT_COPIED = {"adapter_config.json", "mixing.json", "trainer_state.json", "trl_blend_run.json"}
 
 
 def update_config(folder: Path, fields: Mapping[str, Any]) -> None:

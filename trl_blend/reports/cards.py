@@ -3,6 +3,7 @@ What a model card says, as text and tables: names, settings beside those of a pa
 the templates of `model_cards/`. Nothing here knows a trainer.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -207,6 +208,19 @@ def before_after_table(results: Mapping[str, Any]) -> Table:
 # -------------------- rendering
 
 
+EXAMPLE = "What is 123 + 456?"
+
+
+def example_prompt(chat: bool) -> str | list[dict[str, str]]:
+    """A prompt for the usage of a model in its card, where none of its user's is known; messages with `chat`."""
+    return [{"role": "user", "content": EXAMPLE}] if chat else EXAMPLE
+
+
+def literal(value: Any) -> str:
+    """A value of text, lists and dictionaries as Python writes it, with double quotes."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 _JINJA = re.compile(r"\{\{|\{%|\{#|\}\}|%\}|#\}")
 
 
@@ -247,5 +261,10 @@ def render(template: str, fields: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": cell, "code": code, "shown": lambda name: shown_name(name).text}
+    environment.filters |= {
+        "cell": cell,
+        "code": code,
+        "literal": literal,
+        "shown": lambda name: shown_name(name).text,
+    }
     return environment.get_template(path.name).render(**fields)

@@ -75,8 +75,11 @@ def draw_curves(
             Headline.
 
     Returns:
-        `bool`: `False`, and no file, if nothing that the panels ask for was logged.
+        `bool`: `False`, and no file, if nothing that the panels ask for was logged at two steps or more: one dot is
+            no curve, see [`last_values`].
     """
+    if not any(len(set(steps)) > 1 for panel in panels for _, steps, _ in _lines(log_history, panel)):
+        return False
     figure = curves_figure(log_history, panels, title)
     if figure is None:
         return False
@@ -85,6 +88,19 @@ def draw_curves(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), picture.getvalue())
     return True
+
+
+def last_values(
+    log_history: Sequence[Mapping[str, Any]], panels: Sequence[Panel]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """The last value of every curve, as a table, header first; `None` where nothing was logged."""
+    rows = []
+    for panel in panels:
+        for curve, steps, values in _lines(log_history, panel):
+            unit = f", {panel.unit}" if panel.unit in (NATS,) else ""
+            name = f"{panel.title}: {curve.label}" if curve.label else panel.title
+            rows.append((f"{name}{unit}", str(steps[-1]), f"{values[-1]:.4g}"))
+    return (("last logged", "step", "value"), rows) if rows else None
 
 
 def curves_figure(log_history: Sequence[Mapping[str, Any]], panels: Sequence[Panel], title: str = "") -> Any:

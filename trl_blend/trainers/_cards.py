@@ -1,7 +1,7 @@
 """Model cards of a run: what they say is read from its trainer here, and written with the templates of each method."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import try_to_load_from_cache
+from transformers.trainer_utils import HubStrategy
 
 from trl_blend import _compat
 from trl_blend._version import __version__
 from trl_blend.reports import cards, metadata
 from trl_blend.reports.cards import CardTeacher, model_link
-from trl_blend.reports.curves import CURVES_FILE, Panel, draw_curves
+from trl_blend.reports.curves import CURVES_FILE, Panel, draw_curves, last_values
 from trl_blend.reports.names import shown_name
+from trl_blend.trainers._record import Stage, kept_by_the_optimizer
 
 
 logger = get_logger(__name__)
@@ -36,6 +38,25 @@ class CardMixin:
 
     _template_name: str
     _panels: tuple[Panel, ...]
+    _stages: Sequence[Stage] = ()
+    _card_arguments: dict[str, Any] | None = None  # of the last card of the run
+    _is_running = False
+    _drawn: tuple[int, Path | None] | None = None  # length of the log, and its picture
+
+    def start_card(self) -> None:
+        """Begin a run, whose cards go without a picture until it is over."""
+        self._is_running, self._card_arguments = True, None
+
+    def finish_card(self) -> None:
+        """Draw the run that is over, and write the card of its last checkpoint again: it has the last log now."""
+        self._is_running = False
+        self.write_curves()
+        if self._card_arguments is None:
+            return
+        try:
+            self.create_model_card(**self._card_arguments)
+        except Exception as error:  # whatever it is, the trained model is worth more than its card
+            logger.warning(f"The card was not written again: {type(error).__name__}: {error}.")
 
     def card_fields(self) -> dict[str, Any]:
         """
@@ -49,6 +70,10 @@ class CardMixin:
         """
         raise NotImplementedError
 
+    def example_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+        """The prompt of a row of `train_dataset`, text or messages, for the usage in the card, if there is one."""
+        return prompt_text(row.get("prompt"))
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -61,6 +86,7 @@ class CardMixin:
         """
         if not self.is_world_process_zero():
             return
+        self._card_arguments = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
         folder = Path(self.args.output_dir)
         card = folder / "README.md"
         base, commit = _origin(self.model.config, self.args.model_init_kwargs)
@@ -97,8 +123,19 @@ class CardMixin:
         data = model_link(dataset_name, kind="datasets/") if dataset_name else ""
         rows = f"{method['data_rows']:,} {method['data_unit']} of " if method["data_rows"] else ""
         adapter = _adapter(self.accelerator.unwrap_model(self.model))
-        settings = _settings(args, state, adapter) | method["settings"]
-        curves = self.write_curves()
+        settings = _settings(args, state, adapter) | kept_by_the_optimizer(self._stages) | method["settings"]
+        # Drawing takes longer than a small model's step; a card that is pushed is looked at before the run is over
+        draws = not self._is_running or (args.push_to_hub and args.hub_strategy != HubStrategy.END)
+        curves = self.write_curves() if draws else None
+        what = [
+            ("started from", model_link(base, commit)),
+            ("trained weights", _weights(args, self.model.dtype, adapter)),
+            ("data", rows + (data or "a dataset that was not named")),
+            ("length", _length(state, counts_epochs=bool(rows))),
+            *_stages(self._stages),
+            ("per step", method["per_step"]),
+            ("seed", str(args.seed)),
+        ]
         fields = {
             "config": args,
             "version": __version__,
@@ -106,18 +143,12 @@ class CardMixin:
             "base": model_link(base, commit),
             "on_dataset": f" on {data}" if data else "",
             "is_adapter": bool(adapter),
-            "chat": getattr(self.processing_class, "chat_template", None) is not None,
             "mixed": False,
-            "what": [
-                ("started from", model_link(base, commit)),
-                ("trained weights", _weights(args, self.model.dtype, adapter)),
-                ("data", rows + (data or "a dataset that was not named")),
-                ("length", _length(state, counts_epochs=bool(rows))),
-                ("per step", method["per_step"]),
-                ("seed", str(args.seed)),
-            ],
+            "what": what,
+            "example": _example(self),
             "comparison": cards.compare_with_paper(method["paper"], settings),
             "curves": curves and curves.name,
+            "last_values": None if curves else last_values(state.log_history, self._panels),
             "before_after": results and cards.before_after_table(results),
             "before_after_text": _scores_text(results),
             "evaluation": cards.evaluation_table(state.log_history, method["result_metrics"]),
@@ -133,6 +164,8 @@ class CardMixin:
         if not self.is_world_process_zero():
             return None
         path = Path(self.args.output_dir) / CURVES_FILE
+        if self._drawn is not None and self._drawn[0] == len(self.state.log_history) and path.is_file():
+            return self._drawn[1]
         try:
             drawn = draw_curves(self.state.log_history, self._panels, path, title=f"{self._name}: training")
         except Exception as error:  # whatever it is, the trained model is worth more than its picture
@@ -142,7 +175,18 @@ class CardMixin:
                 "log_history, trainer._panels, path)`."
             )
             return None
-        return path if drawn else None
+        self._drawn = len(self.state.log_history), path if drawn else None
+        return self._drawn[1]
+
+
+def student_name(trainer: Any) -> str:
+    """Name or path of the model that training started from; empty if it was built in memory."""
+    return _origin(trainer.model.config, trainer.args.model_init_kwargs)[0]
+
+
+def is_adapter(model: Any) -> bool:
+    """Whether an adapter is trained, rather than all weights."""
+    return is_peft_model(model)
 
 
 def _origin(config: Any, init_kwargs: Any, revision: str | None = None) -> tuple[str, str | None]:
@@ -171,6 +215,14 @@ def _length(state: Any, counts_epochs: bool) -> str:
     epochs = f", {_number(float(f'{state.epoch:.3g}'), 'epoch')}" if state.epoch and counts_epochs else ""
     tokens = next((entry["num_tokens"] for entry in reversed(state.log_history) if "num_tokens" in entry), None)
     return f"{steps}{epochs}" + (f", {int(tokens):,} tokens" if tokens else "")
+
+
+def _stages(stages: Sequence[Stage]) -> Iterator[tuple[str, str]]:
+    """The steps that were made with other settings than those of this card, and which."""
+    first = 1
+    for stage in stages:
+        yield f"steps {first} to {stage.last_step}", stage.text
+        first = stage.last_step + 1
 
 
 def rows_per_step(args: Any) -> int:
@@ -235,6 +287,32 @@ def _scores_text(results: Mapping[str, Any] | None) -> str:
 
 def _number(count: float, what: str) -> str:
     return f"{count:,g} {what}{'' if count == 1 else 's'}"
+
+
+# -------------------- an example
+
+_LONGEST = 200
+
+
+def _example(trainer: Any) -> str | list[dict[str, str]]:
+    """A prompt to show the use of the model with: the first of the data, as far as it is text."""
+    dataset = trainer.train_dataset
+    found = trainer.example_prompt(dataset[0]) if isinstance(dataset, Dataset) and len(dataset) else None
+    return found or cards.example_prompt(chat=getattr(trainer.processing_class, "chat_template", None) is not None)
+
+
+def prompt_text(prompt: Any) -> str | list[dict[str, str]] | None:
+    """A prompt as a card shows it, at most 200 characters of each message; `None` where it is not text."""
+    if isinstance(prompt, str):
+        return shortened(prompt)
+    if not isinstance(prompt, list) or not all(isinstance(message.get("content"), str) for message in prompt):
+        return None
+    return [{"role": message["role"], "content": shortened(message["content"])} for message in prompt]
+
+
+def shortened(text: str) -> str:
+    """At most 200 characters of a text."""
+    return text if len(text) <= _LONGEST else text[:_LONGEST].rstrip() + "…"
 
 
 # -------------------- teachers

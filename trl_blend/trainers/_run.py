@@ -1,7 +1,10 @@
 """What every trainer of this package does around its training: card, checkpoints, pushes to the Hub, callbacks."""
 
 import inspect
+import json
+import math
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,19 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 from trl import RichProgressCallback
 
 from trl_blend import _compat
 from trl_blend._version import __version__
 from trl_blend.consistency.provenance import PROVENANCE_FILE
-from trl_blend.errors import HubError
+from trl_blend.errors import ConfigError, HubError
 from trl_blend.export import former_export
 from trl_blend.reports.curves import progress_text
+from trl_blend.reports.names import shown_name
+from trl_blend.trainers import _cards, _record
 from trl_blend.trainers._cards import CardMixin
+from trl_blend.trainers._data import RowsNeeded, check_data, check_evaluation
 from trl_blend.trainers._settings import guard_tokens
 
 
@@ -29,23 +35,126 @@ logger = get_logger(__name__)
 
 class RunMixin(CardMixin):
     """
-    In front of the TRL class among a trainer's bases. A trainer sets `_template_name` and `_panels` (what its plot and
-    progress bar show, the method's own quantity first), and defines `card_fields`.
+    In front of the TRL class among a trainer's bases. A trainer sets `_template_name`, `_panels` (what its plot and
+    progress bar show, the method's own quantity first) and `_recorded` (the settings that a resumed run is compared
+    in), and defines `card_fields`, `run_parts` and `rows_needed`.
     """
+
+    _recorded: Sequence[str]
+    partners: Sequence[Any] = ()
+    """The teachers that are in memory."""
+    _given_teachers: Sequence[Any] = ()
+    """What the user passed for them."""
 
     mixed_policy_files: Any = None
     """What is saved beside the model to decode it with its teachers, if anything."""
 
+    num_held_out: int | None = None
+    """Rows that are kept from the training, for the line that a run starts with. Those of `eval_dataset` if unset."""
+
     def __init__(self, *args: Any, **kwargs: Any):
         guard_tokens(kwargs["args"])  # one may have been set since the config was made
+        needed = self.rows_needed(kwargs["args"])
+        check_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), kwargs["args"], needed)
+        check_evaluation(kwargs.get("eval_dataset"), kwargs["args"])
         if kwargs["args"].push_to_hub:
             prepare_repository(kwargs["args"])
         super().__init__(*args, **kwargs)
+        self._stages: list[_record.Stage] = []
+        self.add_callback(FiniteLogCallback())
         self.add_callback(MethodProgressCallback(self))
-        self.add_callback(CurvesCallback(self))
+        self.add_callback(RunCallback(self))
+
+    @staticmethod
+    def rows_needed(args: Any) -> RowsNeeded:
+        """Rows of `train_dataset` that one step takes at least."""
+        raise NotImplementedError
+
+    def run_parts(self) -> _record.RunParts:
+        """What the run is made of, in words."""
+        raise NotImplementedError
+
+    # The record of a run
+
+    def opening(self) -> str:
+        """The line that a run starts with: student, teacher, rows, reward, method, and what is deployed in the end."""
+        parts, state = self.run_parts(), self.state
+        rows, held_out = _cards.num_rows(self.train_dataset), self.num_held_out
+        if held_out is None:
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            held_out = sum(_cards.num_rows(dataset) or 0 for dataset in sets.values())
+        name = shown_name(_cards.student_name(self)).text or "a model in memory"
+        clauses = [
+            f"student {name}{' (adapter)' if _cards.is_adapter(self.model) else ''}",
+            f"teacher {parts.teacher}",
+            f"{'a stream of' if rows is None else f'{rows:,}'} training rows",
+            f"{held_out:,} held out" if held_out else "none held out",
+            f"reward {parts.reward}" if parts.reward else "no reward",
+            parts.method,
+            f"deployed is {parts.deployed}",
+        ]
+        goes_on = f" It goes on after step {state.global_step}." if state.global_step else ""
+        return f"{self._name}: {'; '.join(clauses)}.{goes_on}"
+
+    def record(self) -> dict[str, Any]:
+        """What the run is made of, for its checkpoints: names without folders, digests, settings."""
+        names = (*self._recorded, *_record.SETTINGS)
+        student, is_adapter = self.accelerator.unwrap_model(self.model), _cards.is_adapter(self.model)
+        frozen = [(name, parameter) for name, parameter in student.named_parameters() if not parameter.requires_grad]
+        name = shown_name(_cards.student_name(self)).text or "a model in memory"
+        content = {
+            "trainer": self._name,
+            "student": name,
+            "base": _record.model_part(name, _record.weights_sample(frozen)) if is_adapter else None,
+            "teacher": self.teacher_parts(),
+            "data": _record.data_part(self.train_dataset),
+            "reward": self.run_parts().reward,
+            "settings": {name: getattr(self.args, name) for name in names},
+        }
+        return json.loads(json.dumps(content, default=str))
+
+    def teacher_names(self) -> list[str]:
+        """The teachers in memory, as a card may show them."""
+        names = []
+        for partner, given in zip(self.partners, self._given_teachers):  # none is loaded where none takes part
+            name = given if isinstance(given, str) else _compat.get_config_model_id(partner.config)
+            names.append(shown_name(name).text or "a model in memory")
+        return names
+
+    def teacher_parts(self) -> list[dict[str, Any]]:
+        """The teachers in the record."""
+        partners = map(self.accelerator.unwrap_model, self.partners)
+        digests = [_record.weights_sample(partner.named_parameters()) for partner in partners]
+        return list(map(_record.model_part, self.teacher_names(), digests))
+
+    def run_state(self) -> dict[str, Any]:
+        """What a checkpoint of this trainer holds beside its parent's and the record; [`load_run_state`] reads it."""
+        return {}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on with the `run_state` of a checkpoint."""
 
     def write_run_state(self, folder: Path) -> None:
-        """Write what a checkpoint of this trainer holds beside its parent's. The main process calls it."""
+        """Write the record of the run into a checkpoint. The main process calls it."""
+        _record.write_record(folder, self.record(), self._stages, self.run_state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._stages = []
+        if checkpoint is None:
+            return
+        former = _record.read_record(Path(checkpoint))
+        name = Path(checkpoint).name
+        if former is None:
+            self._stages = [_record.Stage(self.state.global_step, [])]
+            logger.warning(f"{name} has no {_record.RECORD_FILE}: its settings were not compared with these.")
+            return
+        self._stages = _record.former_stages(former)
+        if changed := _record.differences(former, self.record()):
+            self._stages.append(_record.Stage(self.state.global_step, changed))
+            listed = "; ".join(map(str, changed))
+            logger.warning(f"Resuming with other settings than those of {name}: {listed}. What is given now is used.")
+        self.load_run_state(former["state"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, see [`~transformers.Trainer.save_model`]. What an earlier run mixed there is removed."""
@@ -180,14 +289,53 @@ def _warn_if_failed(job: Future) -> None:
         logger.warning(f"A push with `blocking=False` has failed. {_words(_error_of(job))}")
 
 
-class CurvesCallback(TrainerCallback):
-    """Draws the run when training ends, early or not."""
+class RunCallback(TrainerCallback):
+    """
+    Says what the run is when it starts, and refuses one without a step, which would leave an untrained model under the
+    name of a trained one. Leaves picture and card of all of it when it ends, early or not.
+    """
 
     def __init__(self, trainer: RunMixin):
         self.trainer = trainer
+        self.first_step = 0
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.first_step = state.global_step
+        if state.global_step >= state.max_steps:
+            raise ConfigError(
+                f"The checkpoint is of step {state.global_step}, and the run has {state.max_steps} steps: nothing is "
+                "left to train. Raise `max_steps` or `num_train_epochs`, or use the checkpoint as it is."
+            )
+        if has_length(train_dataloader) and not len(train_dataloader):
+            rows, needed = len(self.trainer.train_dataset), self.trainer.rows_needed(args)
+            raise ConfigError(
+                f"`train_dataset` has {rows} rows, which make no batch of {needed.rows} ({needed.because})."
+            )
+        self.trainer.start_card()
+        if state.is_world_process_zero:
+            print(self.trainer.opening(), flush=True)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Before a checkpoint of it is written. A stream that goes on from one may have ended there
+        if control.should_training_stop and state.global_step == self.first_step:
+            needed = self.trainer.rows_needed(args)
+            raise ConfigError(
+                f"The run ended after 0 of {state.max_steps - self.first_step} steps: `train_dataset` gave fewer rows "
+                f"than one batch takes, {needed.rows} ({needed.because})."
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.write_curves()
+        self.trainer.finish_card()
+
+
+class FiniteLogCallback(TrainerCallback):
+    """Writes `None` for a number that is none into the log, whose JSON has no NaN and no infinity."""
+
+    def on_log(self, args, state, control, **kwargs):
+        entry = state.log_history[-1]
+        for name, value in entry.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                entry[name] = None
 
 
 class MethodProgressCallback(TrainerCallback):

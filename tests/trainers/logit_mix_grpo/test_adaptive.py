@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from tests import reference
 from tests.tiny import tiny_tokenizer
 from tests.trainers import forced, runs
+from trl_blend.trainers._record import RECORD_FILE
 from trl_blend.trainers.logit_mix_grpo.adaptive import adaptive_weight, net_gain
 
 
@@ -167,8 +168,8 @@ def test_the_weight_is_saved_and_restored(build):
     after = AfterStep(first)
     record = runs.train(first)
     checkpoint = f"{first.args.output_dir}/checkpoint-2"
-    with open(f"{checkpoint}/logit_mix_state.json") as file:
-        state = json.load(file)
+    with open(f"{checkpoint}/{RECORD_FILE}") as file:
+        state = json.load(file)["state"]
     saved = after.steps[1][1]
     assert tuple(state["adaptive_weights"]) == saved != (0.5,)
 

@@ -17,10 +17,11 @@ from tests.tiny import tiny_tokenizer
 from tests.trainers.pushing.pushing import KINDS, PUSHING, TAGS, assert_same_weights, build, models  # noqa: F401
 from trl_blend import LogitMixing, RolloutStore, blended_generation, load_scored_rollouts
 from trl_blend.consistency.provenance import PROVENANCE_FILE, record_teacher
+from trl_blend.trainers._record import RECORD_FILE
 
 
-# Written into a checkpoint beside what the parent writes
-STATES = {"logit_mix": "logit_mix_state.json", "trust_region": "trust_region_opd_settings.json"}
+# Those whose checkpoints are looked into
+STATES = ("logit_mix", "trust_region")
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_run_resumes_from_the_checkpoint_on_the_hub(hub, models, tmp_path, kin
     files = hub.model("me/run").files()
     assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 2
     if kind in STATES:
-        assert [path for path in files if path.startswith("last-checkpoint/") and path.endswith(STATES[kind])]
+        assert [path for path in files if path.startswith("last-checkpoint/") and path.endswith(RECORD_FILE)]
     folder = snapshot_download("me/run", allow_patterns="last-checkpoint/*")
     resumed = build(kind, models, tmp_path / "second", **steps)
     resumed.train(resume_from_checkpoint=f"{folder}/last-checkpoint")
@@ -109,7 +110,7 @@ def test_a_checkpoint_is_whole_when_its_upload_starts(hub, models, tmp_path, mon
     found = []
     monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda trainer, folder: found.append(os.listdir(folder)))
     build(kind, models, tmp_path / "out", **PUSHING).train()
-    assert len(found) == 2 and all({STATES[kind], "optimizer.pt", "trainer_state.json"} <= set(one) for one in found)
+    assert len(found) == 2 and all({RECORD_FILE, "optimizer.pt", "trainer_state.json"} <= set(one) for one in found)
 
 
 def test_the_record_of_the_sft_teacher_goes_along(hub, models, tmp_path):  # noqa: F811

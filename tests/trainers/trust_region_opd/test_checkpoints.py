@@ -5,11 +5,11 @@ import json
 import pytest
 
 from tests.trainers import runs
+from trl_blend.trainers._record import RECORD_FILE
 
 
 RUN = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 4}
 TRUST_REGION = {"kl_budget": 0.3, "blend_warmup_steps": 4}
-SETTINGS_FILE = "trust_region_opd_settings.json"
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +21,36 @@ def checkpoint(models, tmp_path_factory):
 
 
 def test_a_checkpoint_has_the_settings_of_the_method_beside_the_model(checkpoint):
-    with open(f"{checkpoint}/{SETTINGS_FILE}", encoding="utf-8") as file:
-        assert json.load(file) == {
-            "rollout_policy": "trust_region",
-            "kl_budget": 0.3,
-            "kl_budget_schedule": "linear",
-            "blend_warmup_steps": 4,
-            "teacher_weight": None,
-            "skd_top_k": None,
-            "skd_teacher_temperature": None,
-            "temperature_warmup_start": None,
-            "temperature_warmup_steps": None,
-            "num_rollouts_per_prompt": 1,
-            "kl_support": "full",
-            "kl_top_k": 16,
-            "distillation_target": "teacher",
-            "veto_weight_start": None,
-            "veto_warmup_steps": None,
-            "canonicalize_eos": True,
-            "teacher_eos_token_id": None,
-            "temperature": 1.0,
-            "beta": 1.0,
-        }
+    with open(f"{checkpoint}/{RECORD_FILE}", encoding="utf-8") as file:
+        settings = json.load(file)["settings"]
+    assert settings == {
+        "rollout_policy": "trust_region",
+        "kl_budget": 0.3,
+        "kl_budget_schedule": "linear",
+        "blend_warmup_steps": 4,
+        "teacher_weight": None,
+        "skd_top_k": None,
+        "skd_teacher_temperature": None,
+        "temperature_warmup_start": None,
+        "temperature_warmup_steps": None,
+        "num_rollouts_per_prompt": 1,
+        "kl_support": "full",
+        "kl_top_k": 16,
+        "distillation_target": "teacher",
+        "veto_weight_start": None,
+        "veto_warmup_steps": None,
+        "canonicalize_eos": True,
+        "teacher_eos_token_id": None,
+        "temperature": 1.0,
+        "beta": 1.0,
+        "max_completion_length": 8,
+        "learning_rate": 5e-3,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    }
 
 
 def test_a_checkpoint_holds_one_model(checkpoint):

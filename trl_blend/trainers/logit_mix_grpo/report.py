@@ -7,6 +7,7 @@ from typing import Any
 from trl_blend.reports.cards import CardTeacher, PaperValue, code
 from trl_blend.reports.curves import NATS, Curve, Panel
 from trl_blend.trainers import _cards
+from trl_blend.trainers._record import RunParts
 from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
 
 
@@ -68,6 +69,19 @@ def panels(num_teachers: int) -> tuple[Panel, ...]:
 def _of_teacher(curve: Curve, index: int) -> Curve:
     progress = curve.progress and f"{curve.progress}_{index}"
     return Curve(f"{curve.metric}_{index}", f"teacher {index}", progress)
+
+
+def run_parts(config: LogitMixGRPOConfig, teachers: str, rewards: Sequence[tuple[str, float]]) -> RunParts:
+    """What a run is made of, in words; `rewards` with their weights."""
+    weights = ", ".join(f"{weight:g}" for weight in config.teacher_weight)
+    schedule, steps = config.teacher_weight_schedule, config.teacher_weight_decay_steps
+    course = {"constant": "", "adaptive": ", adaptive"}.get(schedule, f", {schedule} to 0 in {steps} steps")
+    reward = ", ".join(name if weight == 1.0 else f"{name} (weight {weight:g})" for name, weight in rewards)
+    if not config.mixes:
+        return RunParts("none (`teacher_weight=0`)", reward, "objective of GRPO", "the student alone")
+    mixture = "the student alone, to which the mixture decays" if steps else "the mixture of student and teacher"
+    deployed = mixture if config.objective == "mixed" else "the student alone"
+    return RunParts(teachers, reward, f"objective {config.objective}, teacher weight {weights}{course}", deployed)
 
 
 _UNKNOWN = "not known to us"

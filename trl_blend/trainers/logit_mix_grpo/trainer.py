@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +29,10 @@ from trl_blend.ops.importance import (
 )
 from trl_blend.ops.reduction import masked_mean
 from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
 from trl_blend.trainers._greedy import own_share
+from trl_blend.trainers._record import RunParts
 from trl_blend.trainers._run import RunMixin, default_config
-from trl_blend.trainers._settings import read_settings, write_settings
 from trl_blend.trainers._statistics import TokenMeans
 from trl_blend.trainers.logit_mix_grpo import checks, report
 from trl_blend.trainers.logit_mix_grpo.adaptive import AdaptiveWeightCallback
@@ -41,18 +41,32 @@ from trl_blend.trainers.logit_mix_grpo.mixed_forward import MixedForward
 from trl_blend.trainers.logit_mix_grpo.saving import MixedPolicyFiles, MixedPolicySaving
 
 
-_STATE_FILE = "logit_mix_state.json"
 # A resumed run with other values of these does not continue the interrupted one
-_SETTINGS = (
+_RECORDED = (
     "teacher_weight",
     "teacher_weight_schedule",
     "teacher_weight_decay_steps",
     "mixing_space",
     "objective",
+    "is_clip_mode",
+    "is_clip_max",
+    "adaptive_num_prompts",
     "adaptive_interval",
     "adaptive_scale",
     "adaptive_offset",
     "adaptive_max_weight",
+    "adaptive_success_threshold",
+    "loss_type",
+    "importance_sampling_level",
+    "scale_rewards",
+    "beta",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "num_generations",
+    "num_iterations",
+    "temperature",
+    "max_completion_length",
 )
 
 
@@ -145,6 +159,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             }"""),
     }
     _template_name = "logit_mix_grpo.md"
+    _recorded = _RECORDED
 
     def __init__(
         self,
@@ -171,6 +186,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             rollout_func=kwargs.get("rollout_func"),
             uses_tools=bool(kwargs.get("tools")) or kwargs.get("environment_factory") is not None,
         )
+        check_prompt_columns(train_dataset, eval_dataset, processing_class)
         self.partners: list[nn.Module] = []
         self._given_teachers = teachers
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
@@ -487,15 +503,25 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
     # Checkpoints and card
 
-    def write_run_state(self, folder: Path) -> None:
-        """Write the adaptive weight and the settings of the mixture into a checkpoint."""
-        write_settings(folder / _STATE_FILE, self.args, _SETTINGS, adaptive_weights=self.adaptive_weights)
+    def run_state(self) -> dict[str, Any]:
+        """The adaptive weight of a checkpoint."""
+        return {"adaptive_weights": self.adaptive_weights}
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        state = None if checkpoint is None else read_settings(Path(checkpoint) / _STATE_FILE, self.args, _SETTINGS)
-        if state is not None:  # a checkpoint of TRL's has none
-            self.adaptive_weights = tuple(state["adaptive_weights"])
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Go on with the adaptive weight of a checkpoint."""
+        self.adaptive_weights = tuple(state["adaptive_weights"])
+
+    @staticmethod
+    def rows_needed(args: LogitMixGRPOConfig) -> RowsNeeded:
+        """Prompts of one generation batch."""
+        rollouts, group = args.generation_batch_size, args.num_generations
+        return RowsNeeded(rollouts // group, f"{rollouts} rollouts, `num_generations={group}` for each prompt")
+
+    def run_parts(self) -> RunParts:
+        """What the run is made of, in words."""
+        teachers = ", ".join(self.teacher_names()) or "the student's own base"
+        rewards = zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)
+        return report.run_parts(self.args, teachers, list(rewards))
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/logit_mix_grpo.md`."""

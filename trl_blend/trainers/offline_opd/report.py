@@ -9,6 +9,7 @@ from trl_blend.reports.cards import CardTeacher, PaperValue, model_link
 from trl_blend.reports.curves import NATS, Curve, Panel
 from trl_blend.rollouts.format import Manifest
 from trl_blend.trainers import _cards
+from trl_blend.trainers._record import RunParts
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
 
 
@@ -23,6 +24,12 @@ PANELS = (
     Panel("Tokens unlikely for the teacher", (Curve("offline/unlikely_share"),), "share below $e^{-10}$"),
     Panel("Entropy", (Curve("entropy"),), NATS),
 )
+
+
+def run_parts(config: OfflineOPDConfig, teacher: str) -> RunParts:
+    """What a run is made of, in words."""
+    ratio = ", with the ratio to the policy of the rollouts" if config.importance_correction == "token" else ""
+    return RunParts(teacher, "", f"loss {config.offline_loss}{ratio}", "the student alone")
 
 
 _CODE = "code"
@@ -80,6 +87,30 @@ def choices(config: OfflineOPDConfig) -> list[str]:
             f"which {what} the training."
         )
     return found
+
+
+def example_prompt(tokenizer: Any, prompt_ids: list[int]) -> str | list[dict[str, str]] | None:
+    """
+    A prompt from its token ids: the message of its user, where it is what the chat template makes of one; its text,
+    where there is no template.
+    """
+    text = tokenizer.decode(prompt_ids)
+    if tokenizer.chat_template is None:
+        return _cards.shortened(tokenizer.decode(prompt_ids, skip_special_tokens=True)) or None
+    marker = "MARKER"
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
+        )
+        before, after = (
+            tokenizer.decode(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in rendered.split(marker)
+        )
+    except Exception:  # a template raises what it likes; the example is only an example
+        return None
+    if not (text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after)):
+        return None
+    content = text[len(before) : len(text) - len(after)]
+    return [{"role": "user", "content": _cards.shortened(content)}]
 
 
 def card_fields(

@@ -1,6 +1,7 @@
 """On-policy distillation from teacher log-probabilities that were computed once, over the SFT student's rollouts."""
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from trl_blend.consistency.report import ConsistencyReport
+from trl_blend.models.identity import ModelIdentity
+from trl_blend.reports.names import shown_name
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _cards
+from trl_blend.trainers._data import RowsNeeded, check_data
+from trl_blend.trainers._record import RunParts, model_part
 from trl_blend.trainers._run import RunMixin, default_config
 from trl_blend.trainers.offline_opd import checks, data, report
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
@@ -106,6 +111,15 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     }
     _template_name = "offline_opd.md"
     _panels = report.PANELS
+    # A resumed run with other values of these does not continue the interrupted one
+    _recorded = (
+        "offline_loss",
+        "importance_correction",
+        "importance_cap",
+        "loss_aggregation",
+        "packing",
+        "max_length",
+    )
 
     def __init__(
         self,
@@ -125,6 +139,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         self.rollout_store, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
         if rollout_store is not None:
             self.rollout_store, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
+        check_data(train_rows, None, args, self.rows_needed(args))
         checks.check_student_columns(args, data.column_names(train_rows))
         checks.warn_of_cut_rollouts(self.rollout_store, args)
         checks.warn_of_long_rows(train_rows, args.max_length)
@@ -254,6 +269,37 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         super().save_model(output_dir, _internal_call)
         if self._provenance is not None and self.args.should_save:
             self._provenance.save(output_dir or self.args.output_dir)
+
+    @staticmethod
+    def rows_needed(args: OfflineOPDConfig) -> RowsNeeded:
+        """Rows without which there is no batch: one, unless an incomplete batch is dropped."""
+        if not args.dataloader_drop_last:
+            return RowsNeeded(1, "one row")
+        rows = args.per_device_train_batch_size * args.world_size
+        return RowsNeeded(rows, f"{rows} rows, and `dataloader_drop_last=True` leaves out what is less")
+
+    def teacher_parts(self) -> list[dict[str, Any]]:
+        """The teacher of the scores in the record."""
+        recorded = self.rollout_store.manifest.teacher if self.rollout_store else None
+        if not recorded:
+            return []
+        teacher = ModelIdentity.from_dict(recorded)
+        return [
+            model_part(
+                shown_name(teacher.name).text or "a model in memory", teacher.weights and teacher.weights.sha256[:12]
+            )
+        ]
+
+    def run_parts(self) -> RunParts:
+        """What the run is made of, in words."""
+        (teacher,) = self.teacher_parts() or [{"name": "not recorded with the rollouts"}]
+        return report.run_parts(self.args, teacher["name"])
+
+    def example_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+        """The prompt of a training row, from its token ids, see [`~trl_blend.trainers._cards.CardMixin`]."""
+        labels = row["labels"]
+        length = next((index for index, label in enumerate(labels) if label != -100), len(labels))
+        return report.example_prompt(self.processing_class, row["input_ids"][:length])
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/offline_opd.md`."""

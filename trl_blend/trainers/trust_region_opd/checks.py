@@ -27,9 +27,7 @@ def check_arguments(
     *,
     processing_class: Any,
     peft_config: Any,
-    train_dataset: Any = None,
-    eval_dataset: Any = None,
-    has_rewards: bool = True,
+    has_rewards: bool,
 ) -> None:
     """Check the constructor's arguments against each other; the errors are those of the trainer."""
     if not isinstance(args, TrustRegionOPDConfig):
@@ -59,10 +57,6 @@ def check_arguments(
         raise ConfigError("`teacher_model` is `model` itself. Pass a frozen copy, or its name.")
     if args.blends:
         _partners.check_text_only(isinstance(processing_class, ProcessorMixin), _OFF)
-    datasets = {"train_dataset": train_dataset}
-    splits = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    datasets |= {f"eval_dataset[{key!r}]" if key else "eval_dataset": split for key, split in splits.items()}
-    _check_prompts(datasets)
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     if batch % args.num_rollouts_per_prompt:
         raise ConfigError(
@@ -76,15 +70,6 @@ def check_arguments(
         if value is not None and value > rows:
             raise ConfigError(
                 f"`{name}={value}` is more than the {rows} tokens that both models have. Set it to {rows} or less."
-            )
-
-
-def _check_prompts(datasets: dict[str, Any]) -> None:
-    for name, dataset in datasets.items():
-        columns = getattr(dataset, "column_names", None)
-        if columns is not None and "prompt" not in columns:
-            raise ConfigError(
-                f"`{name}` has no column `prompt` but {', '.join(columns)}. Rename the column that holds the prompts."
             )
 
 

@@ -8,6 +8,7 @@ from trl_blend.ops.vocab import EosMap
 from trl_blend.reports.cards import CardTeacher, PaperValue
 from trl_blend.reports.curves import NATS, Curve, Panel
 from trl_blend.trainers import _cards
+from trl_blend.trainers._record import RunParts
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 
@@ -55,6 +56,21 @@ def panels(rewards: Sequence[str]) -> tuple[Panel, ...]:
     """[`PANELS`] with a curve of each reward: the names of the run's functions."""
     curves = tuple(Curve(f"rewards/{name}/mean", name) for name in rewards)
     return tuple(replace(panel, curves=curves) if panel.title == "Reward" else panel for panel in PANELS)
+
+
+def run_parts(config: TrustRegionOPDConfig, teacher: str, rewards: str) -> RunParts:
+    """What a run is made of, in words."""
+    steps = config.blend_warmup_steps
+    amounts = {
+        "trust_region": f" with a KL budget of {config.kl_budget} nats, {config.kl_budget_schedule}",
+        "fixed_weight": f" with teacher weight {config.teacher_weight}",
+        "speculative_kd": f" with the teacher's top {config.skd_top_k}",
+        "student": "",
+    }
+    amount = amounts[config.rollout_policy] + (f", for {steps} steps" if config.blends and steps else "")
+    target = "" if config.distillation_target == "teacher" else f", target {config.distillation_target}"
+    policy = f"policy {config.rollout_policy}{amount}{target}"
+    return RunParts(teacher, f"{rewards} (measured only)" if rewards else "", policy, "the student alone")
 
 
 _SWEEP = (0.001, 0.005, 0.01, 0.02, 0.05)

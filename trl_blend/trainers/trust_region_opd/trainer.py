@@ -4,7 +4,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.reverse_kl import reverse_kl
 from trl_blend.schedules import linear
 from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
+from trl_blend.trainers._record import RunParts
 from trl_blend.trainers._run import RunMixin, default_config
-from trl_blend.trainers._settings import read_settings, write_settings
 from trl_blend.trainers.trust_region_opd import checks, report
 from trl_blend.trainers.trust_region_opd.completions import CompletionsTable
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
@@ -31,10 +31,10 @@ from trl_blend.trainers.trust_region_opd.rewards import RewardFunction, as_rewar
 
 logger = get_logger(__name__)
 
-_SETTINGS_FILE = "trust_region_opd_settings.json"
 # A resumed run with other values of these does not continue the interrupted one: all options but those of the logging
 _LOGGING = ("log_teacher_statistics", "success_threshold")
-_SETTINGS = [name for name in TrustRegionOPDConfig.__annotations__ if name not in _LOGGING] + ["temperature", "beta"]
+_OF_THE_PARENT = ("temperature", "beta", "max_completion_length")
+_RECORDED = [name for name in TrustRegionOPDConfig.__annotations__ if name not in _LOGGING] + [*_OF_THE_PARENT]
 
 
 class BaseTeacher(nn.Module):
@@ -142,6 +142,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             }"""),
     }
     _template_name = "trust_region_opd.md"
+    _recorded = _RECORDED
 
     def __init__(
         self,
@@ -164,10 +165,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             args,
             processing_class=processing_class,
             peft_config=peft_config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
             has_rewards=bool(reward_funcs),
         )
+        check_prompt_columns(train_dataset, eval_dataset, processing_class)
         self.reward_funcs = as_reward_functions(reward_funcs)
         reward_names = [_compat.get_callable_name(function) for function in self.reward_funcs]
         self._panels = report.panels(reward_names)
@@ -206,7 +206,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         # Not by the parent, which refuses padded vocabularies and shards the teacher under ZeRO-3
         loaded = _partners.load_partners(teachers, self.args)
         self.partners: list = [_partners.prepare_partner(partner, self.accelerator) for partner in loaded]
-        self._given_teacher = teachers[0] if teachers else None
+        self._given_teachers = teachers
         self.teacher_model = self.partners[0] if self.partners else BaseTeacher(self.model)
         self.eos = None
         if teachers:
@@ -411,19 +411,22 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     # Checkpoints and card
 
-    def write_run_state(self, folder: Path) -> None:
-        """Write the settings of the method into a checkpoint."""
-        write_settings(folder / _SETTINGS_FILE, self.args, _SETTINGS)
+    @staticmethod
+    def rows_needed(args: TrustRegionOPDConfig) -> RowsNeeded:
+        """Prompts of one generation batch."""
+        rollouts, group = _cards.rows_per_step(args), args.num_rollouts_per_prompt
+        return RowsNeeded(rollouts // group, f"{rollouts} rollouts, `num_rollouts_per_prompt={group}`")
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            read_settings(Path(checkpoint) / _SETTINGS_FILE, self.args, _SETTINGS)
+    def run_parts(self) -> RunParts:
+        """What the run is made of, in words."""
+        (teacher,) = self.teacher_names() or ["the student's own base"]
+        rewards = ", ".join(_compat.get_callable_name(function) for function in self.reward_funcs)
+        return report.run_parts(self.args, teacher, rewards)
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/trust_region_opd.md`."""
         if self.partners:
-            teacher = _cards.live_teacher(self.partners[0], self._given_teacher, self.args)
+            teacher = _cards.live_teacher(self.partners[0], self._given_teachers[0], self.args)
         else:
             teacher = _cards.base_teacher(self.model, self.args)
         return report.card_fields(
