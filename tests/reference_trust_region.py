@@ -107,6 +107,21 @@ def chernoff_weight(student: Row, teacher: Row, halvings: int = 60) -> float:
     return 0.5 * (low + high)
 
 
+def contrastive_distribution(expert: Row, amateur: Row, alpha: float, beta: float) -> list[float]:
+    """
+    Probability of each token under contrastive decoding (arXiv 2309.09117): `p_E (p_E / p_A)^beta`, normalised over
+    the tokens with `p_E >= alpha max p_E`. One that the amateur excludes is excluded, unless none is left.
+    """
+    p, q = softmax(expert), softmax(amateur)
+    plausible = [pe >= alpha * max(p) for pe in p]
+    kept = [yes and qa > 0 for yes, qa in zip(plausible, q, strict=True)]
+    if any(kept):
+        mass = [pe * (pe / qa) ** beta if keep else 0.0 for pe, qa, keep in zip(p, q, kept, strict=True)]
+    else:
+        mass = [pe if yes else 0.0 for pe, yes in zip(p, plausible, strict=True)]
+    return [one / math.fsum(mass) for one in mass]
+
+
 def speculative_distribution(student: Row, teacher: Row, top_k: int, teacher_temperature: float) -> list[float]:
     """
     Probability of each token under interleaved sampling with `γ = 1`, by following both stages.

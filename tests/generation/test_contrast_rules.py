@@ -25,17 +25,6 @@ def draw(*shape, models=2, seed=0):
     return [3.0 * torch.randn(*shape, generator=generator) for _ in range(models)]
 
 
-def contrastive(expert, amateur, alpha, beta):
-    """Probabilities by the papers' formula, of lists in float64: a ratio of powers among the plausible tokens."""
-    p, q = reference.softmax(expert), reference.softmax(amateur)
-    plausible = [pe >= alpha * max(p) for pe in p]
-    kept = [yes and qa > 0 for yes, qa in zip(plausible, q, strict=True)]
-    if not any(kept):  # our choice: the expert's own
-        return [pe * yes / math.fsum(pe for pe, yes in zip(p, plausible) if yes) for pe, yes in zip(p, plausible)]
-    powers = [pe * (pe / qa) ** beta if keep else 0.0 for pe, qa, keep in zip(p, q, kept, strict=True)]
-    return [power / math.fsum(powers) for power in powers]
-
-
 def assert_step(step, expected, student, row):
     found = step.logits[row].double().softmax(-1)
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=0, atol=2e-6)
@@ -52,7 +41,7 @@ def test_contrastive_decoding_is_the_papers_formula(alpha, beta, partners):
     step = ContrastiveDecoding(alpha, beta)(student, others[:partners])
     amateur = others[1] if partners == 2 else student
     for row in range(6):
-        expected = contrastive(others[0][row].tolist(), amateur[row].tolist(), alpha, beta)
+        expected = reference.contrastive_distribution(others[0][row].tolist(), amateur[row].tolist(), alpha, beta)
         assert_step(step, expected, student, row)
 
 

@@ -72,6 +72,22 @@ def fixed_weight(weight: float) -> Policy:
     return lambda student, teacher: reference_trust_region.path(student, teacher, weight)
 
 
+def chernoff() -> Policy:
+    def policy(student: list[float], teacher: list[float]) -> list[float]:
+        weight = reference_trust_region.chernoff_weight(student, teacher, halvings=30)
+        return reference_trust_region.path(student, teacher, weight)
+
+    return policy
+
+
+def contrastive(alpha: float, beta: float) -> Policy:
+    def policy(student: list[float], teacher: list[float]) -> list[float]:
+        probs = reference_trust_region.contrastive_distribution(teacher, student, alpha, beta)
+        return torch.tensor(probs, dtype=torch.float64).log().tolist()
+
+    return policy
+
+
 def speculative(top_k: int, teacher_temperature: float) -> Policy:
     def policy(student: list[float], teacher: list[float]) -> list[float]:
         probs = reference_trust_region.speculative_distribution(student, teacher, top_k, teacher_temperature)

@@ -10,18 +10,21 @@ from tests import reference
 from tests.trainers import runs
 from trl_blend import TrustRegionOPDConfig
 from trl_blend.errors import ConfigError
-from trl_blend.generation.rules import LogitMixing, SpeculativeKD, TrustRegion
+from trl_blend.generation.rules import ChernoffBlend, ContrastiveDecoding, LogitMixing, SpeculativeKD, TrustRegion
 
 
+BLENDS = ("trust_region", "fixed_weight", "speculative_kd", "chernoff", "contrastive")
 INHERITED = {field.name for field in fields(DistillationConfig)}
 # Each method with its settings, and what they become when they are not given
 METHODS = {
     "trust_region": {"kl_budget": 0.01, "blend_warmup_steps": 50},
     "fixed_weight": {"teacher_weight": 0.5},
     "speculative_kd": {"skd_top_k": 15, "skd_teacher_temperature": 0.2},
+    "contrastive": {"contrastive_alpha": 0.1, "contrastive_beta": 0.5},
     "student": {},
 }
 METHOD_SETTINGS = ("kl_budget", "teacher_weight", "skd_top_k", "skd_teacher_temperature", "blend_warmup_steps")
+METHOD_SETTINGS += ("contrastive_alpha", "contrastive_beta")
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_veto_settings_belong_to_the_veto_target(make, name, value):
     assert {key: getattr(args, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("policy", ["trust_region", "fixed_weight", "speculative_kd"])
+@pytest.mark.parametrize("policy", BLENDS)
 @pytest.mark.parametrize("given", [{"temperature_warmup_start": 0.9}, {"temperature_warmup_steps": 5}])
 def test_a_temperature_warmup_is_the_students(make, policy, given):
     with pytest.raises(ConfigError, match=rf"warm up the student's own sampling.*`rollout_policy='{policy}'`"):
@@ -132,6 +135,8 @@ OUT_OF_RANGE = [
     ({"rollout_policy": "fixed_weight", "teacher_weight": 1.1}, "teacher_weight"),
     ({"rollout_policy": "fixed_weight", "teacher_weight": float("nan")}, "teacher_weight"),
     ({"rollout_policy": "speculative_kd", "skd_top_k": 0}, "skd_top_k"),
+    ({"rollout_policy": "contrastive", "contrastive_alpha": 0.0}, "contrastive_alpha"),
+    ({"rollout_policy": "contrastive", "contrastive_beta": -0.5}, "contrastive_beta"),
     ({"rollout_policy": "speculative_kd", "skd_teacher_temperature": 0.0}, "skd_teacher_temperature"),
     ({"rollout_policy": "speculative_kd", "skd_teacher_temperature": -1.0}, "skd_teacher_temperature"),
     ({"rollout_policy": "speculative_kd", "skd_teacher_temperature": float("inf")}, "skd_teacher_temperature"),
@@ -212,7 +217,7 @@ def test_own_losses_are_those_of_the_reverse_kl(make, name):
 # Blended decoding is defined on full distributions
 
 
-@pytest.mark.parametrize("policy", ["trust_region", "fixed_weight", "speculative_kd"])
+@pytest.mark.parametrize("policy", BLENDS)
 @pytest.mark.parametrize(
     "setting",
     [
@@ -253,6 +258,7 @@ def test_the_budget_follows_its_schedule(make, schedule):
         ({"kl_budget": 0.02, "kl_budget_schedule": "constant"}, TrustRegion(0.02)),
         ({"rollout_policy": "fixed_weight", "teacher_weight": 0.3}, LogitMixing(0.3)),
         ({"rollout_policy": "speculative_kd"}, SpeculativeKD(15, 0.2)),
+        ({"rollout_policy": "contrastive", "contrastive_alpha": 0.3}, ContrastiveDecoding(0.3, 0.5)),
     ],
 )
 def test_a_constant_rule_lasts_the_run_or_the_warmup(make, settings, rule):
@@ -260,6 +266,13 @@ def test_a_constant_rule_lasts_the_run_or_the_warmup(make, settings, rule):
     assert [args.rule_at(step) for step in (0, 3, 10**6)] == [rule] * 3
     args = make(**settings, blend_warmup_steps=3)
     assert [args.rule_at(step) for step in range(5)] == [rule] * 3 + [None] * 2
+
+
+def test_the_chernoff_blend_falls_to_the_student(make):
+    assert [make(rollout_policy="chernoff").rule_at(step) for step in (0, 10**6)] == [ChernoffBlend(1.0)] * 2
+    args = make(rollout_policy="chernoff", blend_warmup_steps=4)
+    rules = [args.rule_at(step) for step in range(5)]
+    assert rules == [ChernoffBlend(scale) for scale in (1.0, 0.75, 0.5, 0.25)] + [None]
 
 
 @pytest.mark.parametrize(
@@ -276,6 +289,6 @@ def test_a_run_that_never_blends(make, settings):
     assert [args.rule_at(step) for step in (0, 1, 10**6)] == [None] * 3
 
 
-@pytest.mark.parametrize("policy", ["trust_region", "fixed_weight", "speculative_kd"])
+@pytest.mark.parametrize("policy", BLENDS)
 def test_a_run_that_blends(make, policy):
     assert make(rollout_policy=policy).blends

@@ -136,6 +136,24 @@ def test_fixed_weight(build_opd):
     assert record.logged("blend/kl_budget") == [] and record.logged("blend/replaced_share") == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "policy"),
+    [
+        ({"rollout_policy": "chernoff"}, policies.chernoff()),
+        ({"rollout_policy": "contrastive", "contrastive_alpha": 0.02}, policies.contrastive(0.02, 0.5)),
+    ],
+    ids=["chernoff", "contrastive"],
+)
+def test_policies_without_a_budget(build_opd, settings, policy):
+    rollouts, record = train(build_opd(temperature=0.7, **settings))
+    student, teacher, behavior = check(rollouts[0], policy, temperature=0.7)
+    to_student = mean(pairwise_kl(behavior, student))
+    assert record.logged("blend/kl_behavior_student") == [pytest.approx(to_student, rel=2e-3)]
+    if settings["rollout_policy"] == "chernoff":
+        assert to_student == pytest.approx(mean(pairwise_kl(behavior, teacher)), rel=2e-3)
+        assert record.logged("blend/kl_behavior_teacher") == [pytest.approx(to_student, rel=2e-3)]
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_speculative_kd(build_opd, temperature):
     settings = {"rollout_policy": "speculative_kd", "skd_top_k": 5, "skd_teacher_temperature": 0.6}

@@ -23,13 +23,14 @@ _ADAPTIVE = (
     "adaptive_interval",
     "adaptive_scale",
     "adaptive_offset",
+    "adaptive_max_weight",
     "adaptive_success_threshold",
 )
-# Settings that only one value of another setting reads, in the order in which they are looked at
+# Settings that only some values of another setting read, in the order in which they are looked at
 _READ_BY = (
-    (_ADAPTIVE, "teacher_weight_schedule", "adaptive"),
-    (("is_clip_mode", "is_clip_max"), "objective", "student"),
-    (("is_clip_max",), "is_clip_mode", "max"),
+    (_ADAPTIVE, "teacher_weight_schedule", ("adaptive",)),
+    (("is_clip_mode", "is_clip_max"), "objective", ("student",)),
+    (("is_clip_max",), "is_clip_mode", ("max", "floor")),
 )
 # And those that no run without a teacher reads
 _MIXING = ("teacher_weight_schedule", "mixing_space", "is_clip_mode", "is_clip_max", "eval_policy")
@@ -211,9 +212,9 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     def _check_unread(self):
         if not self.mixes:
             refuse_unread(self, _MIXING, "teacher_weight")
-        for names, switch, value in _READ_BY:
-            if getattr(self, switch) != value:
-                refuse_unread(self, names, switch, value)
+        for names, switch, values in _READ_BY:
+            if getattr(self, switch) not in values:
+                refuse_unread(self, names, switch, values[0])
 
     def _check_objective(self):
         if self.mixes:

@@ -19,9 +19,17 @@ from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
 
 # Column of what the rule of a policy was set to, and the rule's field
-_LEVEL = {"trust_region": ("kl_budget", "kl_budget"), "fixed_weight": ("teacher_weight", "weight")}
+_LEVEL = {
+    "trust_region": ("kl_budget", "kl_budget"),
+    "fixed_weight": ("teacher_weight", "weight"),
+    "chernoff": ("scale", "scale"),
+}
 # What a rule reports beside `kl_behavior_student`, which every rule does
-_STATISTICS = {"trust_region": ("teacher_weight",), "speculative_kd": ("replaced_share",)}
+_STATISTICS = {
+    "trust_region": ("teacher_weight",),
+    "chernoff": ("teacher_weight",),
+    "speculative_kd": ("replaced_share",),
+}
 
 
 @dataclass

@@ -7,7 +7,14 @@ from typing import Literal
 from trl import DistillationConfig
 
 from trl_blend.errors import ConfigError
-from trl_blend.generation.rules import BlendRule, LogitMixing, SpeculativeKD, TrustRegion
+from trl_blend.generation.rules import (
+    BlendRule,
+    ChernoffBlend,
+    ContrastiveDecoding,
+    LogitMixing,
+    SpeculativeKD,
+    TrustRegion,
+)
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.schedules import make_schedule
 from trl_blend.trainers._options import check_choices, check_run, refuse_unread, with_help
@@ -20,6 +27,8 @@ _READ_BY = {
     "teacher_weight": ("rollout_policy", "fixed_weight", 0.5),
     "skd_top_k": ("rollout_policy", "speculative_kd", 15),
     "skd_teacher_temperature": ("rollout_policy", "speculative_kd", 0.2),
+    "contrastive_alpha": ("rollout_policy", "contrastive", 0.1),
+    "contrastive_beta": ("rollout_policy", "contrastive", 0.5),
     "veto_weight_start": ("distillation_target", "veto", 0.4),
     "veto_warmup_steps": ("distillation_target", "veto", 50),
 }
@@ -50,7 +59,9 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             Policy that training rollouts are drawn from: `"trust_region"` (the policy closest to the teacher inside a
             KL ball around the student), `"fixed_weight"` (the log-linear mixture with a constant weight, fixed-β in
             the paper), `"speculative_kd"` (student tokens outside the teacher's top-k are replaced by teacher
-            samples), `"student"` (ordinary on-policy distillation).
+            samples), `"chernoff"` (at every prefix the policy as far from the student as from the teacher; ours, after
+            VESPO's optimal sampling), `"contrastive"` (contrastive decoding with the teacher as expert and the student
+            as amateur), `"student"` (ordinary on-policy distillation).
         kl_budget (`float`, *optional*):
             Bound on `KL(behaviour‖student)` at every prefix, in nats per token, at step 0.
             `0.01` for the trust region; the paper sweeps .001 to .05. `0` means student rollouts.
@@ -59,8 +70,8 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             `blend_warmup_steps` steps, or `"constant"` (fixed-ε in the paper).
         blend_warmup_steps (`int`, *optional*):
             Optimizer steps after which rollouts are the student's own. Required with an annealed `kl_budget`; `50` if
-            that is not given either (the paper sweeps 15, 25, 50). With a constant budget, a fixed weight or
-            speculative KD, `None` means the whole run, as in the paper's baselines.
+            that is not given either (the paper sweeps 15, 25, 50). With any other policy, or a constant budget, `None`
+            means the whole run, as in the paper's baselines. `"chernoff"` falls linearly towards the student in them.
         teacher_weight (`float`, *optional*):
             Weight of the teacher for `rollout_policy="fixed_weight"`, in `[0, 1]`. `0.5` there, which is our choice.
         skd_top_k (`int`, *optional*):
@@ -69,6 +80,12 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         skd_teacher_temperature (`float`, *optional*):
             Temperature of the teacher samples for `rollout_policy="speculative_kd"`, on top of `temperature`. `0.2`
             there; the paper sweeps .2, .6, 1.
+        contrastive_alpha (`float`, *optional*):
+            Plausibility for `rollout_policy="contrastive"`: a token needs this share of the teacher's largest
+            probability, in `(0, 1]`. `0.1` there, as in the papers.
+        contrastive_beta (`float`, *optional*):
+            Strength of the contrast to the student for `rollout_policy="contrastive"`, 0 or more. `0.5` there, as in
+            the paper.
         temperature_warmup_start (`float`, *optional*):
             Student sampling temperature at step 0, at most `temperature`, for `rollout_policy="student"`. It rises
             linearly to `temperature` in `temperature_warmup_steps` steps; the loss always uses `temperature`. `0.9`
@@ -115,13 +132,17 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     """
 
     # Parameters that control the rollouts
-    rollout_policy: Literal["trust_region", "fixed_weight", "speculative_kd", "student"] = "trust_region"
+    rollout_policy: Literal["trust_region", "fixed_weight", "speculative_kd", "chernoff", "contrastive", "student"] = (
+        "trust_region"
+    )
     kl_budget: float | None = None
     kl_budget_schedule: Literal["linear", "constant", "cosine"] = "linear"
     blend_warmup_steps: int | None = None
     teacher_weight: float | None = None
     skd_top_k: int | None = None
     skd_teacher_temperature: float | None = None
+    contrastive_alpha: float | None = None
+    contrastive_beta: float | None = None
     temperature_warmup_start: float | None = None
     temperature_warmup_steps: int | None = None
     num_rollouts_per_prompt: int = 1
@@ -207,6 +228,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             "blend_warmup_steps": (1, math.inf, "a number of optimizer steps"),
             "teacher_weight": (0.0, 1.0, "0 is the student, 1 the teacher"),
             "skd_top_k": (1, math.inf, "the paper uses 15, 25 and 50"),
+            "contrastive_beta": (0.0, math.inf, "the paper uses 0.5"),
             "temperature_warmup_steps": (1, math.inf, "a number of optimizer steps"),
             "num_rollouts_per_prompt": (1, math.inf, "the paper uses 4"),
             "kl_top_k": (1, math.inf, "the paper uses 16"),
@@ -222,6 +244,10 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             raise ConfigError(
                 f"`skd_teacher_temperature={self.skd_teacher_temperature}` must be positive (the paper uses .2, .6, "
                 "1)."
+            )
+        if self.contrastive_alpha is not None and not 0.0 < self.contrastive_alpha <= 1.0:
+            raise ConfigError(
+                f"`contrastive_alpha={self.contrastive_alpha}` must be above 0 and at most 1 (the papers use 0.1)."
             )
         if self.veto_weight_start is not None and not 0.0 <= self.veto_weight_start < 1.0:
             raise ConfigError(
@@ -276,4 +302,8 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             return TrustRegion(budget) if budget else None
         if self.rollout_policy == "fixed_weight":
             return LogitMixing(self.teacher_weight) if self.teacher_weight else None
+        if self.rollout_policy == "chernoff":
+            return ChernoffBlend(1.0 if steps is None else make_schedule("linear", 1.0, steps)(step))
+        if self.rollout_policy == "contrastive":
+            return ContrastiveDecoding(self.contrastive_alpha, self.contrastive_beta)
         return SpeculativeKD(self.skd_top_k, self.skd_teacher_temperature)

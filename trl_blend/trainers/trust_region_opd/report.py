@@ -65,6 +65,8 @@ def run_parts(config: TrustRegionOPDConfig, teacher: str, rewards: str) -> RunPa
         "trust_region": f" with a KL budget of {config.kl_budget} nats, {config.kl_budget_schedule}",
         "fixed_weight": f" with teacher weight {config.teacher_weight}",
         "speculative_kd": f" with the teacher's top {config.skd_top_k}",
+        "chernoff": ", annealed" if steps else "",
+        "contrastive": f" with alpha {config.contrastive_alpha} and beta {config.contrastive_beta}",
         "student": "",
     }
     amount = amounts[config.rollout_policy] + (f", for {steps} steps" if config.blends and steps else "")
@@ -148,6 +150,10 @@ def choices(config: TrustRegionOPDConfig, merges_eos: bool) -> list[str]:
     found = []
     if config.rollout_policy == "fixed_weight":
         found.append("The teacher weight is a choice of `trl_blend` or of its user: the paper gives none.")
+    if config.rollout_policy in ("chernoff", "contrastive"):
+        found.append(
+            f"Rollouts of the policy `{config.rollout_policy}` in on-policy distillation: the paper has no such arm."
+        )
     if config.rollout_policy == "trust_region" and config.kl_budget_schedule == "cosine":
         found.append("The cosine schedule of the budget: the paper's is linear.")
     if config.distillation_target == "veto":
