@@ -1,3 +1,4 @@
+import datetime
 import hashlib
 import json
 import shutil
@@ -6,13 +7,22 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Idefics3Config,
+    LlavaConfig,
+    Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.models.checkpoints import changed, hub_snapshot, save_model
 from tests.tiny import ARCHITECTURES, tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.models.fingerprint import identify_model
-from trl_blend.models.identity import ModelIdentity, compare_weights
+from trl_blend.models.fingerprint import chat_rendering_sha256, identify_model
+from trl_blend.models.identity import ModelIdentity, compare_identities, compare_weights
 from trl_blend.models.weights import CHUNK_ELEMENTS, Layout, fingerprint_tensors
 
 
@@ -178,6 +188,67 @@ def test_a_tied_output_layer_may_be_in_the_file_or_not_or_alone(tmp_path):
     assert identify_model(folder).weights == expected
     save_file({**tensors, "lm_head.weight": -embedding}, tmp_path / "a" / "model.safetensors")
     assert identify_model(folder).weights != expected
+
+
+def vision_language(text, tied):
+    """A tiny vision-language model; its text is only a part of the configuration, and of the names of the weights."""
+    torch.manual_seed(0)
+    shape = {name: getattr(tiny_model("qwen3").config, name) for name in ("hidden_size", "intermediate_size")}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"image_size": 28, "patch_size": 14}
+    config = text(shape | {"tie_word_embeddings": tied}, tower)
+    config.tie_word_embeddings = tied
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+
+VISION_LANGUAGE = {
+    "gemma3": lambda text, tower: Gemma3Config(
+        text_config={**text, "model_type": "gemma3_text", "head_dim": 16},
+        vision_config={**tower, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+    ),
+    "llava": lambda text, tower: LlavaConfig(
+        text_config={**text, "model_type": "llama"}, vision_config={**tower, "model_type": "clip_vision_model"}
+    ),
+    "idefics3": lambda text, tower: Idefics3Config(text_config={**text, "model_type": "llama"}, vision_config=tower),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", VISION_LANGUAGE)
+def test_a_vision_language_model_read_and_loaded_is_one(kind, tied, tmp_path):
+    model = vision_language(VISION_LANGUAGE[kind], tied)
+    folder = save_model(model, tmp_path)
+    expected = identify_model(folder)
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    for other in (identify_model(loaded), identify_model(model)):
+        assert compare_identities(expected, other).relation == "same"
+    assert expected.weights.num_parameters == sum(p.numel() for p in model.parameters())
+    head = next(name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight)
+    assert compare_identities(expected, identify_model(changed(model, 1.0, head))).relation == "different"
+
+
+def test_a_mixture_of_experts_read_and_loaded_is_one(tmp_path):
+    model = AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            tie_word_embeddings=True,
+        )
+    )
+    folder = save_model(model, tmp_path)
+    assert "model.layers.0.mlp.experts.0.up_proj.weight" in load_file(tmp_path / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)  # which has the experts in one tensor
+    assert identify_model(folder).weights == identify_model(loaded).weights == identify_model(model).weights
 
 
 def test_a_backbone_without_prefix_and_the_masks_of_old_releases(tmp_path):
@@ -370,6 +441,28 @@ def test_chat_template():
     assert found(None) == (None, None)
     raising = found("{{ raise_exception('no system role') }}")
     assert raising[1] is not None
+
+
+@pytest.mark.parametrize("date", ["strftime_now('%d %B %Y')", "date_string", "(strftime_now or date_string)('%x %X')"])
+def test_a_chat_template_that_prints_the_date_renders_the_same_on_any_day(date, monkeypatch):
+    class Clock(datetime.datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2026, 3, cls.day)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"{{{{ {date} }}}}" + tokenizer.chat_template
+    printed, found = set(), set()
+    for Clock.day in (1, 2):
+        printed.add(tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False))
+        found.add(chat_rendering_sha256(tokenizer))
+    assert len(printed) == (1 if date == "date_string" else 2)  # which is undefined for whoever passes none
+    assert len(found) == 1
+    tokenizer.chat_template += "."
+    assert chat_rendering_sha256(tokenizer) not in found
 
 
 def test_end_of_sequence_ids(tmp_path):

@@ -1,9 +1,11 @@
 """Finding out the identity of a checkpoint or of a model in memory."""
 
+import datetime
 import json
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -214,7 +216,29 @@ _TURNS = [
     {"role": "user", "content": " And 3 - 2?\n"},
 ]
 _PROBES = ([_TURNS[0]], [_SYSTEM, _TURNS[0]], _TURNS, [_SYSTEM, *_TURNS])
-_DATE = "26 Jul 2024"  # templates that print the date take it from here
+_DATE = "26 Jul 2024"  # templates that print the date take it from here, or from the clock
+
+
+class _StoppedClock(datetime.datetime):
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "_StoppedClock":
+        return cls(2024, 7, 26, tzinfo=tz)
+
+    today = utcnow = now
+
+
+def chat_rendering_sha256(tokenizer: Any) -> str | None:
+    """
+    SHA-256 of what a tokenizer's chat template makes of a few fixed conversations; `None` without a template. Two
+    templates whose texts differ, by TRL's generation markers for instance, may render the same.
+
+    The clock stands still meanwhile, so that a template which prints the date renders the same on any day.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    # What a template calls for the date, `strftime_now` in transformers, reads this module's clock
+    with patch("transformers.utils.chat_template_utils.datetime", _StoppedClock):
+        return digest([_render(tokenizer, probe) for probe in _PROBES])
 
 
 def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
@@ -222,8 +246,7 @@ def _tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
     return {
         "tokenizer": None if tokenizer is None else fingerprint_tokenizer(tokenizer),
         "chat_template_sha256": digest(template) if template else None,
-        # Two templates whose texts differ, by TRL's generation markers for instance, may render the same
-        "chat_rendering_sha256": digest([_render(tokenizer, probe) for probe in _PROBES]) if template else None,
+        "chat_rendering_sha256": chat_rendering_sha256(tokenizer),
     }
 
 

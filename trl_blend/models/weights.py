@@ -37,11 +37,12 @@ class Layout(NamedTuple):
             Name of the backbone inside the causal language model, left out of the fingerprint: some checkpoints have
             it and some do not.
         tied (`dict[str, str]`):
-            Tensors that may be a second name of another one.
+            Tensors that may be a second name of another one. Compared by their last two parts: where a language model
+            is inside another one, its checkpoints and its class have different names in front of these.
     """
 
     prefix: str = "model."
-    tied: Mapping[str, str] = {}
+    tied: Mapping[str, str] = {"lm_head.weight": "embed_tokens.weight"}
 
     def canonical(self, name: str) -> str:
         return name.removeprefix(self.prefix)
@@ -49,9 +50,11 @@ class Layout(NamedTuple):
 
 def layout_of(config: Any) -> Layout:
     """The layout of a configuration's causal language model; the default one for an unknown architecture."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = None
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        model_class = model_class or mapping.get(type(config), None)
     if isinstance(model_class, (tuple, list)):
         model_class = model_class[0]
     if model_class is None:
@@ -59,7 +62,8 @@ def layout_of(config: Any) -> Layout:
     prefix = f"{model_class.base_model_prefix}." if model_class.base_model_prefix else ""
     tied = model_class._tied_weights_keys
     tied = tied if isinstance(tied, Mapping) else {}
-    return Layout(prefix, {name.removeprefix(prefix): source.removeprefix(prefix) for name, source in tied.items()})
+    tied = {name.removeprefix(prefix): source.removeprefix(prefix) for name, source in tied.items()}
+    return Layout(prefix, {**Layout().tied, **tied})
 
 
 # PEFT puts the base model under this name; adapters that transformers loaded have their names without it
@@ -131,13 +135,20 @@ def fingerprint_tensors(tensors: Mapping[str, LazyTensor], layout: Layout | None
         raise UnsupportedError(
             f"weights hold both `{layout.prefix}x` and `x` for {len(names) - len(found)} tensors: not one causal LM"
         )
-    for name, source in layout.tied.items():
+    for second, first in layout.tied.items():
         # One tensor under two names; which of the two a file keeps is the writer's choice.
-        if name in found:
-            one, other = found[name], found.get(source, found[name])
-            if (one.shape, one.digest) == (other.shape, other.digest):
-                found[source] = found.pop(name)
+        sources = [name for name in found if _ending(name) == _ending(first)]
+        for name in [name for name in found if _ending(name) == _ending(second)]:
+            one = found[name]
+            if not sources and first not in found:
+                found[first] = found.pop(name)
+            elif any((one.shape, one.digest) == (found[source].shape, found[source].digest) for source in sources):
+                del found[name]
     return _combine(found)
+
+
+def _ending(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _is_legacy_buffer(name: str, names: Iterable[str]) -> bool:
