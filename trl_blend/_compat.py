@@ -197,7 +197,12 @@ def load_replicated(model_id: str, **kwargs) -> PreTrainedModel:
         patch.object(hf_deepspeed, "_hf_deepspeed_config_weak_ref", None),
         patch.dict(os.environ, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
     ):
-        return trl_utils.create_model_from_path(model_id, **kwargs)
+        return create_model_from_path(model_id, **kwargs)
+
+
+def create_model_from_path(model_id: str, **kwargs) -> PreTrainedModel:
+    """Upstream: `trl.trainer.utils.create_model_from_path`. Removal: it becomes public."""
+    return trl_utils.create_model_from_path(model_id, **kwargs)
 
 
 def get_callable_name(function: Callable) -> str:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tests.models.checkpoints import hub_snapshot, save_model
@@ -14,6 +15,7 @@ from trl_blend.models.loading import (
     find_tokenizer,
     load_frozen,
     load_model,
+    load_trainable_adapter,
 )
 
 
@@ -72,6 +74,64 @@ def test_an_adapter_with_a_tokenizer_and_end_of_its_own(tmp_path):
     tokenizer = find_tokenizer(folder, "model")
     assert tokenizer.eos_token == "<unk>"
     assert find_eos_token_ids(folder, tokenizer) == [2, 7]
+
+
+def resized(base, how, rows=66):
+    """An adapter that was trained after its base had got more vocabulary rows."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows)
+    settings = {
+        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        "saved without being trained": {"target_modules": ["q_proj"]},
+        "targeted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 64, rows - 1]},
+    }[how]
+    return tiny_lora(model, **settings)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("how", ["saved", "saved without being trained", "targeted", "tokens"])
+@pytest.mark.parametrize("rows", [66, 80])
+def test_an_adapter_with_more_vocabulary_rows_than_its_base(tmp_path, arch, how, rows):
+    if arch == "gpt2" and how != "saved without being trained":
+        pytest.skip("its layers have other names")
+    base = save_model(tiny_model(arch), tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    adapter = resized(base, how, rows) if arch != "gpt2" else tiny_lora_on_gpt2(base, rows)
+    folder = save_model(adapter, tmp_path / "adapter", tokenizer=tokenizer)
+    loaded = load_frozen(folder, "teacher", dtype=None, device_map=None)
+    torch.testing.assert_close(logits(loaded), logits(adapter.eval()))
+    assert logits(loaded).shape[-1] == find_config(folder, "teacher").vocab_size == rows
+    assert len(find_tokenizer(folder, "teacher")) == 66
+    if rows == 66:  # what PEFT itself can load: it goes by the tokenizer
+        torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), logits(loaded))
+
+
+def tiny_lora_on_gpt2(base, rows):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows)
+    return tiny_lora(model, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["wte", "lm_head"])
+
+
+def test_an_adapter_is_trained_further(tmp_path):
+    base = save_model(tiny_model(), tmp_path / "base")
+    folder = save_model(tiny_lora(AutoModelForCausalLM.from_pretrained(base)), tmp_path / "adapter")
+    expected = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)
+    found = load_trainable_adapter(folder, "model", device_map=None)
+    assert found.training == expected.training
+    for (name, one), (other_name, other) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+        assert name == other_name and one.requires_grad == other.requires_grad == ("lora_" in name)
+        assert torch.equal(one, other)
+
+
+def test_the_class_of_a_teacher_is_that_of_its_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for branch, commit, arch in (("main", "1" * 40, "gpt2"), ("v2", "2" * 40, "llama")):
+        save_model(tiny_model(arch), hub_snapshot(tmp_path, "org/moved", commit, branch))
+    loaded = load_frozen("org/moved", "teacher", revision="v2", dtype=None, device_map=None)
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits(loaded), logits(tiny_model("llama").eval()))
 
 
 def test_a_model_in_memory_has_the_tokenizer_that_it_was_loaded_beside(tmp_path):

@@ -5,7 +5,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import runs
-from trl_blend import _compat
 from trl_blend.errors import UnsupportedError
 from trl_blend.trainers import _partners
 
@@ -27,11 +26,11 @@ def loads(monkeypatch):
     """What is asked of the loader, for each teacher given by name."""
     calls = []
 
-    def load(name, **kwargs):
+    def load(name, argument, **kwargs):
         calls.append((name, kwargs))
-        return tiny_model(seed=1)
+        return tiny_model(seed=1).requires_grad_(False).eval()
 
-    monkeypatch.setattr(_compat, "load_replicated", load)
+    monkeypatch.setattr(_partners, "load_frozen", load)
     return calls
 
 

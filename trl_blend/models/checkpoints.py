@@ -3,17 +3,21 @@
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from trl_blend.errors import ConfigError
-from trl_blend.models.weights import LazyTensor
 
+
+LazyTensor = Callable[[], torch.Tensor]
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+_SETTINGS = {"adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json"}
+_PICKLED = ("adapter_model", "pytorch_model")
+_LFS = b"version https://git-lfs"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -97,17 +101,92 @@ def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, Laz
     """
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(checkpoint, stem):
+        opened = _opened(file)
+        if file.suffix == ".safetensors":
+            handle = functools.cache(functools.partial(_opened, file))
+            tensors |= {name: lambda name=name, handle=handle: handle().get_tensor(name) for name in opened.keys()}
+        else:
+            tensors |= {name: functools.partial(opened.__getitem__, name) for name in opened}
+    return tensors
+
+
+def weight_shapes(checkpoint: Checkpoint, stem: str = "model") -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of [`weight_tensors`], read without the tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(checkpoint, stem):
+        opened = _opened(file)
+        if file.suffix == ".safetensors":
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        else:
+            shapes |= {name: tuple(tensor.shape) for name, tensor in opened.items()}
+    return shapes
+
+
+def _opened(file: Path) -> Any:
+    """An open safetensors file, or the tensors of a PyTorch file by name."""
+    try:
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
-            with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-            handle = functools.cache(functools.partial(safe_open, file, framework="pt"))
-            tensors |= {name: lambda name=name, handle=handle: handle().get_tensor(name) for name in names}
-        else:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            tensors |= {name: functools.partial(loaded.__getitem__, name) for name in loaded}
-    return tensors
+            return safe_open(file, framework="pt")
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"a {type(loaded).__name__} instead of tensors by name")
+        return loaded
+    except Exception as error:  # of a damaged file, each library raises its own
+        raise _broken(file, str(error)) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """
+    What a JSON file of a checkpoint says.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(file, str(error)) from error
+    if not isinstance(content, dict):
+        raise _broken(file, f"a {type(content).__name__} instead of an object")
+    return content
+
+
+def check_files(folder: Path, thoroughly: bool = False) -> None:
+    """
+    Check that the settings in the folder of a model can be read; `thoroughly`, its tokenizer and weights too. Files
+    that are not there are not missed.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If one cannot. The message names it.
+    """
+    for file in sorted(folder.glob("*.json")):
+        if file.name.endswith(".index.json"):
+            _shards(file)
+        elif thoroughly or file.name in _SETTINGS:
+            read_json(file)
+    for file in sorted(folder.iterdir()) if thoroughly else ():
+        if file.suffix == ".safetensors" or (file.suffix == ".bin" and file.name.startswith(_PICKLED)):
+            _opened(file)
+
+
+def _shards(index: Path) -> list[str]:
+    """Files that an index of weights names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise _broken(index, "it has no `weight_map`")
+    return sorted(set(shards.values()))
+
+
+def _broken(file: Path, reason: str) -> ConfigError:
+    with file.open("rb") as opened:
+        start = opened.read(len(_LFS))
+    if start == _LFS:
+        return ConfigError(f"{str(file)!r} is a Git LFS pointer, not the file itself. Run `git lfs pull` there.")
+    if not start:
+        reason = "it is empty"
+    return ConfigError(f"{str(file)!r} is damaged: {reason.splitlines()[0]}. Save or fetch it again.")
 
 
 def weight_files(checkpoint: Checkpoint, stem: str = "model") -> list[Path]:
@@ -115,7 +194,7 @@ def weight_files(checkpoint: Checkpoint, stem: str = "model") -> list[Path]:
     The files that hold a checkpoint's weights, see [`weight_tensors`], fetched if they have to be; without the index.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If there are none, or some are missing.
+        [`~trl_blend.errors.ConfigError`]: If there are none, some are missing, or the index is damaged.
     """
     legacy = {"model": "pytorch_model"}.get(stem, stem)
     for single in (f"{stem}.safetensors", f"{legacy}.bin"):
@@ -123,8 +202,7 @@ def weight_files(checkpoint: Checkpoint, stem: str = "model") -> list[Path]:
             return found  # before an index, as transformers does
         index = checkpoint.folder / f"{single}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return _fetched(checkpoint, shards)
+            return _fetched(checkpoint, _shards(index))
     raise ConfigError(
         f"{checkpoint.name!r} has no weights: neither {stem}.safetensors nor {legacy}.bin, nor an index of shards, in "
         f"{checkpoint.folder}."

@@ -96,6 +96,11 @@ def check_partner_model(model: Any, name: str = "teacher_model") -> None:
     """
     kind = type(model).__name__
     check_decoder_only(getattr(model, "config", None), name)
+    if "_repository" in getattr(vars(model).get("generate"), "keywords", {}):  # of an export's own `generate`
+        raise UnsupportedError(
+            f"`{name}` is a mixed policy of several models, whose forward pass is that of its student alone. Pass one "
+            "of the models that its mixing.json names."
+        )
     can_generate = getattr(model, "can_generate", None)
     if not callable(getattr(model, "generate", None)) or (callable(can_generate) and not can_generate()):
         raise UnsupportedError(

@@ -10,12 +10,11 @@ from unittest.mock import patch
 from transformers import AutoConfig, PretrainedConfig
 
 from trl_blend.errors import ConfigError
-from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, weight_tensors
+from trl_blend.models.checkpoints import Checkpoint, LazyTensor, find_checkpoint, weight_tensors
 from trl_blend.models.identity import AdapterFingerprint, ModelIdentity, TokenizerFingerprint, digest
 from trl_blend.models.loading import find_generation_config, find_tokenizer
 from trl_blend.models.weights import (
     ADAPTER_LAYOUT,
-    LazyTensor,
     fingerprint_tensors,
     hashable_state,
     layout_of,

@@ -1,15 +1,19 @@
 """The one way from a name to a configuration, a tokenizer and a causal language model, adapters included."""
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -19,9 +23,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from trl_blend.errors import ConfigError
-from trl_blend.models.checkpoints import missing_model
+from trl_blend.errors import ConfigError, TrlBlendError, UnsupportedError
+from trl_blend.models.checkpoints import Checkpoint, check_files, missing_model, read_json, weight_shapes
 from trl_blend.models.compatibility import check_decoder_only, check_partner_model
+from trl_blend.models.weights import layout_of
 from trl_blend.models.wrappers import AdapterConfig
 
 
@@ -90,7 +95,8 @@ def check_not_loaded(model: Any, argument: str, options: LoadOptions) -> None:
 
 def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> PretrainedConfig:
     """
-    Configuration of a causal language model; for an adapter, that of its base.
+    Configuration of a causal language model; for an adapter, that of its base, with as many vocabulary rows as the
+    adapter was trained with.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -102,19 +108,38 @@ def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> 
             of its own files; the one of its base is in its configuration.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If there is no such model.
+        [`~trl_blend.errors.ConfigError`]: If there is no such model, or its files are damaged.
         [`~trl_blend.errors.UnsupportedError`]: If it is not a decoder-only language model.
     """
     if not isinstance(model, str):
         check_partner_model(model, argument)
         return model.config
-    *_, (name, options) = _places(model, argument, _given(options))
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise missing_model(name, error, argument, options.get("revision")) from error
+    options = _given(options)
+    *above, (name, of_base) = _places(model, argument, options)
+    with _named_errors(name, argument, of_base):
+        config = AutoConfig.from_pretrained(name, **of_base)
     check_decoder_only(config, argument)
+    if above:
+        rows = _vocabulary_rows(model, argument, options, config)
+        config.get_text_config().vocab_size = rows
     return config
+
+
+def find_adapter(model: str | PreTrainedModel, argument: str, **options: Any) -> AdapterConfig | None:
+    """
+    Settings of the adapter that a name or a model in memory stands for; `None` where it stands for a whole model.
+
+    Args:
+        model, argument, options:
+            See [`find_config`].
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there is no model of that name.
+    """
+    if not isinstance(model, str):
+        return AdapterConfig.of_model(model)
+    found = _file(model, "adapter_config.json", argument, _given(options))
+    return None if found is None else AdapterConfig.of_folder(Path(found).parent)
 
 
 def find_tokenizer(
@@ -166,7 +191,8 @@ def find_generation_config(model: str | PreTrainedModel, argument: str, **option
         return getattr(model, "generation_config", None)
     for name, settings in _places(model, argument, _given(options)):
         if _file(name, "generation_config.json", argument, settings) is not None:
-            return GenerationConfig.from_pretrained(name, **settings)
+            with _named_errors(name, argument, settings):
+                return GenerationConfig.from_pretrained(name, **settings)
     return None
 
 
@@ -229,26 +255,109 @@ def load_frozen(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
             Of `from_pretrained`, as they are: `dtype=None` is the checkpoint's.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If there is no such model.
+        [`~trl_blend.errors.ConfigError`]: If there is no such model, its files are damaged, or weights are missing.
         [`~trl_blend.errors.UnsupportedError`]: If it is not a decoder-only language model.
     """
     from trl_blend import _compat  # imports trl, which finding a configuration does not need
 
-    *above, (base, of_base) = _places(name, argument, arguments)
-    try:
-        loaded: Any = _compat.load_replicated(base, **of_base)
-    except OSError as error:
-        raise missing_model(base, error, argument, of_base.get("revision")) from error
-    if above:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, name, **_of_files(arguments))
+    loaded = _load(name, argument, _compat.load_replicated, arguments, is_trainable=False)
     check_partner_model(loaded, argument)
     return loaded.requires_grad_(False).eval()
 
 
+def load_trainable_adapter(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
+    """
+    Load an adapter by name on its base, to go on training it: the adapter has gradients and the base has none. It is
+    what [`~peft.AutoPeftModelForCausalLM`] loads with `is_trainable=True`, as a trainer of TRL loads a base.
+
+    Args:
+        name, argument, arguments:
+            See [`load_frozen`].
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: See [`load_frozen`].
+    """
+    from trl_blend import _compat
+
+    return _load(name, argument, _compat.create_model_from_path, arguments, is_trainable=True)
+
+
+def _load(
+    name: str, argument: str, create: Callable[..., Any], arguments: dict[str, Any], is_trainable: bool
+) -> PreTrainedModel:
+    *above, (base, of_base) = _places(name, argument, arguments)
+    own = _of_files(of_base) | _given({"trust_remote_code": of_base.get("trust_remote_code")})
+    with _named_errors(base, argument, of_base):
+        config = AutoConfig.from_pretrained(base, **own)
+        # Found here, because TRL would look it up without the revision
+        architecture = _model_class(config)
+        loaded: Any
+        loaded, info = create(base, architecture=architecture, output_loading_info=True, **of_base)
+    if info["missing_keys"]:
+        raise ConfigError(
+            f"`{argument}={name!r}` lacks {len(info['missing_keys'])} weights of a {type(loaded).__name__}, such as "
+            f"{min(info['missing_keys'])!r}, which would be random numbers. Save or fetch it again; if it is another "
+            "kind of model, pass one that was saved with its language-model head."
+        )
+    if not above:
+        return loaded
+    from peft import PeftModel
+
+    rows = _vocabulary_rows(name, argument, arguments, config)
+    if rows != loaded.get_input_embeddings().weight.shape[0]:
+        loaded.resize_token_embeddings(rows, mean_resizing=False)  # the new rows are the adapter's
+    with _named_errors(name, argument, arguments), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(loaded, name, is_trainable=is_trainable, **_of_files(arguments))
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    """The class of a configuration's checkpoint, if that is a language model; else the one that is of this kind."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None and hasattr(named, "can_generate") and named.can_generate():
+        return named
+    known = getattr(config, "auto_map", None) or {}
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if auto_class.__name__ in known or type(config) in auto_class._model_mapping:
+            return auto_class
+    return AutoModelForCausalLM
+
+
+def _vocabulary_rows(name: str, argument: str, options: dict[str, Any], config: PretrainedConfig) -> int:
+    """
+    Vocabulary rows of a base with its adapter: those of the base, unless the adapter holds rows of its own or trains
+    tokens beyond them. Then the base has been resized before it was trained, and PEFT expects the same again.
+    """
+    rows = config.get_text_config().vocab_size
+    found = _file(name, "adapter_config.json", argument, options)
+    assert found is not None
+    for file in ("adapter_model.safetensors", "adapter_model.bin"):
+        _file(name, file, argument, options)
+    folder = Path(found).parent
+    shapes = weight_shapes(Checkpoint(name, folder, None, False, True), "adapter_model")
+    tied = layout_of(config).tied
+    layers = {layer.split(".")[-2] for layer in (*tied, *tied.values())}  # such as `lm_head` and `embed_tokens`
+    for tensor, shape in shapes.items():
+        parts = tensor.split(".")
+        if layers.isdisjoint(parts):
+            continue
+        if "lora_embedding_A" in parts:
+            return shape[1]
+        if "lora_B" in parts or (parts[-1] == "weight" and not any(part.startswith("lora_") for part in parts)):
+            return shape[0]
+    fields = AdapterConfig.of_folder(folder).fields
+    trained = fields.get("trainable_token_indices") or fields.get("token_indices") or []
+    if isinstance(trained, dict):
+        trained = [token for tokens in trained.values() for token in tokens]
+    if max(trained, default=0) < rows:
+        return rows
+    tokenizer = _named_tokenizer(name, argument, options)
+    return max(max(trained) + 1, 0 if tokenizer is None else len(tokenizer))
+
+
 def _places(name: str, argument: str, options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where a model's files are looked for, and with which options: its own place; for an adapter, then its base's."""
+    _check_place(name, argument, options)
     yield name, options
     found = _file(name, "adapter_config.json", argument, options)
     if found is None:
@@ -264,7 +373,72 @@ def _places(name: str, argument: str, options: dict[str, Any]) -> Iterator[tuple
             "pass the loaded model."
         )
     of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
-    yield adapter.base_name, of_base | _given({"revision": adapter.base_revision})
+    of_base |= _given({"revision": adapter.base_revision})
+    _check_place(adapter.base_name, argument, of_base)
+    yield adapter.base_name, of_base
+
+
+def _check_place(name: str, argument: str, options: dict[str, Any]) -> None:
+    """Refuse settings that cannot be read, of which transformers passes over some, and mixtures."""
+    found = [_file(name, file, argument, options) for file in ("config.json", "generation_config.json")]
+    for path in filter(None, found):
+        with _named(name, argument):
+            check_files(Path(path).parent)
+    if found[0] is not None and MIXED_POLICY in str(read_json(Path(found[0])).get("auto_map")):
+        raise UnsupportedError(
+            f"`{argument}={name!r}` is a mixed policy of several models, which only decodes: it has no "
+            "log-probabilities to train or to score with. Pass one of the models that its mixing.json names; for its "
+            "student alone, load it with `AutoModelForCausalLM` and `trust_remote_code=True` and save that elsewhere."
+        )
+
+
+MIXED_POLICY = "custom_generate/generate.MixedPolicy"
+"""Class in the `auto_map` of an exported mixed policy."""
+
+
+@contextmanager
+def _named(name: str, argument: str) -> Iterator[None]:
+    """Let the error of a file say which argument led to it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"`{argument}={name!r}` cannot be read: {error}") from error
+
+
+@contextmanager
+def _named_errors(name: str, argument: str, options: dict[str, Any]) -> Iterator[None]:
+    """One error for whatever reading a model raises: which file is damaged, or else what was said."""
+    try:
+        yield
+    except (TrlBlendError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        _check_thoroughly(name, argument, options)
+        if isinstance(error, OSError):
+            raise missing_model(name, error, argument, options.get("revision")) from error
+        said = f"{type(error).__name__}: {error}".splitlines()
+        raise ConfigError(f"`{argument}={name!r}` cannot be loaded: {' '.join(said[:2])}") from error
+
+
+@contextmanager
+def naming_damage(model: str | PreTrainedModel, argument: str, **options: Any) -> Iterator[None]:
+    """Let whatever is raised while others load a model by name say which of its files is damaged, if one is."""
+    try:
+        yield
+    except TrlBlendError:
+        raise
+    except Exception:
+        if isinstance(model, str):
+            _check_thoroughly(model, argument, _given(options))
+        raise
+
+
+def _check_thoroughly(name: str, argument: str, options: dict[str, Any]) -> None:
+    for file in ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json"):
+        if (path := _file(name, file, argument, options)) is not None:
+            with _named(name, argument):
+                check_files(Path(path).parent, thoroughly=True)
+            return
 
 
 def _named_tokenizer(model: str, argument: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -272,10 +446,8 @@ def _named_tokenizer(model: str, argument: str, options: dict[str, Any]) -> PreT
     files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     for name, settings in _places(model, argument, options):
         if any(_file(name, file, argument, settings) is not None for file in files):
-            try:
+            with _named_errors(name, argument, settings):
                 return AutoTokenizer.from_pretrained(name, **settings)
-            except (OSError, ValueError) as error:
-                raise missing_model(name, error, argument, settings.get("revision"), "tokenizer") from error
     return None
 
 

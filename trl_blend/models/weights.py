@@ -7,13 +7,14 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 
 from trl_blend.errors import UnsupportedError
+from trl_blend.models.checkpoints import LazyTensor
 from trl_blend.models.identity import WeightsFingerprint
 from trl_blend.models.wrappers import AdapterConfig
 
@@ -24,8 +25,6 @@ _PROBE = 1024  # float32 weights show in the first few values that they are no b
 
 # Buffers that older releases of transformers saved with the weights and today's models compute
 _LEGACY_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
-
-LazyTensor = Callable[[], torch.Tensor]
 
 
 class Layout(NamedTuple):

@@ -1,6 +1,5 @@
 """What wraps a model: PEFT adapters and `torch.compile`; adapters on and off, evaluation mode."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from trl_blend.errors import UnsupportedError
+from trl_blend.models.checkpoints import read_json
 from trl_blend.models.identity import digest
 
 
@@ -167,7 +167,7 @@ class AdapterConfig:
     @classmethod
     def of_folder(cls, folder: Path) -> "AdapterConfig":
         """Settings in the folder's `adapter_config.json`."""
-        return cls(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+        return cls(read_json(folder / "adapter_config.json"))
 
     @classmethod
     def of_model(cls, model: Any) -> "AdapterConfig | None":
@@ -184,6 +184,13 @@ class AdapterConfig:
         if len(active) != 1:
             raise UnsupportedError(f"the identity of a model with {len(active)} active adapters: {list(active)}")
         return cls(model.peft_config[active[0]].to_dict(), active[0])
+
+    @property
+    def peft_config(self) -> Any:
+        """The same settings as a [`~peft.PeftConfig`]."""
+        from peft import PeftConfig
+
+        return PeftConfig.from_peft_type(**self.fields)
 
     @property
     def base_name(self) -> str | None:

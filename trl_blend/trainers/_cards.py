@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 
 from trl_blend import _compat
 from trl_blend._version import __version__
+from trl_blend.models.wrappers import AdapterConfig
 from trl_blend.reports import cards, metadata
 from trl_blend.reports.cards import CardTeacher, model_link
 from trl_blend.reports.curves import CURVES_FILE, Panel, draw_curves, last_values
@@ -35,6 +36,9 @@ class CardMixin:
     reward); optionally `before_step` (optimizer step of `before`, if not 0), `decoding` (`"greedy"`), and for the
     model index `dataset` (id on the Hub), `split` and `policy`, the one that is published.
     """
+
+    started_from_adapter: tuple[str, str | None] | None = None
+    """Name and revision of the adapter that training started from, where one was given by name."""
 
     _template_name: str
     _panels: tuple[Panel, ...]
@@ -89,7 +93,7 @@ class CardMixin:
         self._card_arguments = {"model_name": model_name, "dataset_name": dataset_name, "tags": tags}
         folder = Path(self.args.output_dir)
         card = folder / "README.md"
-        base, commit = _origin(self.model.config, self.args.model_init_kwargs)
+        base, commit = _base_of(self)
         kept = metadata.kept_metadata(card, shown_name(base).hub_id)
         if "license" not in kept:
             kept |= metadata.base_license(base, commit)
@@ -119,7 +123,10 @@ class CardMixin:
     def _all_card_fields(self, dataset_name: str | None) -> dict[str, Any]:
         """Every placeholder of the templates. `card_fields` adds to these, or replaces them."""
         args, state, results, method = self.args, self.state, self.card_results, self.card_fields()
-        base, commit = _origin(self.model.config, args.model_init_kwargs)
+        base, commit = _base_of(self)
+        start = model_link(base, commit)
+        if self.started_from_adapter is not None:
+            start = f"the adapter {model_link(*self.started_from_adapter)} on {start}"
         data = model_link(dataset_name, kind="datasets/") if dataset_name else ""
         rows = f"{method['data_rows']:,} {method['data_unit']} of " if method["data_rows"] else ""
         adapter = _adapter(self.accelerator.unwrap_model(self.model))
@@ -128,7 +135,7 @@ class CardMixin:
         draws = not self._is_running or (args.push_to_hub and args.hub_strategy != HubStrategy.END)
         curves = self.write_curves() if draws else None
         what = [
-            ("started from", model_link(base, commit)),
+            ("started from", start),
             ("trained weights", _weights(args, self.model.dtype, adapter)),
             ("data", rows + (data or "a dataset that was not named")),
             ("length", _length(state, counts_epochs=bool(rows))),
@@ -140,7 +147,7 @@ class CardMixin:
             "config": args,
             "version": __version__,
             "peft_version": version("peft") if adapter else None,
-            "base": model_link(base, commit),
+            "base": start,
             "on_dataset": f" on {data}" if data else "",
             "is_adapter": bool(adapter),
             "mixed": False,
@@ -153,7 +160,8 @@ class CardMixin:
             "before_after_text": _scores_text(results),
             "evaluation": cards.evaluation_table(state.log_history, method["result_metrics"]),
         }
-        names = [base, dataset_name, args.output_dir, *(teacher.name for teacher in method["teachers"])]
+        adapters = [self.started_from_adapter[0]] if self.started_from_adapter else []
+        names = [base, *adapters, dataset_name, args.output_dir, *(teacher.name for teacher in method["teachers"])]
         return fields | method | {"local_names": names + method.get("named", [])}
 
     def write_curves(self) -> Path | None:
@@ -187,6 +195,14 @@ def student_name(trainer: Any) -> str:
 def is_adapter(model: Any) -> bool:
     """Whether an adapter is trained, rather than all weights."""
     return is_peft_model(model)
+
+
+def _base_of(trainer: Any) -> tuple[str, str | None]:
+    """Name and commit of what was trained; of an adapter that was given by name, those of its base."""
+    if trainer.started_from_adapter is None:
+        return _origin(trainer.model.config, trainer.args.model_init_kwargs)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return _origin(model.config, None, AdapterConfig.of_model(model).base_revision)
 
 
 def _origin(config: Any, init_kwargs: Any, revision: str | None = None) -> tuple[str, str | None]:
@@ -330,11 +346,12 @@ def live_teacher(partner: Any, given: Any, args: Any) -> CardTeacher:
     return CardTeacher(name, commit, _dtype(partner.dtype), "stated", f"loaded for this run under this name, {known}")
 
 
-def base_teacher(model: Any, args: Any) -> CardTeacher:
+def base_teacher(trainer: Any) -> CardTeacher:
     """The base under the student's adapters, as its own teacher."""
-    name, commit = _origin(model.config, args.model_init_kwargs)
+    name, commit = _base_of(trainer)
     reason = "the base that the adapters are trained on, with the adapters disabled"
-    return CardTeacher(name, commit, _dtype(model.dtype), "stated" if name else "unknown", reason)
+    dtype = _dtype(trainer.model.dtype)
+    return CardTeacher(name, commit, dtype, "stated" if name else "unknown", reason)
 
 
 def _dtype(dtype: torch.dtype) -> str:

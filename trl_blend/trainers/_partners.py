@@ -15,8 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.models.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
-from trl_blend.models.loading import find_config, find_tokenizer, load_frozen
-from trl_blend.models.wrappers import check_adapters_can_be_disabled
+from trl_blend.models.loading import (
+    find_adapter,
+    find_config,
+    find_tokenizer,
+    load_frozen,
+    load_trainable_adapter,
+)
+from trl_blend.models.wrappers import AdapterConfig, check_adapters_can_be_disabled
 
 
 logger = get_logger(__name__)
@@ -126,6 +132,39 @@ def check_names(
     return min(rows)
 
 
+def student_adapter(model: str | PreTrainedModel, args: Any) -> AdapterConfig | None:
+    """Settings of the adapter that a student given by name is; `None` for a whole model, and for one in memory."""
+    if not isinstance(model, str):
+        return None
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return find_adapter(model, "model", revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def load_student_adapter(
+    name: str,
+    args: Any,
+    processing_class: PreTrainedTokenizerBase | None,
+    *,
+    quantization_config: Any = None,
+    **tokenizer_options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The adapter `name` on its base, to be trained further, and its tokenizer. The settings of loading are those of a
+    base that TRL loads by name.
+    """
+    arguments = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        arguments["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        arguments["device_map"] = None
+    arguments.setdefault("trust_remote_code", args.trust_remote_code)
+    model = load_trainable_adapter(name, "model", **arguments)
+    if processing_class is None:
+        of_files = {"revision": arguments.get("revision"), "trust_remote_code": arguments["trust_remote_code"]}
+        processing_class = find_tokenizer(name, "model", required=True, **of_files, **tokenizer_options)
+    return model, processing_class
+
+
 def load_partners(
     teachers: list[str | PreTrainedModel], args: Any, defaults: dict[str, Any] | None = None
 ) -> list[PreTrainedModel]:
@@ -160,11 +199,25 @@ def check_text_only(is_vision_language: bool, off: str) -> None:
         )
 
 
-def check_adapters(model: Any, teachers: list, peft_config: Any, off: str | None = None) -> None:
-    """Refuse adapters that the fused head would ignore, and a missing teacher without adapters."""
+def adapters_of(model: Any, peft_config: Any, args: Any) -> list[Any]:
+    """Configurations of the adapters that a student will have."""
     adapters = [peft_config] if peft_config is not None else []
     if not isinstance(model, str) and is_peft_model(model):
         adapters += list(model.peft_config.values())
+    named = student_adapter(model, args)
+    if named is not None and peft_config is not None:
+        raise ConfigError(
+            f"`model={model!r}` is an adapter already, and `peft_config` would put another one on it. Drop "
+            "`peft_config` to go on training this one, or merge it into its base first (`merge_and_unload`)."
+        )
+    if named is not None:
+        adapters.append(named.peft_config)
+    return adapters
+
+
+def check_adapters(model: Any, teachers: list, peft_config: Any, args: Any, off: str | None = None) -> None:
+    """Refuse adapters that the fused head would ignore, and a missing teacher without adapters."""
+    adapters = adapters_of(model, peft_config, args)
     if not teachers and not adapters:
         raise ConfigError(
             "`teacher_model=None` means the base of a PEFT student, but there is no `peft_config` and `model` is not "

@@ -4,8 +4,9 @@ import inspect
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from trl_blend._version import __version__
 from trl_blend.consistency.provenance import PROVENANCE_FILE
 from trl_blend.errors import ConfigError, HubError
 from trl_blend.export import former_export
+from trl_blend.models.loading import naming_damage
 from trl_blend.reports.curves import progress_text
 from trl_blend.reports.names import shown_name
-from trl_blend.trainers import _cards, _record
+from trl_blend.trainers import _cards, _partners, _record
 from trl_blend.trainers._cards import CardMixin
 from trl_blend.trainers._data import RowsNeeded, check_data, check_evaluation
 from trl_blend.trainers._settings import guard_tokens
@@ -52,14 +54,30 @@ class RunMixin(CardMixin):
     num_held_out: int | None = None
     """Rows that are kept from the training, for the line that a run starts with. Those of `eval_dataset` if unset."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        guard_tokens(kwargs["args"])  # one may have been set since the config was made
-        needed = self.rows_needed(kwargs["args"])
-        check_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), kwargs["args"], needed)
-        check_evaluation(kwargs.get("eval_dataset"), kwargs["args"])
-        if kwargs["args"].push_to_hub:
-            prepare_repository(kwargs["args"])
-        super().__init__(*args, **kwargs)
+    _tokenizer_options: Mapping[str, Any] = {"padding_side": "left", "truncation_side": "left"}
+    """How the parent loads a tokenizer by name."""
+
+    def __init__(self, *, args: Any, model: Any, **kwargs: Any):
+        guard_tokens(args)  # one may have been set since the config was made
+        check_data(kwargs.get("train_dataset"), kwargs.get("eval_dataset"), args, self.rows_needed(args))
+        check_evaluation(kwargs.get("eval_dataset"), args)
+        if args.push_to_hub:
+            prepare_repository(args)
+        adapter = _partners.student_adapter(model, args)
+        self.started_from_adapter = adapter and (model, (args.model_init_kwargs or {}).get("revision"))
+        if adapter is None:
+            with naming_damage(model, "model", revision=(args.model_init_kwargs or {}).get("revision")):
+                super().__init__(args=args, model=model, **kwargs)
+        else:
+            loaded, kwargs["processing_class"] = _partners.load_student_adapter(
+                model,
+                args,
+                kwargs.get("processing_class"),
+                quantization_config=kwargs.pop("quantization_config", None),
+                **self._tokenizer_options,
+            )
+            with _without_init_kwargs(args):  # which the parent would warn of
+                super().__init__(args=args, model=loaded, **kwargs)
         self._stages: list[_record.Stage] = []
         self.add_callback(FiniteLogCallback())
         self.add_callback(MethodProgressCallback(self))
@@ -229,6 +247,15 @@ class RunMixin(CardMixin):
         for job in failed:
             said = _words(_error_of(job))
             logger.warning(f"Step {self.state.global_step}: a push of a checkpoint has failed. {said} {goes_on}")
+
+
+@contextmanager
+def _without_init_kwargs(args: Any) -> Iterator[None]:
+    saved, args.model_init_kwargs = args.model_init_kwargs, None
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = saved
 
 
 def prepare_repository(args: Any) -> None:

@@ -33,7 +33,7 @@ def check_arguments(
     if not args.mixes:
         return
     _partners.check_text_only(isinstance(processing_class, ProcessorMixin), "`teacher_weight=0`")
-    _partners.check_adapters(model, teachers, peft_config, "`teacher_weight=0`")
+    _partners.check_adapters(model, teachers, peft_config, args, "`teacher_weight=0`")
     rollouts_without_teacher = {
         "use_vllm": args.use_vllm,
         "use_transformers_continuous_batching": args.use_transformers_continuous_batching,

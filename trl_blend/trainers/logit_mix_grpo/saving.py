@@ -113,7 +113,10 @@ class MixedPolicyFiles:
             )
         load = (self.args.model_init_kwargs or {}) if isinstance(student, str) else {}
         is_known = isinstance(student, str) and not _ELSEWHERE & load.keys()
-        return model_files.base_checkpoint(self.model, load.get("revision"), is_known=is_known)
+        revision = load.get("revision")
+        if is_known and find_checkpoint(student, revision, local_files_only=True).is_adapter:
+            revision = None  # the adapter's own
+        return model_files.base_checkpoint(self.model, revision, is_known=is_known)
 
     def _origin_of(self, teacher: Any, base: Checkpoint | None) -> ModelSource:
         """Where a teacher can be had as it is: nowhere, if it was in memory or loaded with settings of its own."""

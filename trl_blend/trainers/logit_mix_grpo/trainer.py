@@ -528,7 +528,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         pairs = zip(self.partners, self._given_teachers)
         teachers = [_cards.live_teacher(partner, given, self.args) for partner, given in pairs]
         if self.args.mixes and not teachers:
-            teachers = [_cards.base_teacher(self.model, self.args)]
+            teachers = [_cards.base_teacher(self)]
         return report.card_fields(
             self.args,
             teachers=teachers,

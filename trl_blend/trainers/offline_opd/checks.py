@@ -4,7 +4,6 @@ from typing import Any
 
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -37,10 +36,7 @@ def check_arguments(
             "Vision-language students cannot be trained on stored rollouts, which hold no images. Pass a tokenizer, "
             "and a text model."
         )
-    adapters = [peft_config] if peft_config is not None else []
-    if not isinstance(model, str) and is_peft_model(model):
-        adapters += list(model.peft_config.values())
-    for adapter in adapters:
+    for adapter in _partners.adapters_of(model, peft_config, args):
         _partners.check_lm_head_adapter(adapter)
 
 

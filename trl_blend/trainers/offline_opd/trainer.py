@@ -110,6 +110,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             }"""),
     }
     _template_name = "offline_opd.md"
+    _tokenizer_options: Mapping[str, Any] = {}
     _panels = report.PANELS
     # A resumed run with other values of these does not continue the interrupted one
     _recorded = (

@@ -35,7 +35,7 @@ def check_arguments(
     if len(teachers) > 1:
         raise ConfigError(f"`teacher_model` has {len(teachers)} models. Pass one: the loss has one target.")
     _partners.check_teacher_arguments(teachers, [0.0], args)
-    _partners.check_adapters(model, teachers, peft_config)
+    _partners.check_adapters(model, teachers, peft_config, args)
     if not has_rewards and not is_default(args, "success_threshold"):
         raise ConfigError(
             f"`success_threshold={args.success_threshold}` has no effect without `reward_funcs`. Leave it out."

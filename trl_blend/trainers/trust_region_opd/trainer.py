@@ -428,7 +428,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         if self.partners:
             teacher = _cards.live_teacher(self.partners[0], self._given_teachers[0], self.args)
         else:
-            teacher = _cards.base_teacher(self.model, self.args)
+            teacher = _cards.base_teacher(self)
         return report.card_fields(
             self.args,
             teacher=teacher,
