@@ -239,7 +239,7 @@ def test_rollouts(world, capsys, options, message):
             ["--teacher_model_name_or_path", "nowhere/x"],
             "`--teacher_model_name_or_path='nowhere/x'` is neither a folder",
         ),
-        ([], "top_k: 3 -> None"),
+        ([], "top_k: 3 -> 16"),
     ],
 )
 def test_score(world, capsys, options, message):

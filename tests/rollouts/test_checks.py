@@ -230,3 +230,43 @@ def test_row_keys_tell_prompts_and_samples_apart():
     assert len(keys) == 6
     assert all(len(key) == 32 and int(key, 16) >= 0 for key in keys)
     assert row_key(np.array([1, 2], dtype=np.int32), 3) == row_key((1, 2), 3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("column", LOGPS)
+@pytest.mark.parametrize("value", [-9999.0, -1e4, -1000.5, -65504.0])
+def test_values_that_stand_for_no_number(rows, form, column, value):
+    token = rows["completion_ids"][BAD_ROW][0]
+    key = rows["key"][BAD_ROW]
+    expected = rf"{column!r} has log-prob .*, which is none .1 such.*row {BAD_ROW} \(key {key}\) at position 0 "
+    with pytest.raises(StoreError, match=expected + rf"\(token {token}\)\. (Score|Collect).*If it is there again"):
+        check_rows(form(changed(rows, column, 0, value)))
+    check_rows(form(changed(rows, column, 0, -500.0)))
+
+
+def test_the_smallest_number_of_a_dtype(rows):
+    for value in (np.finfo(np.float32).min, -1e30):
+        with pytest.raises(StoreError, match="'teacher_logps' has log-prob -.*, which is none"):
+            check_rows(changed(rows, "teacher_logps", 0, value))
+        with pytest.raises(StoreError, match="'teacher_logps' has log-prob -inf, not a finite number"):
+            check_rows(build_table(changed(rows, "teacher_logps", 0, value), "float16"))
+
+
+@pytest.mark.parametrize("value", [None, "none", "NaN"])
+def test_values_that_are_no_floats(rows, value):
+    values = [list(row) for row in rows["teacher_logps"]]
+    values[BAD_ROW][0] = value
+    with pytest.raises(
+        StoreError, match=f"'teacher_logps' (does not hold what it has to in|.*not a fin.*) row {BAD_ROW}"
+    ):
+        check_rows({**rows, "teacher_logps": values})
+
+
+def test_missing_values_inside_of_a_row(rows):
+    values = [row.tolist() for row in rows["teacher_logps"]]
+    values[BAD_ROW][-1] = None
+    position = len(values[BAD_ROW]) - 1
+    table = build_table(rows, "float32")
+    column = pa.array(values, table.schema.field("teacher_logps").type)
+    with pytest.raises(StoreError, match=f"missing values in row {BAD_ROW} .* at position {position} "):
+        check_rows(table.set_column(table.column_names.index("teacher_logps"), "teacher_logps", column))

@@ -12,7 +12,7 @@ from datasets import Dataset
 from tests.rollouts.collecting import assert_logps, collect, ends_well, rows_of, save_model, save_prompts
 from tests.tiny import EOS_ID, tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend import RolloutConfig, collect_rollouts, score_rollouts
-from trl_blend.errors import ConfigError, StoreError, UnsupportedError
+from trl_blend.errors import ConfigError, EngineError, StoreError, UnsupportedError
 from trl_blend.rollouts import identities
 from trl_blend.rollouts.config import StoreConfig
 from trl_blend.rollouts.engines import local
@@ -84,6 +84,7 @@ def test_the_manifest_says_what_was_sampled(student, prompts, finished):
         "num_rollouts_per_prompt": 2,
         "seed": 0,
         "eos_token_ids": [EOS_ID],
+        "vocab_size": 64,
     }
     assert manifest.engine["name"] == "transformers" and manifest.engine["torch"] == torch.__version__
     assert manifest.student["name"] == student and manifest.student["weights"]["sha256"]
@@ -382,3 +383,59 @@ def test_a_store_without_its_manifest_is_taken_up(student, prompts, finished, tm
     store = shutil.copytree(finished.folder, tmp_path / "store")
     (store / "manifest.json").unlink()
     assert collect(student, prompts, store, **SETTINGS).digest == finished.digest
+
+
+# -------------------- rows that are no tokens, numbers that are none
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A student whose most probable rows are no tokens."""
+    folder = tmp_path_factory.mktemp("padded")
+    tiny_tokenizer().save_pretrained(folder)
+    model = tiny_model(vocab_size=72, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[64:] = model.lm_head.weight[:8] * 1.5
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_rows_beyond_the_tokenizer_are_not_drawn(padded, prompts, tmp_path):
+    store = collect(padded, prompts, tmp_path / "store", **SETTINGS)
+    assert store.manifest.sampling["vocab_size"] == 64
+    model = tiny_model(vocab_size=72, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[64:] = model.lm_head.weight[:8] * 1.5
+    model.resize_token_embeddings(64)  # the reference: a model without those rows
+    for row in rows_of(store):
+        ids = row["prompt_ids"], row["completion_ids"]
+        assert max(row["completion_ids"]) < 64
+        assert_logps(model, *ids, row["rollout_logps"], row["student_logps"], temperature=0.7, top_p=0.9)
+
+
+def test_end_tokens_that_the_tokenizer_lacks_are_drawn(tmp_path, padded, prompts):
+    folder = shutil.copytree(padded, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [EOS_ID, 66]}))
+    store = collect(str(folder), prompts, tmp_path / "store", **SETTINGS)
+    assert store.manifest.sampling["vocab_size"] == 67
+    assert {max(row["completion_ids"]) for row in rows_of(store)} <= set(range(67))
+
+
+def test_a_model_without_numbers_is_said(student, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(EngineError, match="Row 0 of the prompts: The student's logits are not numbers .nan."):
+        collect(model, ["1+1"], tmp_path / "store", tiny_tokenizer(), **SETTINGS)
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():  # only some prompts meet it
+        model.model.embed_tokens.weight[tiny_tokenizer().convert_tokens_to_ids("z")] = float("nan")
+    with pytest.raises(EngineError, match="Row 1 of the prompts: The student's logits are not numbers"):
+        collect(
+            model,
+            ["12", "z1", "2"],
+            tmp_path / "other",
+            tiny_tokenizer(),
+            **{**SETTINGS, "num_rollouts_per_prompt": 1},
+        )

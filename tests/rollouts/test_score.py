@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from tests import reference
 from tests.rollouts.collecting import collect, rows_of, save_model, save_prompts, score
@@ -14,6 +15,8 @@ from trl_blend.errors import ConfigError, EngineError, StoreError, TokenizerMism
 from trl_blend.rollouts.checks import check_rows
 from trl_blend.rollouts.engines import base
 from trl_blend.rollouts.engines import local as local_engine
+from trl_blend.rollouts.format import Manifest
+from trl_blend.rollouts.writer import ShardWriter
 
 
 COLLECT = {"max_completion_length": 8, "rows_per_shard": 4, "logps_dtype": "float32"}
@@ -74,14 +77,14 @@ def test_the_rows_and_shards_are_those_of_the_rollouts(rollouts, finished):
 def test_the_manifest_says_who_did_what(rollouts, finished, teacher, student):
     manifest = finished.manifest
     assert manifest.kind == "scored_rollouts" and manifest.logps_dtype == "float32"
-    assert manifest.scoring == {"temperature": 1.0, "top_k": 5, "dtype": "float32"}
+    assert manifest.scoring == {"temperature": 1.0, "top_k": 5, "dtype": "float32", "vocab_size": 64}
     assert manifest.sampling == rollouts.manifest.sampling and manifest.student == rollouts.manifest.student
     assert (manifest.teacher["name"], manifest.student["name"]) == (teacher, student)
     assert manifest.source["rollouts_digest"] == rollouts.digest
 
 
 def test_sampled_tokens_only_in_float16(rollouts, teacher, finished, tmp_path):
-    store = score(rollouts, teacher, tmp_path / "store", logps_dtype="float16", **SCORE)
+    store = score(rollouts, teacher, tmp_path / "store", logps_dtype="float16", top_k=0, **SCORE)
     assert store.manifest.scoring["top_k"] is None
     for row, exact in zip(rows_of(store), rows_of(finished), strict=True):
         assert "teacher_topk_ids" not in row
@@ -194,7 +197,7 @@ def test_broken_rollouts_are_named(rollouts, teacher, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 0}, "`top_k=0` must be at least 1"),
+        ({"top_k": -1}, "`top_k=-1` must be at least 0"),
         ({"top_k": 64}, "`top_k=64` must be less than the teacher's vocabulary size 64"),
         ({"tokens_per_batch": 0}, "`tokens_per_batch=0` must be at least 1"),
         ({"logps_dtype": "int8"}, "`logps_dtype='int8'`"),
@@ -230,7 +233,7 @@ def test_a_teacher_with_other_tokens(rollouts, tmp_path, no_model):
 
 def test_a_vocabulary_that_is_too_small(rollouts, tmp_path):
     other = save_model(tmp_path / "other", seed=1, vocab_size=40)
-    with pytest.raises(TokenizerMismatchError, match="holds token id .* but the model has the 40 tokens"):
+    with pytest.raises(TokenizerMismatchError, match="Row 0 .key .* holds id .* are 0 to 39"):
         score(rollouts, other, tmp_path / "store", **SCORE)
 
 
@@ -239,7 +242,74 @@ def test_an_unreadable_teacher(rollouts, tmp_path):
         score(rollouts, "nowhere/at-all", tmp_path / "store", **SCORE)
 
 
+def test_rows_beyond_the_tokenizer_have_no_part(rollouts, tmp_path):
+    """As in a larger model of a family: its most probable rows are no tokens."""
+    model = tiny_model("llama", seed=1, vocab_size=72, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[64:] = model.lm_head.weight[:8] * 1.5
+    folder = tmp_path / "teacher"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    store = score(rollouts, str(folder), tmp_path / "store", **SCORE)
+    assert store.manifest.scoring["vocab_size"] == 64 and store.manifest.scoring["top_k"] == 16
+    model.resize_token_embeddings(64)  # the reference: a model without those rows
+    for row in rows_of(store):
+        expected = forced_logprobs(model, row["prompt_ids"], row["completion_ids"])
+        for t, (token, logprobs) in enumerate(zip(row["completion_ids"], expected, strict=True)):
+            assert row["teacher_logps"][t] == pytest.approx(logprobs[token].item(), abs=2e-5)
+            kept = row["teacher_topk_ids"][t]
+            np.testing.assert_allclose(row["teacher_topk_logps"][t], logprobs[kept], rtol=0, atol=2e-5)
+            assert len(kept) == 16 and max(kept) < 64
+    # In memory, without a tokenizer, the rollouts say which ids are tokens
+    model = tiny_model("llama", seed=1, vocab_size=72)
+    assert score(rollouts, model, tmp_path / "memory", **SCORE).manifest.scoring["vocab_size"] == 64
+
+
+def test_an_id_that_is_no_token_is_named(student, teacher, rollouts, tmp_path, no_model):
+    columns = {name: [row[name] for row in rows_of(rollouts)] for name in rows_of(rollouts)[0]}
+    columns["completion_ids"][7][0] = 66
+    manifest = Manifest(kind="rollouts", settings={"by": "hand"}, logps_dtype="float32", planned_shards=2)
+    writer = ShardWriter(tmp_path / "rollouts", manifest)
+    for index, part in enumerate((slice(0, 5), slice(5, 10))):
+        writer.write(index, {name: values[part] for name, values in columns.items()}, str(index))
+    writer.update_manifest(complete=True)
+    with pytest.raises(
+        TokenizerMismatchError, match=f"Row 7 .key {columns['key'][7]}.* holds id 66 in `completion_ids`"
+    ):
+        score(str(tmp_path / "rollouts"), teacher, tmp_path / "store", **SCORE)
+
+
+def test_a_row_that_the_teacher_cannot_hold(rollouts, teacher, tmp_path, no_model):
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows_of(rollouts)]
+    short = save_model(tmp_path / "short", max_position_embeddings=max(lengths) - 1)
+    with pytest.raises(ConfigError, match=f"Row {np.argmax(lengths)} .* has {max(lengths)} tokens, and `teacher`"):
+        score(rollouts, short, tmp_path / "store", **SCORE)
+
+
+def test_a_teacher_without_numbers_is_said(rollouts, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(StoreError, match="'teacher_logps' has log-prob nan, not a finite number .*row 0 .key"):
+        score(rollouts, model, tmp_path / "store", identify=False, **SCORE)
+
+
 # -------------------- with a server
+
+
+def test_a_row_that_the_server_cannot_score_is_named(rollouts, teacher, tmp_path):
+    fake = FakeVllm(tiny_model("llama", seed=1), name=teacher)
+    bad = rows_of(rollouts)[6]
+
+    def change(answer):
+        choice = answer["choices"][0]
+        if choice["prompt_token_ids"] == [*bad["prompt_ids"], *bad["completion_ids"]]:
+            choice["prompt_logprobs"][-1] = {str(bad["completion_ids"][-1]): {"logprob": -9999.0}}
+        return answer
+
+    fake.change = change
+    with serving(fake) as url, pytest.raises(EngineError, match=f"Row 6 .key {bad['key']}.: The engine gave -9999.0"):
+        score(rollouts, teacher, tmp_path / "store", vllm_server_base_url=url, top_k=0, **SCORE)
 
 
 def test_a_server_gives_the_same_store(rollouts, teacher, finished, tmp_path, no_model):

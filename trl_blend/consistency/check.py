@@ -232,7 +232,13 @@ def _rescore(
         model = load_model(teacher, "teacher", load, torch.device("cuda") if torch.cuda.is_available() else None)
     chosen = rows.first(num_rows)
     try:
-        scores = score_sequences(model, chosen.prompt_ids, chosen.completion_ids, tokens_per_batch=tokens_per_batch)
+        scores = score_sequences(
+            model,
+            chosen.prompt_ids,
+            chosen.completion_ids,
+            tokens_per_batch=tokens_per_batch,
+            vocab_size=(scoring or {}).get("vocab_size"),
+        )
     except TrlBlendError as error:
         return score_checks.rescoring_failed(error)
     if tolerance is None:

@@ -13,11 +13,16 @@ from numpy.typing import NDArray
 
 from trl_blend.errors import StoreError
 from trl_blend.rollouts import ragged
-from trl_blend.rollouts.format import COLUMNS, ID_COLUMNS, TOKEN_COLUMNS, TOP_K_COLUMNS, build_table
+from trl_blend.rollouts.format import (
+    COLUMNS,
+    ID_COLUMNS,
+    LOWEST_LOGP,
+    POSITIVE_TOLERANCE,
+    TOKEN_COLUMNS,
+    TOP_K_COLUMNS,
+    build_table,
+)
 
-
-POSITIVE_TOLERANCE = 1e-4
-"""Largest log-prob that still counts as rounding: a probability cannot be above 1."""
 
 _COLLECT_AGAIN = "Collect the rollouts again"
 _REMEDY = {
@@ -27,6 +32,10 @@ _REMEDY = {
     "prompt_ids": f"{_COLLECT_AGAIN}, or drop the row.",
 }
 _SCORE_AGAIN = "Score the rollouts again (`trl-blend score`)."
+_NO_NUMBER = (
+    "If it is there again, the model or the engine has no number for the token: check that the checkpoint is whole, "
+    "use `dtype='float32'` or `'bfloat16'`, and transformers instead of a vLLM server; else drop the row."
+)
 
 
 def check_rows(
@@ -54,10 +63,10 @@ def check_rows(
 
     Raises:
         [`~trl_blend.errors.StoreError`]: If a column is missing or has missing values; a prompt or a completion is
-            empty; a column has not one value per completion token; a log-prob is NaN, infinite or above 1e-4 (the tail
-            mass may be `-inf`, where the k tokens are all of the vocabulary); an id is negative or not below
-            `vocab_size`; a row's top-k is ragged, holds a token twice or lacks the sampled one. The message names the
-            column, the row, the value and the remedy.
+            empty; a column has not one value per completion token; a log-prob is NaN, infinite, above 1e-4 or below
+            -1000, which is how engines write that they have none (the tail mass may be `-inf`, where the k tokens are
+            all of the vocabulary); an id is negative or not below `vocab_size`; a row's top-k is ragged, holds a token
+            twice or lacks the sampled one. The message names the column, the row, the token, the value and the remedy.
     """
     if not isinstance(columns, pa.Table):
         try:
@@ -99,10 +108,22 @@ class _Checks:
     def __init__(self, table: pa.Table, vocab_size: int | None, where: str) -> None:
         self.table, self.vocab_size, self.where = table, vocab_size, where
 
-    def fail(self, column: str, row: int, problem: str, remedy: str | None = None) -> NoReturn:
+    def fail(self, column: str, row: int, problem: str, remedy: str | None = None, where: str = "") -> NoReturn:
         key = f" (key {self.table['key'][row].as_py()})" if "key" in self.table.column_names else ""
         remedy = remedy or _REMEDY.get(column, _SCORE_AGAIN)
-        raise StoreError(f"{self.where}: column {column!r} {problem} in row {row}{key}. {remedy}")
+        raise StoreError(f"{self.where}: column {column!r} {problem} in row {row}{key}{where}. {remedy}")
+
+    def place(self, name: str, found: NDArray[np.bool_], lengths: NDArray[np.int64]) -> tuple[int, str]:
+        """
+        Row of the first token that was found, of those in all rows, and where in the row it is, with the sampled
+        token there; `found` is `(N,)`, or `(N, K)` for K at a token.
+        """
+        token, ends = int(np.argmax(found)) // max(found.size // len(found), 1), np.cumsum(lengths)
+        row = int(np.searchsorted(ends, token, side="right"))
+        position = token - int(ends[row] - lengths[row])
+        sampled = [] if name in ID_COLUMNS else self.table["completion_ids"][row].as_py()
+        of_token = f" (token {sampled[position]})" if position < len(sampled) else ""
+        return row, f" at position {position}{of_token}"
 
     def lists(self, name: str) -> tuple[NDArray[np.int64], Any]:
         """Lengths of the rows, none of them missing, and their values: NumPy, or Arrow if these are lists."""
@@ -110,9 +131,11 @@ class _Checks:
         if not ragged.is_list(column):
             self.fail(name, 0, f"is {column.type}, not a list per row,")
         lengths, values = ragged.split(column)
-        if column.null_count or values.null_count:
-            row = int(np.argmax(column.is_null().to_numpy())) if column.null_count else 0
-            self.fail(name, row, "has missing values")
+        if column.null_count:
+            self.fail(name, int(np.argmax(column.is_null().to_numpy())), "has missing values")
+        if values.null_count:
+            row, where = self.place(name, values.is_null().to_numpy(zero_copy_only=False), lengths)
+            self.fail(name, row, "has missing values", where=where)
         return lengths, values if ragged.is_list(values) else values.to_numpy(zero_copy_only=False)
 
     def per_token(self, name: str) -> tuple[NDArray[np.int64], Any]:
@@ -139,18 +162,22 @@ class _Checks:
             value = values.flat[np.argmax(bad)]
             limit = "negative" if value < 0 else f"outside the vocabulary of {self.vocab_size} tokens"
             remedy = "The data was made with another tokenizer than the student's: use that student, or collect again."
-            self.fail(name, _row_of(bad, lengths), f"has id {value}, {limit},", remedy)
+            row, where = self.place(name, bad, lengths)
+            self.fail(name, row, f"has id {value}, {limit},", remedy, where)
 
     def check_logps(self, name: str, lengths: NDArray[np.int64], values: NDArray[Any]) -> None:
         if values.dtype.kind != "f" and values.size:
             self.fail(name, 0, f"is of {values.dtype}, not of floats,")
-        bad = ~(values <= POSITIVE_TOLERANCE)  # NaN is neither above nor below
-        if name != "teacher_tail_logmass":
-            bad |= values == -np.inf
-        if bad.any():
-            value = values.flat[np.argmax(bad)]
-            problem = f"has log-prob {value}, {'above 0' if value > 0 else 'not a finite number'}"
-            self.fail(name, _row_of(bad, lengths), f"{problem} ({int(bad.sum())} such values),")
+        good = (values >= LOWEST_LOGP) & (values <= POSITIVE_TOLERANCE)  # NaN is neither above nor below
+        if name == "teacher_tail_logmass":
+            good |= values == -np.inf
+        if not good.all():
+            value = values.flat[np.argmin(good)]
+            row, where = self.place(name, ~good, lengths)
+            kind = "above 0" if value > 0 else "not a finite number" if not np.isfinite(value) else "which is none"
+            remedy = f"{_REMEDY.get(name, _SCORE_AGAIN)} {_NO_NUMBER}"
+            problem = f"has log-prob {value}, {kind} ({int((~good).sum())} such values),"
+            self.fail(name, row, problem, remedy, where)
 
     def check_top_k(self, names: Sequence[str]) -> None:
         columns = {name: self._top_k(name) for name in names}
@@ -164,14 +191,16 @@ class _Checks:
             self.fail("teacher_topk_logps", 0, "has another number of entries per token than 'teacher_topk_ids'")
         repeated = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(1)
         if repeated.any():
+            row, where = self.place("teacher_topk_ids", repeated, lengths)
             problem = f"holds a token twice ({int(repeated.sum())} such tokens)"
-            self.fail("teacher_topk_ids", _row_of(repeated, lengths), problem)
+            self.fail("teacher_topk_ids", row, problem, where=where)
         _, sampled = ragged.flatten(self.table["completion_ids"])
         lacking = ~(ids == sampled[:, None]).any(1)
         if lacking.any():
             token = sampled[np.argmax(lacking)]
+            row, where = self.place("teacher_topk_ids", lacking, lengths)
             problem = f"lacks the sampled token {token} ({int(lacking.sum())} such tokens)"
-            self.fail("teacher_topk_ids", _row_of(lacking, lengths), problem)
+            self.fail("teacher_topk_ids", row, problem, where=where)
 
     def _top_k(self, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """Lengths and values `(N, K)` of a column that has to have K entries per completion token."""
@@ -182,15 +211,10 @@ class _Checks:
         wrong = widths != max(int(widths[:1].sum()), 1)
         if wrong.any():
             problem = f"has {widths[np.argmax(wrong)]} entries at a token, {widths[0]} elsewhere"
-            self.fail(name, _row_of(wrong, lengths), problem)
+            self.fail(name, self.place(name, wrong, lengths)[0], problem)
         shape = (len(widths), int(widths[:1].sum()))
         if values.null_count:
             missing = values.is_null().to_numpy(zero_copy_only=False).reshape(shape)
-            self.fail(name, _row_of(missing, lengths), "has missing values")
+            row, where = self.place(name, missing, lengths)
+            self.fail(name, row, "has missing values", where=where)
         return lengths, values.to_numpy(zero_copy_only=False).reshape(shape)
-
-
-def _row_of(found: NDArray[np.bool_], lengths: NDArray[np.int64]) -> int:
-    """Row of the first token that was found, of those in all rows; `found` is `(N,)`, or `(N, K)` for K at a token."""
-    token = int(np.argmax(found)) // max(found.size // len(found), 1)
-    return int(np.searchsorted(np.cumsum(lengths), token, side="right"))

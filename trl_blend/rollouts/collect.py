@@ -11,6 +11,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_blend.errors import EngineError
+from trl_blend.models.limits import num_token_ids
 from trl_blend.models.loading import check_not_loaded, find_eos_token_ids, find_tokenizer
 from trl_blend.rollouts import identities, processes
 from trl_blend.rollouts.config import RolloutConfig, make_config, passed_or_named
@@ -18,6 +20,7 @@ from trl_blend.rollouts.engines.base import (
     OnRows,
     Rollout,
     RolloutEngine,
+    RowError,
     SamplingSettings,
     load_options,
     make_engine,
@@ -68,6 +71,7 @@ def collect_rollouts(
     Raises:
         [`~trl_blend.errors.ConfigError`]: If a setting is out of range, contradicts another, or differs from those
             that the store was begun with. Raised before the model is loaded.
+        [`~trl_blend.errors.EngineError`]: If the model gives no numbers, or a server cannot be used; with the row.
         [`~trl_blend.errors.StoreError`]: If the store is broken, being written by another process, or the disk full.
         [`~trl_blend.errors.UnsupportedError`]: If the model cannot generate.
     """
@@ -99,6 +103,7 @@ def collect_rollouts(
         seed=args.seed,
         eos_token_ids=eos_token_ids,
         pad_token_id=tokenizer.pad_token_id,
+        vocab_size=num_token_ids(tokenizer, eos_token_ids),
     )
     student = identities.find(state, model, argument, args, tokenizer)
     manifest = Manifest(
@@ -114,7 +119,7 @@ def collect_rollouts(
         },
         planned_shards=len(bounds),
         logps_dtype=args.logps_dtype or "float16",
-        sampling=sampling.to_dict(),
+        sampling={**sampling.to_dict(), "vocab_size": sampling.vocab_size},
         engine=engine.description,
         student=student,
         source={"prompts": describe_dataset(prompts), "num_prompts": len(source), "digest": scan.digest},
@@ -124,7 +129,10 @@ def collect_rollouts(
         start, stop = bounds[index]
         prompt_ids = [ids for ids in source.ids(start, stop) for _ in range(samples)]
         seeds = [row_seed(args.seed, start * samples + row) for row in range(len(prompt_ids))]
-        rollouts = _sample(engine, prompt_ids, seeds, on_rows)
+        try:
+            rollouts = _sample(engine, prompt_ids, seeds, on_rows)
+        except RowError as error:
+            raise EngineError(f"Row {start + (error.row or 0) // samples} of the prompts: {error}") from error
         return {
             "key": [row_key(ids, row % samples) for row, ids in enumerate(prompt_ids)],
             "prompt_ids": prompt_ids,
@@ -145,6 +153,10 @@ def _sample(
     size = engine.max_batch or len(order)
     for first in range(0, len(order), size):
         batch = order[first : first + size]
-        drawn = engine.sample([prompt_ids[row] for row in batch], [seeds[row] for row in batch], on_rows)
+        try:
+            drawn = engine.sample([prompt_ids[row] for row in batch], [seeds[row] for row in batch], on_rows)
+        except RowError as error:
+            error.row = batch[error.row or 0]
+            raise
         rollouts.update(zip(batch, drawn, strict=True))
     return [rollouts[row] for row in range(len(prompt_ids))]

@@ -223,9 +223,9 @@ class ScoringConfig(StoreConfig):
             identity.
         teacher_model_revision (`str`, *optional*):
             Branch, tag or commit of the teacher on the Hub.
-        top_k (`int`, *optional*):
+        top_k (`int`, *optional*, defaults to `16`):
             Number of teacher tokens to keep at every position, with the mass of the rest; the sampled token is always
-            one of them. Only the sampled token is scored by default.
+            one of them. 0 or `None` scores the sampled token only, which no top-k loss can be trained on.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Padded tokens of one forward pass. Changes nothing but rounding, and may change when scoring is continued.
     """
@@ -238,14 +238,15 @@ class ScoringConfig(StoreConfig):
         default=None, metadata={"help": "Teacher: folder or Hub id.", "required": True}
     )
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher on the Hub."})
-    top_k: int | None = field(default=None, metadata={"help": "Teacher tokens to keep; by default the sampled one."})
+    top_k: int | None = field(default=16, metadata={"help": "Teacher tokens to keep, 0 for the sampled one alone."})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a forward pass."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_positive("tokens_per_batch")
-        if self.top_k is not None:
-            self._check_positive("top_k")
+        if self.top_k is not None and self.top_k < 0:
+            raise ConfigError(f"`top_k={self.top_k}` must be at least 0. Use 0 to score the sampled token only.")
+        self.top_k = self.top_k or None
 
     @property
     def revision(self) -> str | None:

@@ -44,6 +44,15 @@ LOGPS_DTYPES = ("float16", "float32")
 UNLIKELY_LOGP = -10.0
 """Below this a token is one that the teacher would hardly ever write: e^-10 is 5 in 100,000."""
 
+POSITIVE_TOLERANCE = 1e-4
+"""Largest log-prob that still counts as rounding: a probability cannot be above 1."""
+
+LOWEST_LOGP = -1000.0
+"""
+Smallest number that counts as a log-prob. No sane model comes near; engines write -9999 (vLLM), -1e4 or the smallest
+number of their dtype where they have none.
+"""
+
 ID_COLUMNS = ("prompt_ids", "completion_ids")
 TOKEN_COLUMNS = ("rollout_logps", "student_logps", "teacher_logps", "teacher_tail_logmass")
 TOP_K_COLUMNS = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")
@@ -96,8 +105,19 @@ def build_table(columns: Mapping[str, Sequence[Any]], logps_dtype: str = "float3
             try:
                 arrays[name] = _to_arrow(name, columns[name], logps_dtype)
             except (TypeError, ValueError, OverflowError) as error:
-                raise StoreError(f"Column {name!r} does not hold what it has to: {error}.") from error
+                where = _first_wrong(name, columns[name], logps_dtype)
+                raise StoreError(f"Column {name!r} does not hold what it has to{where}: {error}.") from error
     return pa.table(arrays)
+
+
+def _first_wrong(name: str, rows: Sequence[Any], logps_dtype: str) -> str:
+    """Which row cannot be converted, where it is one alone."""
+    for index, row in enumerate(rows):
+        try:
+            _to_arrow(name, [row], logps_dtype)
+        except (TypeError, ValueError, OverflowError):
+            return f" in row {index}"
+    return ""
 
 
 def _to_arrow(name: str, rows: Sequence[Any], logps_dtype: str) -> pa.Array:

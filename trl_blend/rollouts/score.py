@@ -7,15 +7,16 @@ import os
 from functools import partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
-from trl_blend.errors import ConfigError, TokenizerMismatchError
-from trl_blend.models.loading import check_not_loaded
-from trl_blend.rollouts import identities, processes
+from trl_blend.errors import ConfigError, EngineError, TokenizerMismatchError
+from trl_blend.models.limits import num_token_ids
+from trl_blend.models.loading import LoadOptions, check_not_loaded, find_tokenizer
+from trl_blend.rollouts import identities, processes, ragged
 from trl_blend.rollouts.config import ScoringConfig, make_config, passed_or_named
-from trl_blend.rollouts.engines.base import OnRows, ScoringEngine, load_options, make_engine
-from trl_blend.rollouts.format import Manifest
-from trl_blend.rollouts.ragged import to_rows
+from trl_blend.rollouts.engines.base import OnRows, RowError, ScoringEngine, load_options, make_engine
+from trl_blend.rollouts.format import ID_COLUMNS, Manifest
 from trl_blend.rollouts.shard import read_record
 from trl_blend.rollouts.store import RolloutStore, load_rollouts
 
@@ -50,8 +51,11 @@ def score_rollouts(
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If a setting is out of range, contradicts another, or differs from those
-            that the store was begun with. Raised before the teacher is loaded, as is the next.
-        [`~trl_blend.errors.TokenizerMismatchError`]: If the teacher's tokens are known not to be the student's.
+            that the store was begun with; a row longer than the teacher's context. Raised before the teacher is
+            loaded, as is the next.
+        [`~trl_blend.errors.TokenizerMismatchError`]: If the teacher's tokens are known not to be the student's, or a
+            row holds an id that is none of its tokens.
+        [`~trl_blend.errors.EngineError`]: If the teacher gives no number for a token, or a server cannot be used.
         [`~trl_blend.errors.StoreError`]: If a store is broken, being written by another process, or the disk full.
         [`~trl_blend.errors.UnsupportedError`]: If the teacher is no decoder-only language model.
     """
@@ -65,10 +69,11 @@ def score_rollouts(
         source = load_rollouts(rollouts, revision=args.rollouts_revision)
     processes.check_output_dir(args.output_dir, [source.folder])
     engine: ScoringEngine = make_engine(teacher, argument, args)
-    _check_top_k(args.top_k, engine.vocab_size)
-
+    rolled, top_k = source.manifest, args.top_k
+    vocab_size = _num_tokens(engine, teacher, argument, options, rolled)
+    _check_top_k(top_k, vocab_size)
     state = processes.processes()
-    rolled = source.manifest
+    processes.on_main_process(state, partial(_check_rollouts, source, argument, vocab_size, engine.max_length))
     identity = identities.find(state, teacher, argument, args)
     if identity is not None:
         _check_vocabulary(rolled.student, identity, argument)
@@ -78,27 +83,34 @@ def score_rollouts(
             **identities.settings("teacher", identity, teacher),
             **engine.settings,
             "rollouts": source.digest,
-            "top_k": args.top_k,
+            "top_k": top_k,
             "engine": engine.description["name"],
             "dtype": options.weights,
         },
         planned_shards=len(rolled.shards),
         logps_dtype=args.logps_dtype or rolled.logps_dtype,
         sampling=rolled.sampling,
-        scoring={"temperature": 1.0, "top_k": args.top_k, "dtype": engine.dtype},
+        scoring={"temperature": 1.0, "top_k": top_k, "dtype": engine.dtype, "vocab_size": vocab_size},
         engine=engine.description,
         student=rolled.student,
         teacher=identity,
         source={**rolled.source, "rollouts": source.name, "rollouts_digest": source.digest},
     )
 
+    def first_row(index: int) -> int:
+        return sum(shard["rows"] for shard in rolled.shards[:index])
+
     def score(index: int, on_rows: OnRows) -> dict[str, Any]:
         table = read_record(source.folder, rolled.shards[index])
-        columns = {name: to_rows(table[name]) for name in table.column_names}
+        columns = {name: ragged.to_rows(table[name]) for name in table.column_names}
         prompts, completions = ([ids.tolist() for ids in columns[name]] for name in ("prompt_ids", "completion_ids"))
-        scores = engine.score(prompts, completions, args.top_k, on_rows)
+        try:
+            scores = engine.score(prompts, completions, top_k, on_rows, vocab_size)
+        except RowError as error:
+            row = error.row or 0
+            raise EngineError(f"Row {first_row(index) + row} (key {columns['key'][row]}): {error}") from error
         columns["teacher_logps"] = [score.logps for score in scores]
-        if args.top_k is not None:
+        if top_k is not None:
             columns["teacher_topk_ids"] = [score.topk_ids for score in scores]
             columns["teacher_topk_logps"] = [score.topk_logps for score in scores]
             columns["teacher_tail_logmass"] = [score.tail_logmass for score in scores]
@@ -110,10 +122,51 @@ def score_rollouts(
     return processes.write_store(state, args, manifest, digests, rows, load, score)
 
 
+def _num_tokens(
+    engine: ScoringEngine, teacher: Any, argument: str, options: LoadOptions, rolled: Manifest
+) -> int | None:
+    """
+    Ids below it are tokens of both models: rows that the teacher has, and ids that its tokenizer and the student's
+    have. `None` where none of them is known.
+    """
+    sampling = rolled.sampling or {}
+    found = [engine.vocab_size, sampling.get("vocab_size")]
+    tokenizer = find_tokenizer(teacher, argument, **options.hub)
+    if tokenizer is not None:
+        found.append(num_token_ids(tokenizer, sampling.get("eos_token_ids") or ()))
+    return min((size for size in found if size is not None), default=None)
+
+
+def _check_rollouts(source: RolloutStore, argument: str, vocab_size: int | None, max_length: int | None) -> None:
+    """Read the rollouts once: a row that the teacher cannot score is found now, and not hours later."""
+    first = 0
+    for _, table in source.iter_shards():
+        lengths = sum(ragged.flatten(table[name])[0] for name in ID_COLUMNS)
+        for name in ID_COLUMNS:
+            counts, ids = ragged.flatten(table[name])
+            bad = (ids < 0) | (ids >= (vocab_size or np.inf))
+            if bad.any():
+                row = int(np.searchsorted(np.cumsum(counts), np.argmax(bad), side="right"))
+                raise TokenizerMismatchError(
+                    f"Row {first + row} (key {table['key'][row]}) of {source.name} holds id {ids[np.argmax(bad)]} in "
+                    f"`{name}`, but the tokens that student and `{argument}` share are 0 to {vocab_size - 1}: the id "
+                    "is of another tokenizer, or of a row that only pads an embedding. Use a teacher of the student's "
+                    "family, or collect the rollouts again."
+                )
+        if max_length is not None and lengths.max(initial=0) > max_length:
+            row = int(np.argmax(lengths))
+            raise ConfigError(
+                f"Row {first + row} (key {table['key'][row]}) of {source.name} has {lengths[row]} tokens, and "
+                f"`{argument}` takes {max_length}. Use a teacher with a longer context (a server: "
+                "`--max-model-len`, one token more is generated), or collect with a smaller `max_completion_length`."
+            )
+        first += table.num_rows
+
+
 def _check_top_k(top_k: int | None, vocab_size: int | None) -> None:
     if top_k is not None and vocab_size is not None and top_k >= vocab_size:
         raise ConfigError(
-            f"`top_k={top_k}` must be less than the teacher's vocabulary size {vocab_size}. Use None to score the "
+            f"`top_k={top_k}` must be less than the teacher's vocabulary size {vocab_size}. Use 0 to score the "
             "sampled tokens only."
         )
 

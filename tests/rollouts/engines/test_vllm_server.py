@@ -5,21 +5,22 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.rollouts.collecting import assert_logps, ends_well, forced_logits, log_softmax
+from tests.rollouts.collecting import assert_logps, ends_well, forced_logits, log_softmax, save_model
 from tests.rollouts.engines.test_local_scores import random_rows
 from tests.rollouts.vllm_fake import FakeVllm, serving
 from tests.tiny import EOS_ID, tiny_model
 from trl_blend.errors import ConfigError, EngineError
 from trl_blend.rollouts.config import RolloutConfig
 from trl_blend.rollouts.engines import vllm_server
-from trl_blend.rollouts.engines.base import SamplingSettings
+from trl_blend.rollouts.engines.base import RowError, SamplingSettings
 from trl_blend.rollouts.engines.local import score_sequences
-from trl_blend.rollouts.engines.vllm_server import VllmServerEngine, scores_of_prompt_logprobs
+from trl_blend.rollouts.engines.vllm_server import VllmServerEngine, request_settings, scores_of_prompt_logprobs
 
 
 ONE = ([[5, 6, 7]], [[8, 9]])
@@ -228,8 +229,48 @@ def test_answers_that_cannot_be_used(fake, url, change, message):
 
 
 def test_fewer_log_probabilities_than_asked_for():
-    with pytest.raises(EngineError, match="2 log-probabilities where `top_k=5`.*--max-logprobs 5"):
+    with pytest.raises(EngineError, match="2 log-probabilities where `top_k=5`.*position 0.*--max-logprobs 5"):
         scores_of_prompt_logprobs([{3: -0.1, 5: -3.0}], [3], 5)
+
+
+@pytest.mark.parametrize("value", [-9999.0, -1e4, -3.4e38, 3.0, None, "NaN", "-Infinity", float("nan"), [], "x"])
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_a_value_that_is_no_log_probability(fake, url, value, top_k):
+    def change(answer):
+        entries = answer["choices"][0]["prompt_logprobs"]
+        entries[-1] = {token: {"logprob": value} for token in entries[-1]}
+        return answer
+
+    fake.change = change
+    with pytest.raises(RowError, match="as the log-probability of token .* at position 1 of the completion") as error:
+        score(url, ([[5, 6]], [[7, 8]]), top_k)
+    assert error.value.row == 0 and repr(value) in str(error.value)
+
+
+def test_rounding_above_zero_is_taken_off():
+    assert scores_of_prompt_logprobs([{3: 1e-6}], [3], None).logps.tolist() == [0.0]
+
+
+def test_the_row_of_an_error_is_told(fake, url):
+    def refuse(body, complete=fake.complete):
+        known = max(body["prompt"]) < 60
+        return complete(body) if known else (400, {"error": {"message": "Token id 61 is out of vocabulary"}})
+
+    fake.complete = refuse
+    with pytest.raises(RowError, match="HTTP 400: Token id 61 is out of vocabulary") as error:
+        score(url, ([[5]] * 3, [[6], [7], [61]]))
+    assert error.value.row == 2
+
+
+def test_padding_rows_have_no_part_in_a_distribution():
+    row = {3: math.log(0.5), 5: math.log(0.2), 70: math.log(0.2), 4: math.log(0.1)}
+    scores = scores_of_prompt_logprobs([row], [3], 2, vocab_size=64)
+    np.testing.assert_allclose(scores.logps, [math.log(0.625)], rtol=1e-6)
+    assert scores.topk_ids.tolist() == [[3, 5]]
+    np.testing.assert_allclose(scores.topk_logps, [[math.log(0.625), math.log(0.25)]], rtol=1e-6)
+    np.testing.assert_allclose(scores.tail_logmass, [math.log(0.125)], rtol=1e-5)
+    with pytest.raises(EngineError, match="3 log-probabilities where `top_k=4`.*padding rows"):
+        scores_of_prompt_logprobs([row], [3], 4, vocab_size=64)
 
 
 # -------------------- rollouts
@@ -290,3 +331,40 @@ def test_a_completion_without_log_probabilities(fake, url):
     fake.change = change
     with pytest.raises(EngineError, match="without the log-probability of every token"):
         engine.sample([[5]], [0])
+
+
+@pytest.mark.parametrize("value", [-9999.0, None, "NaN", 0.5])
+def test_a_drawn_token_without_a_log_probability(fake, url, value):
+    engine = drawing(url)
+
+    def change(answer):
+        logprobs = answer["choices"][0]["logprobs"]
+        if logprobs is not None and answer["choices"][0]["prompt_token_ids"] == [6]:
+            logprobs["token_logprobs"][0] = value
+        return answer
+
+    fake.change = change
+    with pytest.raises(RowError, match=f"gave {value!r} as the log-probability of token .* at position 0") as error:
+        engine.sample([[5], [6]], [0, 1])
+    assert error.value.row == 1
+
+
+def test_ids_that_are_no_tokens_are_not_drawn(fake, url):
+    few = replace(SAMPLING, vocab_size=3)
+    engine = engine_at(url)
+    engine.load(None, few)
+    with pytest.raises(RowError, match=r"drew id \d+ at position \d+, which is no token of the tokenizer .ids 0 to 2"):
+        engine.sample([[5, 6]], [0])
+    assert request_settings(few, rows=5)["logit_bias"] == {"3": -100.0, "4": -100.0}
+    for sampling, rows in ((few, None), (few, 3), (SAMPLING, 64)):
+        assert "logit_bias" not in request_settings(sampling, rows)
+
+
+def test_the_padding_rows_of_a_model_that_can_be_read(tmp_path, fake, url):
+    folder = save_model(tmp_path / "model", vocab_size=66)
+    fake.name = folder
+    engine = engine_at(url, folder)
+    engine.load(None, replace(SAMPLING, vocab_size=64))
+    engine.sample([[5]], [0])
+    request = next(request for request in fake.requests if request["max_tokens"] == 6)
+    assert request["logit_bias"] == {"64": -100.0, "65": -100.0}

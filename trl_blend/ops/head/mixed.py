@@ -39,6 +39,7 @@ def mixed_log_probs(
     temperature: float = 1.0,
     space: Literal["logits", "probs"] = "logits",
     compute_entropy: bool = True,
+    vocab_size: int | None = None,
     gather_parameters: GatherParameters = no_gather,
 ) -> MixedLogProbs:
     r"""
@@ -83,6 +84,9 @@ def mixed_log_probs(
             What is averaged: `"logits"` or `"probs"`.
         compute_entropy (`bool`, *optional*, defaults to `True`):
             Whether to compute the entropy.
+        vocab_size (`int`, *optional*):
+            Rows of the student's output layer that are tokens; the others have no probability, and `V` is this
+            number. All of them by default.
         gather_parameters (`Callable`, *optional*):
             Context-manager factory, entered with the weights and biases in use around the forward and again in the
             backward (ZeRO-3: TRL's `maybe_gather_lm_head_ctx`). Does nothing by default.
@@ -114,7 +118,7 @@ def mixed_log_probs(
     mixes_logits = space == "logits" or sum(share > 0.0 for _, share in heads) == 1
     models = [tiles.tiled(head, (share if mixes_logits else 1.0) / temperature, share) for head, share in heads]
     with gather_parameters(*tiles.parameters_of(models)):
-        kernel = _MixedLogProbs(student.weight.shape[0], targets, mixes_logits, compute_entropy)
+        kernel = _MixedLogProbs(tiles.vocabulary(student, vocab_size), targets, mixes_logits, compute_entropy)
         logps, entropy = tiles.run(kernel, models, gather_parameters)
     return MixedLogProbs(logps, entropy)
 

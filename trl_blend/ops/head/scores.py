@@ -39,6 +39,7 @@ def score_tokens(
     targets: Tensor,
     top_k: int | None = None,
     *,
+    vocab_size: int | None = None,
     gather_parameters: GatherParameters = no_gather,
 ) -> TokenLogProbs:
     r"""
@@ -67,6 +68,9 @@ def score_tokens(
             Token ids in `[0, V)`. Out-of-range ids give `-inf`.
         top_k (`int`, *optional*):
             `K`, at least 1 and less than `V`. Only the targets are scored by default.
+        vocab_size (`int`, *optional*):
+            Rows of the output layer that are tokens; the others have no probability, and `V` is this number.
+            All of them by default.
         gather_parameters (`Callable`, *optional*):
             Context-manager factory, entered with weight and bias (ZeRO-3: TRL's `maybe_gather_lm_head_ctx`). Does
             nothing by default.
@@ -80,20 +84,19 @@ def score_tokens(
     model = tiles.tiled(head)
     scratch = Scratch.of([model])
     with gather_parameters(*tiles.parameters_of([model])), torch.autocast(head.hidden.device.type, enabled=False):
-        _check_arguments(head, targets, top_k)
+        vocab = tiles.vocabulary(head, vocab_size)
+        _check_arguments(head, targets, top_k, vocab)
         if top_k is not None:
-            return _score_with_top_k(model, targets, top_k, scratch)
+            return _score_with_top_k(model, targets, top_k, vocab, scratch)
 
         def tile_logits(block: Block, rows: slice) -> Tensor:
             return tiles.logits_tile(block, 0, rows, scratch)
 
-        _, logps, _ = tiles.softmax_statistics(
-            [model], head.weight.shape[0], targets, scratch, tile_logits, entropy=False
-        )
+        _, logps, _ = tiles.softmax_statistics([model], vocab, targets, scratch, tile_logits, entropy=False)
         return TokenLogProbs(logps.clamp_(max=0.0), None, None, None)
 
 
-def _check_arguments(head: LMHead, targets: Tensor, top_k: int | None) -> None:
+def _check_arguments(head: LMHead, targets: Tensor, top_k: int | None, vocab: int) -> None:
     hidden, weight = head.hidden, head.weight
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ConfigError(
@@ -104,19 +107,19 @@ def _check_arguments(head: LMHead, targets: Tensor, top_k: int | None) -> None:
         raise ConfigError(
             f"`targets` has shape {tuple(targets.shape)}, expected {tuple(hidden.shape[:1])}: one id per hidden state."
         )
-    if top_k is not None and not 1 <= top_k < weight.shape[0]:
+    if top_k is not None and not 1 <= top_k < vocab:
         raise ConfigError(
-            f"`top_k={top_k}` must be at least 1 and less than the vocabulary size {weight.shape[0]}. Use None to "
+            f"`top_k={top_k}` must be at least 1 and less than the vocabulary size {vocab}. Use None to "
             "score the given tokens only."
         )
 
 
-def _score_with_top_k(model: TiledModel, targets: Tensor, top_k: int, scratch: Scratch) -> TokenLogProbs:
+def _score_with_top_k(model: TiledModel, targets: Tensor, top_k: int, vocab: int, scratch: Scratch) -> TokenLogProbs:
     # The target is always kept, so only the top K - 1 of the others have to be found, and what falls out is the tail
     count, targets = targets.shape[0], targets.unsqueeze(1)
     best, tail = RunningTopK(count, top_k - 1, scratch), RunningSoftmax(count, scratch)
     target_logit = torch.full((count, 1), -torch.inf, dtype=scratch.dtype, device=scratch.device)
-    for block in tiles.vocab_blocks([model], model.weight.shape[0]):
+    for block in tiles.vocab_blocks([model], vocab):
         for rows in tiles.token_rows(count):
             tile = tiles.logits_tile(block, 0, rows, scratch)
             local, inside = tiles.local_columns(targets[rows], block)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trl_blend.errors import ConfigError
 from trl_blend.ops.head.layer import GatherParameters, LMHead, projection_dtype
 
 
@@ -46,6 +47,14 @@ class TiledModel(NamedTuple):
 
 def tiled(head: LMHead, factor: float = 1.0, share: float = 1.0) -> TiledModel:
     return TiledModel(*head, projection_dtype(head.hidden), factor, share)
+
+
+def vocabulary(head: LMHead, vocab_size: int | None) -> int:
+    """Rows that count: the first `vocab_size` where that is given and there are more."""
+    rows = head.weight.shape[0]
+    if vocab_size is not None and vocab_size < 1:
+        raise ConfigError(f"`vocab_size` is {vocab_size}. Pass the number of rows that are tokens, or None for all.")
+    return rows if vocab_size is None else min(rows, vocab_size)
 
 
 def parameters_of(models: Sequence[TiledModel]) -> list[Tensor]:

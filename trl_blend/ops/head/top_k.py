@@ -48,6 +48,7 @@ def top_k_divergence(
     tail_logmass: Tensor,
     *,
     direction: str = "reverse",
+    vocab_size: int | None = None,
     gather_parameters: GatherParameters = no_gather,
 ) -> TopKDivergence:
     r"""
@@ -85,6 +86,8 @@ def top_k_divergence(
             Log of the teacher's probability of all other tokens, in nats; values below -30 are raised to that.
         direction (`str`, *optional*, defaults to `"reverse"`):
             `"reverse"` (`KL(p_S‖p_T)`) or `"forward"` (`KL(p_T‖p_S)`).
+        vocab_size (`int`, *optional*):
+            Rows of the output layer that are tokens; those behind them have no probability. All of them by default.
         gather_parameters (`Callable`, *optional*):
             Context in which sharded parameters are whole.
 
@@ -102,7 +105,7 @@ def top_k_divergence(
     teacher = torch.cat([topk_logps, tail], dim=-1).to(Scratch.of([model]).dtype)
     # Before the weight is gathered, its number of rows is unknown under ZeRO-3
     with gather_parameters(*tiles.parameters_of([model])):
-        vocab = student.weight.shape[0]
+        vocab = tiles.vocabulary(student, vocab_size)
         if topk_ids.shape[-1] >= vocab:
             raise ConfigError(
                 f"`topk_ids` has {topk_ids.shape[-1]} tokens per position, but the student has {vocab}: no other "

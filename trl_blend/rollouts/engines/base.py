@@ -1,7 +1,9 @@
 """How completions are drawn and scored: what goes in, what every engine hands back, and which engines there are."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
@@ -9,9 +11,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from trl_blend.errors import EngineError
 from trl_blend.generation.settings import CUTS, active_settings
 from trl_blend.models.loading import LoadOptions
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
+from trl_blend.rollouts.format import LOWEST_LOGP, POSITIVE_TOLERANCE
 
 
 ENGINES = {
@@ -23,6 +27,17 @@ ENGINES = {
 
 OnRows = Callable[[int], object]
 """Called with the number of rows that are done."""
+
+
+class RowError(EngineError):
+    """
+    An engine cannot draw or score one of its rows.
+
+    Attributes:
+        row (`int`, *optional*): Index among the rows that the engine was given.
+    """
+
+    row: int | None = None
 
 
 class Rollout(NamedTuple):
@@ -80,6 +95,9 @@ class SamplingSettings:
             Tokens that end a completion.
         pad_token_id (`int`, *optional*):
             Token to pad with; the first of `eos_token_ids` by default.
+        vocab_size (`int`, *optional*):
+            Ids below it are tokens. The model's rows from there on are padding: they are not drawn, and have no
+            part in a log-probability where the engine can leave them out.
     """
 
     temperature: float
@@ -91,10 +109,11 @@ class SamplingSettings:
     seed: int
     eos_token_ids: list[int]
     pad_token_id: int | None = None
+    vocab_size: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What a manifest records."""
-        return {name: value for name, value in asdict(self).items() if name != "pad_token_id"}
+        """What a store is continued with."""
+        return {name: value for name, value in asdict(self).items() if name not in ("pad_token_id", "vocab_size")}
 
 
 class Engine(Protocol):
@@ -146,11 +165,13 @@ class ScoringEngine(Engine, Protocol):
     Scores completions that exist.
 
     Attributes:
-        vocab_size (`int`, *optional*): Size of the model's vocabulary, where that is known.
+        vocab_size (`int`, *optional*): Number of the model's tokens, where that is known.
+        max_length (`int`, *optional*): Most tokens of a prompt and its completion, where that is known.
         dtype (`str`): What it computes in, as far as that is known.
     """
 
     vocab_size: int | None
+    max_length: int | None
     dtype: str
 
     def score(
@@ -159,8 +180,14 @@ class ScoringEngine(Engine, Protocol):
         completion_ids: Sequence[Sequence[int]],
         top_k: int | None,
         on_rows: OnRows | None = None,
+        vocab_size: int | None = None,
     ) -> list[TokenScores]:
-        """Scores of the rows, in order."""
+        """
+        Scores of the rows, in order, over the first `vocab_size` rows of the vocabulary.
+
+        Raises:
+            [`RowError`]: If a row cannot be scored.
+        """
         ...
 
 
@@ -181,6 +208,58 @@ def nucleus_settings(sampling: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("top_k") == -1:  # vLLM's word for all tokens
         del found["top_k"]
     return found
+
+
+def as_logp(value: Any, token: int, position: int) -> float:
+    """
+    A log-probability as an engine wrote it, at most 0. Rounding above 0 is taken off.
+
+    Raises:
+        [`RowError`]: If it is none: missing, not a number, above 0, or what stands for "no number", such as -9999.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not LOWEST_LOGP <= number <= POSITIVE_TOLERANCE:
+        raise RowError(
+            f"The engine gave {value!r} as the log-probability of token {token} at position {position} of the "
+            "completion, which is none: the model gives it no probability or no number (NaN). Check that the "
+            "checkpoint is whole, serve it in bfloat16 or float32, use transformers (without a vLLM engine) to see "
+            "the model's own number, or drop the row."
+        )
+    return min(number, 0.0)
+
+
+def sampled_logps(values: Sequence[Any], tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of the tokens of a completion, each of them checked by [`as_logp`]."""
+    return [as_logp(value, token, at) for at, (value, token) in enumerate(zip(values, tokens, strict=True))]
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int | None) -> None:
+    """
+    Refuse a completion with an id that is no token.
+
+    Raises:
+        [`RowError`]: With the id and its position.
+    """
+    for position, token in enumerate(tokens):
+        if vocab_size is not None and not 0 <= token < vocab_size:
+            raise RowError(
+                f"The engine drew id {token} at position {position}, which is no token of the tokenizer (ids 0 to "
+                f"{vocab_size - 1}): a row that only pads the model's embedding. Draw with transformers, which leaves "
+                "such rows out, or resize the model (`resize_token_embeddings`)."
+            )
+
+
+@contextmanager
+def about_row(row: int) -> Iterator[None]:
+    """Say of an error about a row which one it is."""
+    try:
+        yield
+    except RowError as error:
+        error.row = row if error.row is None else error.row
+        raise
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -6,6 +6,7 @@ For those, hidden states are taken from the backbone and projected in tiles ([`~
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,14 +26,22 @@ from transformers.generation.logits_process import (
 from trl_blend import _compat
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.generation.settings import GENERATION_SETTINGS
-from trl_blend.models.limits import context_length
+from trl_blend.models.limits import context_length, vocabulary_rows
 from trl_blend.models.loading import find_config, load_model
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.scores import TokenLogProbs, score_tokens
 from trl_blend.ops.policies import log_normalizer
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
-from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, TokenScores, cut_at_eos, load_options
+from trl_blend.rollouts.engines.base import (
+    OnRows,
+    Rollout,
+    RowError,
+    SamplingSettings,
+    TokenScores,
+    cut_at_eos,
+    load_options,
+)
 
 
 def score_sequences(
@@ -43,6 +52,7 @@ def score_sequences(
     top_k: int | None = None,
     tokens_per_batch: int = 16384,
     on_rows: OnRows | None = None,
+    vocab_size: int | None = None,
 ) -> list[TokenScores]:
     """
     Log-probability of every completion token given its prefix: one forward pass, no sampling, no gradient.
@@ -63,6 +73,9 @@ def score_sequences(
             Budget of one forward pass.
         on_rows (`Callable[[int], object]`, *optional*):
             Called after every forward pass with its number of rows.
+        vocab_size (`int`, *optional*):
+            Ids below it are tokens; the other rows of the model are padding and have no probability. All rows by
+            default.
 
     Returns:
         `list[TokenScores]`: One per row, in the order given, in float32 (float64 for a float64 model).
@@ -74,7 +87,7 @@ def score_sequences(
         [`~trl_blend.errors.UnsupportedError`]: If the output layer is not a plain linear layer.
     """
     inner: Any = innermost_model(model, "model")
-    _check_rows(inner, prompt_ids, completion_ids)
+    _check_rows(inner, prompt_ids, completion_ids, vocab_size)
     if tokens_per_batch < 1:
         raise ConfigError(f"`tokens_per_batch={tokens_per_batch}` must be at least 1.")
     _check_head(inner)
@@ -84,7 +97,7 @@ def score_sequences(
         for batch in length_sorted_batches(lengths, tokens_per_batch):
             rows = [[*prompt_ids[index], *completion_ids[index]] for index in batch]
             starts = [len(prompt_ids[index]) for index in batch]
-            scores.update(zip(batch, _score_batch(inner, rows, starts, top_k), strict=True))
+            scores.update(zip(batch, _score_batch(inner, rows, starts, top_k, vocab_size), strict=True))
             if on_rows is not None:
                 on_rows(len(batch))
     return [scores[index] for index in range(len(lengths))]
@@ -107,7 +120,7 @@ def length_sorted_batches(lengths: Sequence[int], tokens_per_batch: int) -> list
 
 
 def _score_batch(
-    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], top_k: int | None
+    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], top_k: int | None, vocab_size: int | None
 ) -> list[TokenScores]:
     width = max(len(row) for row in rows)
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
@@ -124,7 +137,8 @@ def _score_batch(
         # TRL hands over all positions, or only the labelled ones (kernels on an accelerator)
         if head.hidden.shape[0] == chosen.numel():
             head, targets = head._replace(hidden=head.hidden[chosen]), targets[chosen]
-        scored.append(score_tokens(head, targets, top_k, gather_parameters=_compat.gather_lm_head))
+        gather = _compat.gather_lm_head
+        scored.append(score_tokens(head, targets, top_k, vocab_size=vocab_size, gather_parameters=gather))
         return placeholder, None, None, None, None
 
     device = model.get_input_embeddings().weight.device
@@ -149,13 +163,19 @@ def _fused_head(model: Any) -> Iterator[None]:
             model.forward = own
 
 
-def _check_rows(model: Any, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> None:
+def _check_rows(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    vocab_size: int | None,
+) -> None:
     if len(prompt_ids) != len(completion_ids):
         raise ConfigError(
             f"`prompt_ids` has {len(prompt_ids)} rows and `completion_ids` {len(completion_ids)}. Pass one completion "
             "per prompt."
         )
-    limit, rows = context_length(model.config), _num_tokens(model)
+    limit, rows = context_length(model.config), vocabulary_rows(model)
+    rows = rows if vocab_size is None else min(rows, vocab_size)
     for index, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         for name, ids in (("prompt_ids", prompt), ("completion_ids", completion)):
             if len(ids) == 0:
@@ -171,12 +191,6 @@ def _check_rows(model: Any, prompt_ids: Sequence[Sequence[int]], completion_ids:
                 f"Row {index} has {len(prompt)} prompt and {len(completion)} completion tokens, more than the model's "
                 f"context of {limit} (`max_position_embeddings`). Drop the row, or use a model with a longer context."
             )
-
-
-def _num_tokens(model: Any) -> int:
-    sizes = [model.config.get_text_config().vocab_size]
-    sizes += [getattr(model.get_input_embeddings(), "num_embeddings", sizes[0])]
-    return min(sizes)
 
 
 def _check_head(model: Any) -> None:
@@ -215,7 +229,7 @@ class LocalEngine:
         self._options = load_options(args)
         config = find_config(model, argument, **self._options.hub)
         self.max_length = context_length(config)
-        self.vocab_size: int | None = config.get_text_config().vocab_size
+        self.vocab_size: int | None = vocabulary_rows(config if isinstance(model, str) else model)
         packages = ("transformers", "torch")
         self.description = {"name": "transformers", **{package: version(package) for package in packages}}
         stored = getattr(config, "dtype", None)
@@ -257,11 +271,18 @@ class LocalEngine:
         completion_ids: Sequence[Sequence[int]],
         top_k: int | None,
         on_rows: OnRows | None = None,
+        vocab_size: int | None = None,
     ) -> list[TokenScores]:
-        """Scores of the rows, in order."""
+        """Scores of the rows, in order, over the first `vocab_size` rows of the vocabulary."""
         budget = self._args.tokens_per_batch
         return score_sequences(
-            self.model, prompt_ids, completion_ids, top_k=top_k, tokens_per_batch=budget, on_rows=on_rows
+            self.model,
+            prompt_ids,
+            completion_ids,
+            top_k=top_k,
+            tokens_per_batch=budget,
+            on_rows=on_rows,
+            vocab_size=vocab_size,
         )
 
     def sample(
@@ -275,7 +296,7 @@ class LocalEngine:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         device = self.model.get_input_embeddings().weight.device
-        recorder = _SampledLogProbs(_warpers(self.sampling))
+        recorder = _SampledLogProbs(_warpers(self.sampling), self.sampling.vocab_size)
         devices = [device] if device.type not in ("cpu", "mps") else []
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
             torch.manual_seed(seeds[0])
@@ -335,18 +356,33 @@ def _warpers(sampling: SamplingSettings) -> list[LogitsProcessor]:
 class _SampledLogProbs(LogitsProcessor):
     """
     Applies the warpers, as the last processor of `generate`, and records log-probabilities before and after them.
+    Rows of the vocabulary from `vocab_size` on are no tokens: they are taken out before.
 
     The token drawn from a step is only known at the next one, so one step's two `(B, V)` tensors are kept until then.
     """
 
-    def __init__(self, warpers: Sequence[LogitsProcessor]) -> None:
+    def __init__(self, warpers: Sequence[LogitsProcessor], vocab_size: int | None = None) -> None:
         self._warpers = warpers
+        self._vocab_size = vocab_size
         self._pending: list[Tensor] = []
         self._logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._pending:
             self._gather(input_ids[:, -1])
+        if self._vocab_size is not None and self._vocab_size < scores.shape[-1]:
+            scores = scores.clone()
+            scores[:, self._vocab_size :] = -math.inf
+        best = scores.amax(dim=-1)
+        if not best.isfinite().all():
+            row = int((~best.isfinite()).nonzero()[0])
+            error = RowError(
+                f"The student's logits are not numbers ({best[row]}) after {input_ids.shape[1]} tokens with the left "
+                "padding, so that no token can be drawn. Check that the checkpoint is whole, and load it with "
+                "`dtype='float32'` or `'bfloat16'`."
+            )
+            error.row = row
+            raise error
         warped = scores
         for warper in self._warpers:
             warped = warper(input_ids, warped)

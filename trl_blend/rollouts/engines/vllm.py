@@ -9,10 +9,19 @@ from typing import Any
 import torch
 
 from trl_blend.errors import ConfigError
-from trl_blend.models.limits import context_length
+from trl_blend.models.limits import context_length, vocabulary_rows
 from trl_blend.models.loading import find_config
 from trl_blend.rollouts.config import RolloutConfig
-from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, cut_at_eos, load_options
+from trl_blend.rollouts.engines.base import (
+    OnRows,
+    Rollout,
+    SamplingSettings,
+    about_row,
+    check_tokens,
+    cut_at_eos,
+    load_options,
+    sampled_logps,
+)
 from trl_blend.rollouts.engines.vllm_server import check_by_name, request_settings, scores_of_prompt_logprobs
 
 
@@ -49,9 +58,9 @@ class VllmEngine:
                 f"`use_vllm=True` in {processes} processes: vLLM starts its own. Start one process, with "
                 "`vllm_kwargs={'tensor_parallel_size': ...}`, or use a server (`vllm_server_base_url`)."
             )
-        context = self._kwargs.get("max_model_len") or context_length(
-            find_config(model, argument, **self._options.hub)
-        )
+        config = find_config(model, argument, **self._options.hub)
+        self._rows = vocabulary_rows(config)
+        context = self._kwargs.get("max_model_len") or context_length(config)
         # The prefill that scores a completion generates a token
         self.max_length = None if context is None else context - 1
         self.description = {"name": "vllm", "vllm": version("vllm")}
@@ -80,25 +89,29 @@ class VllmEngine:
         """One rollout per prompt, in order, each with its own seed."""
         from vllm import SamplingParams
 
-        settings = {"logprobs": 0, "detokenize": False, **request_settings(self.sampling)}
+        settings = {"logprobs": 0, "detokenize": False, **request_settings(self.sampling, self._rows)}
+        if "logit_bias" in settings:
+            settings["logit_bias"] = {int(token): bias for token, bias in settings["logit_bias"].items()}
         drawing = [SamplingParams(seed=seed, **settings) for seed in seeds]
         drawn = []
-        for result in self._generate(prompt_ids, drawing):
+        for row, result in enumerate(self._generate(prompt_ids, drawing)):
             output = result.outputs[0]
             tokens = list(output.token_ids)
             end, ended = cut_at_eos(tokens, self.sampling.eos_token_ids)
-            logps = [row[token].logprob for row, token in zip(output.logprobs, tokens, strict=True)]
-            drawn.append((tokens[:end], [min(float(z), 0.0) for z in logps[:end]], ended))
+            entries = [found.get(token) for found, token in zip(output.logprobs, tokens, strict=True)]
+            with about_row(row):
+                logps = sampled_logps([getattr(entry, "logprob", None) for entry in entries[:end]], tokens[:end])
+                check_tokens(tokens[:end], self.sampling.vocab_size)
+            drawn.append((tokens[:end], logps, ended))
         prefill = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         sequences = [[*prompt, *tokens] for prompt, (tokens, _, _) in zip(prompt_ids, drawn, strict=True)]
         rollouts = []
-        for prompt, (tokens, logps, ended), result in zip(
-            prompt_ids, drawn, self._generate(sequences, prefill), strict=True
-        ):
-            rows = [
-                {token: entry.logprob for token, entry in row.items()} for row in result.prompt_logprobs[len(prompt) :]
-            ]
-            own = scores_of_prompt_logprobs(rows, tokens, None).logps.tolist()
+        for row, result in enumerate(self._generate(sequences, prefill)):
+            tokens, logps, ended = drawn[row]
+            found = result.prompt_logprobs[len(prompt_ids[row]) :]
+            entries = [{token: entry.logprob for token, entry in position.items()} for position in found]
+            with about_row(row):
+                own = scores_of_prompt_logprobs(entries, tokens, None, self.sampling.vocab_size).logps.tolist()
             rollouts.append(Rollout(tokens, logps, own, truncated=not ended))
         if on_rows is not None:
             on_rows(len(rollouts))

@@ -13,10 +13,23 @@ import numpy as np
 import torch
 from anyio.from_thread import start_blocking_portal
 
-from trl_blend.errors import ConfigError, EngineError
-from trl_blend.models.loading import LoadOptions
+from trl_blend.errors import ConfigError, EngineError, TrlBlendError
+from trl_blend.models.limits import vocabulary_rows
+from trl_blend.models.loading import LoadOptions, find_config
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
-from trl_blend.rollouts.engines.base import OnRows, Rollout, SamplingSettings, TokenScores, cut_at_eos, load_options
+from trl_blend.rollouts.engines.base import (
+    OnRows,
+    Rollout,
+    RowError,
+    SamplingSettings,
+    TokenScores,
+    about_row,
+    as_logp,
+    check_tokens,
+    cut_at_eos,
+    load_options,
+    sampled_logps,
+)
 
 
 Result = TypeVar("Result")
@@ -29,6 +42,7 @@ _SMALLEST_TAIL = 2.0**-24
 # Seconds of a request, how often it is sent, and seconds before the second time; each wait is twice the last
 _TIMEOUT, _ATTEMPTS, _BACKOFF = 900.0, 7, 0.5
 _RETRIED = {408, 409, 425, 429}  # and every 5xx
+_ABOUT_A_ROW = {400, 413, 422}
 _KEY = "Set the server's key in the environment variable VLLM_API_KEY."
 _REMEDIES = {401: _KEY, 403: _KEY, 404: "Check the URL, and that the server is one of vLLM."}
 
@@ -52,7 +66,8 @@ class VllmServerEngine:
     vocab_size: int | None = None
 
     def __init__(self, model: str, argument: str, args: RolloutConfig | ScoringConfig) -> None:
-        options = load_options(args)
+        self._model, self._argument = model, argument
+        self._options = options = load_options(args)
         check_by_name(model, argument, options)
         self.client = VllmClient(args.vllm_server_base_url, concurrency=args.vllm_concurrency)
         served = self._served()
@@ -81,13 +96,15 @@ class VllmServerEngine:
         """
         if sampling is not None:
             self.sampling = sampling
+            self._rows = self._vocabulary_rows()
             self._check_processed_logprobs(sampling.eos_token_ids[:1])
 
     def sample(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
     ) -> list[Rollout]:
         """One rollout per prompt, in order, each with its own seed."""
-        return self.client.map(self._sample_one, list(zip(prompt_ids, seeds, strict=True)), on_rows)
+        rows = list(zip(range(len(prompt_ids)), prompt_ids, seeds, strict=True))
+        return self.client.map(partial(_named, self._sample_one), rows, on_rows)
 
     def score(
         self,
@@ -95,10 +112,12 @@ class VllmServerEngine:
         completion_ids: Sequence[Sequence[int]],
         top_k: int | None,
         on_rows: OnRows | None = None,
+        vocab_size: int | None = None,
     ) -> list[TokenScores]:
-        """Scores of the rows, in order."""
-        rows = [(*row, top_k) for row in zip(prompt_ids, completion_ids, strict=True)]
-        return self.client.map(self._score_one, rows, on_rows)
+        """Scores of the rows, in order. Of padding rows, only those that the server returns can be left out."""
+        pairs = zip(prompt_ids, completion_ids, strict=True)
+        rows = [(index, *pair, top_k, vocab_size) for index, pair in enumerate(pairs)]
+        return self.client.map(partial(_named, self._score_one), rows, on_rows)
 
     async def _sample_one(self, prompt_ids: Sequence[int], seed: int) -> Rollout:
         choice = await self._complete(
@@ -107,20 +126,23 @@ class VllmServerEngine:
             logprobs=0,
             return_tokens_as_token_ids=True,
             skip_special_tokens=False,
-            **request_settings(self.sampling),
+            **request_settings(self.sampling, self._rows),
         )
         tokens, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not tokens or not logps or len(tokens) != len(logps) or None in logps:
-            raise EngineError(
+        if not tokens or not logps or len(tokens) != len(logps):
+            raise RowError(
                 f"The vLLM server at {self.client.url} answered without the log-probability of every token. It must "
                 "be one of vLLM, started with `--logprobs-mode processed_logprobs`."
             )
         end, ended = cut_at_eos(tokens, self.sampling.eos_token_ids)
-        own = (await self._score_one(prompt_ids, tokens[:end], None)).logps
-        return Rollout(tokens[:end], [min(float(z), 0.0) for z in logps[:end]], own.tolist(), truncated=not ended)
+        tokens = tokens[:end]
+        check_tokens(tokens, self.sampling.vocab_size)
+        logps = sampled_logps(logps[:end], tokens)
+        own = (await self._score_one(prompt_ids, tokens, None, self.sampling.vocab_size)).logps
+        return Rollout(tokens, logps, own.tolist(), truncated=not ended)
 
     async def _score_one(
-        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top_k: int | None
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top_k: int | None, vocab_size: int | None
     ) -> TokenScores:
         """A prefill of prompt and completion, at temperature 1."""
         limit, ids = self.max_model_len, [*prompt_ids, *completion_ids]
@@ -132,16 +154,19 @@ class VllmServerEngine:
             )
         answer = await self._complete(ids, max_tokens=1, temperature=1.0, prompt_logprobs=top_k or 0)
         entries = answer.get("prompt_logprobs")
-        if not entries or len(entries) != len(ids) or None in entries[1:]:
+        try:
+            if len(entries) != len(ids) or None in entries[1:]:
+                raise ValueError
+            rows = [
+                {int(token): entry["logprob"] for token, entry in row.items()} for row in entries[len(prompt_ids) :]
+            ]
+        except (TypeError, ValueError, KeyError, AttributeError):  # of another form
             state = "without" if not entries else "with incomplete"
-            raise EngineError(
+            raise RowError(
                 f"The vLLM server at {self.client.url} answered {state} `prompt_logprobs`. It must be one of vLLM, "
                 "started with `--no-enable-prefix-caching`."
-            )
-        rows = [
-            {int(token): float(entry["logprob"]) for token, entry in row.items()} for row in entries[len(prompt_ids) :]
-        ]
-        return scores_of_prompt_logprobs(rows, completion_ids, top_k)
+            ) from None
+        return scores_of_prompt_logprobs(rows, completion_ids, top_k, vocab_size)
 
     async def _complete(self, prompt_ids: Sequence[int], **settings: Any) -> dict[str, Any]:
         """One completion of one prompt of token ids, with the token ids of both."""
@@ -150,11 +175,11 @@ class VllmServerEngine:
         try:
             choice: dict[str, Any] = (await self.client.post(_COMPLETIONS, body))["choices"][0]
         except (KeyError, IndexError, TypeError):
-            raise EngineError(
+            raise RowError(
                 f"The vLLM server at {self.client.url} answered without `choices`. Check that it is one of vLLM."
             ) from None
         if choice.get("prompt_token_ids") != ids:
-            raise EngineError(
+            raise RowError(
                 f"The vLLM server at {self.client.url} read other token ids than it was sent "
                 f"({str(choice.get('prompt_token_ids'))[:60]} instead of {str(ids)[:60]}). It must take token ids as "
                 "they are and return them (`return_token_ids`, vLLM 0.10.2 or newer)."
@@ -173,6 +198,13 @@ class VllmServerEngine:
                 f"The vLLM server at {self.client.url} returns log-probabilities of another distribution than the one "
                 "it samples from. Start it with `--logprobs-mode processed_logprobs`."
             )
+
+    def _vocabulary_rows(self) -> int | None:
+        """Rows of the model, where its configuration can be read from here; the server does not say."""
+        try:
+            return vocabulary_rows(find_config(self._model, self._argument, **self._options.hub))
+        except TrlBlendError:
+            return None
 
     def _served(self) -> list[dict[str, Any]]:
         answer = self.client.get("/v1/models")
@@ -203,9 +235,25 @@ def check_by_name(model: Any, argument: str, options: LoadOptions) -> None:
         raise ConfigError("`load_in_4bit=True` is for transformers. Give vLLM a quantized checkpoint instead.")
 
 
-def request_settings(sampling: SamplingSettings) -> dict[str, Any]:
-    """Every sampling parameter: what is left out, the server takes from the checkpoint's generation_config.json."""
+async def _named(function: Callable[..., Awaitable[Result]], row: int, *arguments: Any) -> Result:
+    with about_row(row):
+        return await function(*arguments)
+
+
+def request_settings(sampling: SamplingSettings, rows: int | None = None) -> dict[str, Any]:
+    """
+    Every sampling parameter: what is left out, the server takes from the checkpoint's generation_config.json.
+
+    Args:
+        sampling ([`~trl_blend.rollouts.engines.base.SamplingSettings`]):
+            What is sampled.
+        rows (`int`, *optional*):
+            Rows of the model's vocabulary, where they are known: those that are no tokens get the smallest bias that
+            vLLM takes, -100 nats.
+    """
+    padding = range(sampling.vocab_size or 0, rows or 0) if sampling.vocab_size is not None else ()
     return {
+        **({"logit_bias": {str(token): -100.0 for token in padding}} if padding else {}),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
@@ -220,41 +268,59 @@ def request_settings(sampling: SamplingSettings) -> dict[str, Any]:
 
 
 def scores_of_prompt_logprobs(
-    rows: Sequence[Mapping[int, float]], completion_ids: Sequence[int], top_k: int | None
+    rows: Sequence[Mapping[int, Any]],
+    completion_ids: Sequence[int],
+    top_k: int | None,
+    vocab_size: int | None = None,
 ) -> TokenScores:
     """
     Scores from vLLM's `prompt_logprobs`: per token, the log-probs of the `top_k` most probable ids and of the token.
 
     The mass outside the kept ids is `1 - Σ p`, because vLLM returns nothing else: below about 1e-6 it is rounding, and
-    it is never given as less than 2^-24.
+    it is never given as less than 2^-24. Ids from `vocab_size` on are no tokens: those among the ids are taken out of
+    the distribution.
 
     Raises:
-        [`~trl_blend.errors.EngineError`]: If a token is not among its ids, or there are fewer than `top_k`.
+        [`~trl_blend.rollouts.engines.base.RowError`]: If a token is not among its ids, a value is no log-probability,
+            or there are fewer tokens than `top_k`.
     """
-    ids, values, tails = [], [], []
-    for position, (row, token) in enumerate(zip(rows, completion_ids, strict=True)):
-        if token not in row:
-            raise EngineError(
-                f"vLLM gave no log-probability for token {token} at position {position}, only for {sorted(row)[:5]}: "
-                "it scored other token ids than it was sent."
+    ids, values, tails, logps = [], [], [], []
+    for position, (given, token) in enumerate(zip(rows, completion_ids, strict=True)):
+        if token not in given:
+            raise RowError(
+                f"vLLM gave no log-probability for token {token} at position {position}, only for "
+                f"{sorted(given)[:5]}: it scored other token ids than it was sent."
             )
+        row = _over_tokens({entry: as_logp(value, entry, position) for entry, value in given.items()}, vocab_size)
+        logps.append(row[token])
         if top_k is None:
             continue
         others = sorted((entry for entry in row if entry != token), key=lambda entry: -row[entry])[: top_k - 1]
         if len(others) < top_k - 1:
-            raise EngineError(
-                f"vLLM returned {len(row)} log-probabilities where `top_k={top_k}` were asked for. Start the server "
-                f"with `--max-logprobs {top_k}` or more."
+            raise RowError(
+                f"vLLM returned {len(row)} log-probabilities where `top_k={top_k}` were asked for, at position "
+                f"{position} and without those of padding rows. Start the server with `--max-logprobs {top_k}` or "
+                "more, or set a smaller `top_k`."
             )
         # A stable sort: the token itself comes last among equals
         kept = sorted([*others, token], key=lambda entry: -row[entry])
         ids.append(kept)
-        values.append([min(row[entry], 0.0) for entry in kept])
+        values.append([row[entry] for entry in kept])
         tails.append(math.log(max(1.0 - math.fsum(math.exp(z) for z in values[-1]), _SMALLEST_TAIL)))
-    logps = np.array([min(row[token], 0.0) for row, token in zip(rows, completion_ids, strict=True)], np.float32)
     if top_k is None:
-        return TokenScores(logps)
-    return TokenScores(logps, np.array(ids), np.array(values, np.float32), np.array(tails, np.float32))
+        return TokenScores(np.array(logps, np.float32))
+    return TokenScores(
+        np.array(logps, np.float32), np.array(ids), np.array(values, np.float32), np.array(tails, np.float32)
+    )
+
+
+def _over_tokens(row: Mapping[int, float], vocab_size: int | None) -> dict[int, float]:
+    """The log-probabilities without those ids that are no tokens, whose mass goes to the others."""
+    padding = [value for entry, value in row.items() if vocab_size is not None and entry >= vocab_size]
+    if not padding:
+        return dict(row)
+    kept = math.log(max(1.0 - math.fsum(map(math.exp, padding)), _SMALLEST_TAIL))
+    return {entry: min(value - kept, 0.0) for entry, value in row.items() if entry < vocab_size}
 
 
 def _same_folder(model: str, root: str | None) -> bool:
@@ -362,7 +428,8 @@ class VllmClient:
             problem = f"HTTP {status}: {_message(response)}"
             if status not in _RETRIED and status < 500:
                 remedy = _REMEDIES.get(status, "The request is wrong, so it is not repeated.")
-                raise EngineError(f"The vLLM server at {self.url} refused {path} ({problem}). {remedy}")
+                kind = RowError if status in _ABOUT_A_ROW else EngineError
+                raise kind(f"The vLLM server at {self.url} refused {path} ({problem}). {remedy}")
         raise EngineError(
             f"The vLLM server at {self.url} does not answer ({attempts} attempts; the last: {problem}). Check that it "
             "runs and can be reached from here, then run the same command again: what is written is kept."
