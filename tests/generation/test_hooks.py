@@ -16,7 +16,7 @@ from tests.generation.teacher_forced import (
 )
 from tests.tiny import EOS_ID, tiny_model
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.generation import LogitMixing, ProbabilityMixing, blended_generation
+from trl_blend.generation import LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion, blended_generation
 
 
 RULE = LogitMixing(0.4)
@@ -237,3 +237,46 @@ def test_compiled_wrapper(student, teacher, prompts):
     with blended_generation(compiled, teacher, LogitMixing(1.0)):
         taught = sample(compiled, prompts, do_sample=False)
     assert torch.equal(taught, sample(teacher, prompts, do_sample=False))
+
+
+# Rows that are no tokens, numbers that are none
+
+
+def padded(model, rows):
+    """The model with more rows than it has tokens, which it prefers to them."""
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[64:] = head.weight[: rows - 64] * 3.0
+    return model
+
+
+@pytest.mark.parametrize("rule", [RULE, ProbabilityMixing(0.4), TrustRegion(0.1), SpeculativeKD(5, 0.6)])
+def test_rows_beyond_the_tokens_have_no_part(prompts, rule):
+    student, teacher = (tiny_model(seed=seed, tie_word_embeddings=False) for seed in (1, 2))
+    larger = [padded(tiny_model(seed=s, tie_word_embeddings=False), rows) for s, rows in ((1, 70), (2, 76))]
+    with blended_generation(*larger, rule, vocab_size=64, record=True) as session:
+        output = sample(larger[0], prompts, do_sample=False)  # a draw from more rows takes other random numbers
+    with blended_generation(student, teacher, rule, record=True) as expected:
+        assert torch.equal(output, sample(student, prompts, do_sample=False))
+    record, exact = session.records[0], expected.records[0]
+    torch.testing.assert_close(record.behavior_logps, exact.behavior_logps)
+    torch.testing.assert_close(record.teacher_logps, exact.teacher_logps)
+    assert record.statistics.keys() == exact.statistics.keys()
+    for name, values in record.statistics.items():
+        torch.testing.assert_close(values, exact.statistics[name])
+    with blended_generation(*larger, rule):
+        assert sample(larger[0], prompts)[:, prompts["input_ids"].shape[1] :].max() >= 64  # without being told
+
+
+@pytest.mark.parametrize(("broken", "name"), [("student", "the student"), ("teacher", "the teacher")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_are_said(student, teacher, prompts, broken, name, value):
+    model = {"student": student, "teacher": teacher}[broken]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3] = value
+    with (
+        blended_generation(student, teacher, RULE),
+        pytest.raises(UnsupportedError, match=f"The logits of {name} are not numbers"),
+    ):
+        sample(student, prompts)

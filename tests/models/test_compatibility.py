@@ -44,14 +44,24 @@ def test_first_differing_id_is_named():
 
 
 def test_vocab_sizes():
-    check_vocab_sizes(64, 64, 64)
-    check_vocab_sizes(151_936, 152_064, 151_669)
-    with pytest.raises(TokenizerMismatchError, match=r"`teacher_model` has `config.vocab_size=63`.*64"):
-        check_vocab_sizes(64, 63, 64)
-    with pytest.raises(TokenizerMismatchError, match=r"`model` has `config.vocab_size=63`"):
-        check_vocab_sizes(63, 64, 64)
-    with pytest.raises(TokenizerMismatchError, match=r"`teachers\[0\]`"):
-        check_vocab_sizes(64, 63, 64, partner_name="teachers[0]")
+    tokenizer = tiny_tokenizer()
+    check_vocab_sizes(64, 64, tokenizer)
+    check_vocab_sizes(72, 64, tokenizer)
+    check_vocab_sizes(151_936, 152_064, tokenizer)
+    with pytest.raises(TokenizerMismatchError, match=r"`teachers\[0\]` has 63 rows, fewer than the 64 tokens"):
+        check_vocab_sizes(72, 63, tokenizer, partner_name="teachers[0]")
+    tokenizer.add_tokens(["<image>"])  # of its relatives, beyond the rows of both
+    check_vocab_sizes(64, 64, tokenizer)
+    tokenizer.pad_token = "<image>"
+    with pytest.raises(TokenizerMismatchError, match=r"`model` has 64 rows.*`pad_token` '<image>'.*embeddings\(65\)"):
+        check_vocab_sizes(64, 65, tokenizer)
+
+
+def test_without_a_tokenizer_every_row_is_a_token():
+    check_vocab_sizes(64, 64)
+    check_vocab_sizes(64, 72)
+    with pytest.raises(TokenizerMismatchError, match="`teacher_model` has 64 rows, fewer than the 72 tokens"):
+        check_vocab_sizes(72, 64)
 
 
 def test_partner_model():

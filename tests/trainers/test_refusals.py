@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import shutil
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig
@@ -146,7 +147,11 @@ def test_an_encoder_decoder_as_teacher(refuses, tmp_path, loaded):
 def test_a_teacher_with_too_few_rows(refuses, tmp_path):
     tiny_model(seed=1, vocab_size=60).save_pretrained(tmp_path / "short")
     tiny_tokenizer().save_pretrained(tmp_path / "short")
-    refuses(TokenizerMismatchError, "`config.vocab_size=60`", teacher=str(tmp_path / "short"))
+    refuses(
+        TokenizerMismatchError,
+        "`teacher_model` has 60 rows, fewer than the 64 tokens",
+        teacher=str(tmp_path / "short"),
+    )
 
 
 def test_a_teacher_without_a_tokenizer_is_taken_with_a_warning(make, caplog):
@@ -212,3 +217,50 @@ def test_an_adapter_that_changes_the_base_is_no_teacher(make, setting, monkeypat
     with pytest.raises(UnsupportedError, match="`teacher` is None, but adapter 'default'"):
         make(teacher=None, trainer_kwargs={"peft_config": config})
     assert make(trainer_kwargs={"peft_config": config}).partners
+
+
+# -------------------- ids beyond the rows
+
+
+def with_more_ids(folder, tokenizer=None):
+    """A copy of a model whose tokenizer has an id more than the model has rows."""
+    tokenizer = tokenizer or tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def more_ids(models, tmp_path):
+    return {role: with_more_ids(shutil.copytree(models / role, tmp_path / role)) for role in ("student", "teacher")}
+
+
+def test_an_id_without_a_row_that_never_occurs(make, more_ids):
+    trainer = make(**more_ids, max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_an_id_without_a_row_that_occurs(make, more_ids):
+    rows = runs.dataset()
+    rows = rows.map(lambda row, index: {"prompt": f"<image>{index}"}, with_indices=True)
+    trainer = make(**more_ids, train_dataset=rows, max_steps=1)
+    with pytest.raises(TokenizerMismatchError, match="prompt '<image>.*holds token id 64 .'<image>'.* ids 0 to 63"):
+        trainer.train()
+
+
+def test_special_tokens_need_rows(refuses, models, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.pad_token = "<image>"
+    given = {
+        role: with_more_ids(shutil.copytree(models / role, tmp_path / role), tokenizer)
+        for role in ("student", "teacher")
+    }
+    message = refuses(TokenizerMismatchError, "has 64 rows", **given)
+    assert "`pad_token` '<image>' has id 64" in message
+
+
+def test_a_teacher_with_too_few_rows_and_no_tokenizer(refuses):
+    teacher = tiny_model(seed=3, vocab_size=60)
+    refuses(TokenizerMismatchError, "`teacher_model` has 60 rows, fewer than the 64 tokens", teacher=teacher)

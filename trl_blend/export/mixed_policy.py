@@ -255,7 +255,7 @@ def _described_reference(
         raise ConfigError(f"`{argument}` is `student` itself. Pass another model.")
     check_tokenizers(student.tokenizer, found.tokenizer, partner_name=argument)
     rows, others = (one.config.get_text_config().vocab_size for one in (student, found))
-    check_vocab_sizes(rows, others, len(student.tokenizer), partner_name=argument)
+    check_vocab_sizes(rows, others, student.tokenizer, partner_name=argument)
     return found
 
 

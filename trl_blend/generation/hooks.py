@@ -49,6 +49,7 @@ def blended_generation(
     rule: BlendRule,
     *,
     eos: EosMap | None = None,
+    vocab_size: int | None = None,
     record: bool = False,
 ) -> Iterator[BlendSession]:
     """
@@ -80,6 +81,9 @@ def blended_generation(
         eos ([`~trl_blend.ops.EosMap`], *optional*):
             End-of-sequence tokens that are merged into the student's before the rule, for models of one family that
             stop with different tokens.
+        vocab_size (`int`, *optional*):
+            Ids below it are tokens, [`~trl_blend.models.limits.num_token_ids`] of the tokenizer; rows that only pad a
+            model's vocabulary are not drawn then. All rows by default.
         record (`bool`, *optional*, defaults to `False`):
             Whether to record log-probabilities and statistics of every rollout.
 
@@ -111,7 +115,9 @@ def blended_generation(
     partners = _resolve_partners(model, student, teacher)
     session = BlendSession()
     previous = {name: vars(student)[name] for name in ("generate", "generate_batch") if name in vars(student)}
-    student.generate = _BlendedGenerate(student, partners, teacher is None, rule, eos, session if record else None)
+    student.generate = _BlendedGenerate(
+        student, partners, teacher is None, rule, eos, vocab_size, session if record else None
+    )
     student.generate_batch = _refuse_generate_batch
     try:
         yield session
@@ -156,6 +162,7 @@ class _BlendedGenerate:
         disable_adapters: bool,
         rule: BlendRule,
         eos: EosMap | None,
+        vocab_size: int | None,
         session: BlendSession | None,
     ) -> None:
         functools.update_wrapper(self, student.generate)
@@ -165,6 +172,7 @@ class _BlendedGenerate:
         self._disable_adapters = disable_adapters
         self._rule = rule
         self._eos = eos
+        self._vocab_size = vocab_size
         self._session = session
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,6 +206,7 @@ class _BlendedGenerate:
             temperature=settings.temperature if settings.do_sample and settings.temperature is not None else 1.0,
             keep_forbidden=forbids or bool(active_settings(vars(settings), FORBIDS)),
             eos=self._eos,
+            vocab_size=self._vocab_size,
             record=self._session is not None,
         )
         return prompt, processor

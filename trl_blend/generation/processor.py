@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from trl_blend.errors import UnsupportedError
 from trl_blend.generation.partner import PartnerDecoder
 from trl_blend.generation.recording import RolloutRecord, RolloutRecorder
 from trl_blend.generation.rules import BlendRule
@@ -20,7 +21,8 @@ class BlendLogitsProcessor(LogitsProcessor):
     `generate` runs a caller's processors after its own penalties and constraints and before temperature, top-k and
     top-p. This one divides all logits by the temperature `τ`, applies the rule, and returns `τ` times the behaviour
     logits, so that the division by `τ` that follows gives exactly the rule's policy. Partner logits are moved to the
-    student's device and dtype, and truncated or padded with `-inf` to its vocabulary.
+    student's device and dtype, and truncated or padded with `-inf` to its vocabulary. Logits that are not numbers are
+    refused.
 
     One object serves one `generate` call with plain sampling or greedy search. No gradient flows.
 
@@ -37,6 +39,8 @@ class BlendLogitsProcessor(LogitsProcessor):
             recorded `teacher_logps` remain those of the unrestricted partner.
         eos ([`~trl_blend.ops.EosMap`], *optional*):
             End-of-sequence tokens to merge into one, in every model, before the rule and the record.
+        vocab_size (`int`, *optional*):
+            Ids below it are tokens; the rows of every model from there on have no probability. All rows by default.
         record (`bool`, *optional*, defaults to `False`):
             Whether to collect a [`RolloutRecord`], see [`finish`][BlendLogitsProcessor.finish].
     """
@@ -49,6 +53,7 @@ class BlendLogitsProcessor(LogitsProcessor):
         temperature: float = 1.0,
         keep_forbidden: bool = False,
         eos: EosMap | None = None,
+        vocab_size: int | None = None,
         record: bool = False,
     ) -> None:
         self.rule = rule
@@ -56,14 +61,19 @@ class BlendLogitsProcessor(LogitsProcessor):
         self.temperature = temperature
         self.keep_forbidden = keep_forbidden
         self.eos = eos
+        self.vocab_size = vocab_size
         self.recorder = RolloutRecorder() if record else None
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Behaviour logits times the temperature `(B, V)`, given tokens `(B, S)` and the student's logits `(B, V)`."""
-        partner_logits = [
-            align_vocab(partner.step(input_ids).to(scores), scores.shape[-1]) for partner in self.partners
-        ]
+        size = scores.shape[-1]
+        num_tokens = size if self.vocab_size is None else min(size, self.vocab_size)
+        scores, *partner_logits = (
+            align_vocab(align_vocab(logits, num_tokens), size)
+            for logits in (scores, *(partner.step(input_ids).to(scores) for partner in self.partners))
+        )
+        _check_numbers(scores, partner_logits)
         student_logits = scores
         if self.temperature != 1.0:
             student_logits = student_logits / self.temperature
@@ -97,3 +107,17 @@ class BlendLogitsProcessor(LogitsProcessor):
             num_forward_steps=max(partner.num_forward_steps for partner in self.partners),
             partner_seconds=sum(partner.seconds for partner in self.partners),
         )
+
+
+def _check_numbers(student_logits: Tensor, partner_logits: Sequence[Tensor]) -> None:
+    """A model that gives no numbers would make the draw fail without saying which one it is."""
+    best = torch.stack([logits.amax(dim=-1) for logits in (student_logits, *partner_logits)])
+    if best.isfinite().all():
+        return
+    index = int((~best.isfinite()).any(dim=1).nonzero()[0])
+    name = "the student" if index == 0 else f"teacher {index}" if len(partner_logits) > 1 else "the teacher"
+    raise UnsupportedError(
+        f"The logits of {name} are not numbers ({best[index][~best[index].isfinite()][0]}), so that no token can be "
+        "drawn. Check that its checkpoint is whole and loaded in bfloat16 or float32; for a student in training, use "
+        "a lower learning rate."
+    )

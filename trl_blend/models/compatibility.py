@@ -8,6 +8,7 @@ Each check returns nothing or raises. They read attributes only and load nothing
 from typing import Any
 
 from trl_blend.errors import TokenizerMismatchError, UnsupportedError
+from trl_blend.models.limits import num_token_ids
 
 
 def check_tokenizers(
@@ -49,32 +50,44 @@ def check_tokenizers(
 
 
 def check_vocab_sizes(
-    student_config_vocab: int, partner_config_vocab: int, tokenizer_len: int, *, partner_name: str = "teacher_model"
+    student_rows: int, partner_rows: int, tokenizer: Any = None, *, partner_name: str = "teacher_model"
 ) -> None:
     """
-    Check that both output layers have a row for every token.
+    Check that a partner has a row for every token of the student, and both one for the special tokens, which occur in
+    every run.
 
     Checkpoints of one family pad their output layers to different sizes; rows beyond the tokenizer's ids are no
-    tokens, so their number may differ.
+    tokens, so their number may differ. A tokenizer may have ids beyond the student's rows too, such as the image
+    tokens of relatives: they are only refused where they occur.
 
     Args:
-        student_config_vocab, partner_config_vocab (`int`):
-            `config.vocab_size` of the models.
-        tokenizer_len (`int`):
-            `len(tokenizer)` of the tokenizer they share, added tokens included.
+        student_rows, partner_rows (`int`):
+            Rows of the models, see [`~trl_blend.models.limits.vocabulary_rows`].
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
+            The tokenizer that they share, or the student's where that of the partner is unknown. Without one, every
+            row of the student counts as a token.
         partner_name (`str`, *optional*, defaults to `"teacher_model"`):
             Name of the argument that holds the partner, for the error message.
 
     Raises:
-        [`~trl_blend.errors.TokenizerMismatchError`]: If a model has fewer rows than the tokenizer has tokens.
+        [`~trl_blend.errors.TokenizerMismatchError`]: If a row is missing.
     """
-    for name, rows in (("model", student_config_vocab), (partner_name, partner_config_vocab)):
-        if rows < tokenizer_len:
-            raise TokenizerMismatchError(
-                f"`{name}` has `config.vocab_size={rows}`, fewer rows than the tokenizer's {tokenizer_len} tokens. "
-                f"Resize it (`resize_token_embeddings({tokenizer_len})`) and train the new rows, or use the tokenizer "
-                f"that `{name}` was trained with."
-            )
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokens = student_rows if tokenizer is None else min(num_token_ids(tokenizer), student_rows)
+    if partner_rows < tokens:
+        raise TokenizerMismatchError(
+            f"`{partner_name}` has {partner_rows} rows, fewer than the {tokens} tokens of `model`. Use a model of the "
+            "student's family, with a row for each of its tokens."
+        )
+    for name, rows in (("model", student_rows), (partner_name, partner_rows)):
+        for role in ("eos_token", "pad_token", "bos_token"):
+            token_id = getattr(tokenizer, f"{role}_id", None)
+            if token_id is not None and token_id >= rows:
+                raise TokenizerMismatchError(
+                    f"`{name}` has {rows} rows, and the tokenizer's `{role}` {getattr(tokenizer, role)!r} has id "
+                    f"{token_id}. Use the tokenizer that `{name}` was trained with, or resize the model "
+                    f"(`resize_token_embeddings({token_id + 1})`) and train the new rows."
+                )
 
 
 def check_decoder_only(config: Any, name: str) -> None:

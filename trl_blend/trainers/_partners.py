@@ -13,8 +13,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.models.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
+from trl_blend.models.limits import num_token_ids, vocabulary_rows
 from trl_blend.models.loading import (
     find_adapter,
     find_config,
@@ -113,22 +114,22 @@ def check_names(
     load = {"trust_remote_code": args.trust_remote_code}
     of_student = {"revision": (args.model_init_kwargs or {}).get("revision"), **load}
     of_teacher = {"revision": args.teacher_model_revision, **load}
-    vocab_size = _vocab_size(find_config(student, "model", **of_student))
+    vocab_size = _rows(student, find_config(student, "model", **of_student))
     student_tokenizer = processing_class or find_tokenizer(student, "model", **of_student)
     student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
     rows = [vocab_size]
     for index, teacher in enumerate(teachers):
         name = "teacher_model" if len(teachers) == 1 else f"teacher_model[{index}]"
-        rows.append(_vocab_size(find_config(teacher, name, **of_teacher)))
+        rows.append(_rows(teacher, find_config(teacher, name, **of_teacher)))
         tokenizer = find_tokenizer(teacher, name, **of_teacher)
         if student_tokenizer is None or tokenizer is None:
             logger.warning(
                 f"No tokenizer could be found for `{name if tokenizer is None else 'model'}`, so it was not compared "
                 "with the other one. Make sure that both map the same ids to the same tokens."
             )
-            continue
-        check_tokenizers(student_tokenizer, tokenizer, partner_name=name, remedy=remedy)
-        check_vocab_sizes(vocab_size, rows[-1], len(student_tokenizer))
+        else:
+            check_tokenizers(student_tokenizer, tokenizer, partner_name=name, remedy=remedy)
+        check_vocab_sizes(vocab_size, rows[-1], student_tokenizer, partner_name=name)
     return min(rows)
 
 
@@ -163,6 +164,31 @@ def load_student_adapter(
         of_files = {"revision": arguments.get("revision"), "trust_remote_code": arguments["trust_remote_code"]}
         processing_class = find_tokenizer(name, "model", required=True, **of_files, **tokenizer_options)
     return model, processing_class
+
+
+def num_tokens(student: PreTrainedModel, tokenizer: Any) -> int | None:
+    """Ids below it are tokens; `None` where the student has no more rows than that."""
+    declared = student.generation_config.eos_token_id
+    declared = [declared] if isinstance(declared, int) else declared or []
+    tokens = num_token_ids(tokenizer, declared)
+    return tokens if tokens < vocabulary_rows(student) else None
+
+
+def check_prompt_ids(
+    prompt_ids: list[list[int]], student: PreTrainedModel, partners: list[Any], tokenizer: Any
+) -> None:
+    """
+    Refuse a prompt with a token that the student or a partner has no row for. The lookup itself ends in an index
+    error, on CUDA in one that takes the whole process down.
+    """
+    rows = min(vocabulary_rows(model) for model in (student, *partners))
+    for ids in prompt_ids:
+        if ids and max(ids) >= rows:
+            raise TokenizerMismatchError(
+                f"The prompt {tokenizer.decode(ids)[:80]!r} holds token id {max(ids)} "
+                f"({tokenizer.convert_ids_to_tokens(max(ids))!r}), but the models have rows for the ids 0 to "
+                f"{rows - 1}. Drop the prompt, or use models that have a row for the token."
+            )
 
 
 def load_partners(
@@ -268,9 +294,10 @@ def prepare_partner(partner: PreTrainedModel, accelerator: Accelerator) -> PreTr
 
 def token_ids_without_partner(student: PreTrainedModel, partners: list[PreTrainedModel]) -> list[int]:
     """Padding rows of the student's vocabulary that some partner does not have."""
-    sizes = [_vocab_size(partner.config) for partner in partners]
-    return list(range(min(sizes), _vocab_size(student.config))) if sizes else []
+    sizes = [vocabulary_rows(partner) for partner in partners]
+    return list(range(min(sizes), vocabulary_rows(student))) if sizes else []
 
 
-def _vocab_size(config: Any) -> int:
-    return config.get_text_config().vocab_size
+def _rows(model: str | PreTrainedModel, config: Any) -> int:
+    """Vocabulary rows of a model, by its configuration where it is not loaded."""
+    return vocabulary_rows(config if isinstance(model, str) else model)

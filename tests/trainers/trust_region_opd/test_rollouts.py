@@ -284,3 +284,15 @@ def test_a_temperature_warmup_changes_what_is_drawn(build_opd):
         for prompt, mask in prompts
     ]
     assert forced.tokens(call.inputs) == expected
+
+
+def test_rows_that_neither_model_has_tokens_for_are_not_drawn(build_opd):
+    """Both are padded alike, and prefer the padding."""
+    arguments = policies.padded_models(72, 72)
+    with torch.no_grad():
+        for role in ("student", "teacher"):
+            arguments[role].get_output_embeddings().weight[64:] *= 6.0
+    trainer = build_opd(kl_budget=0.3, blend_warmup_steps=3, **arguments)
+    assert trainer.missing_token_ids == [] and not trainer.uses_own_divergence
+    rollouts, _ = train(trainer)
+    assert max(policies.emitted(rollouts[0].inputs)) < 64

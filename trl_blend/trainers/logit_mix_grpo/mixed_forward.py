@@ -36,6 +36,8 @@ class MixedForward:
             `"logits"` or `"probs"`.
         unwrapped_student (`nn.Module`):
             The PEFT model inside `student`, whose adapters are disabled when there are no teachers.
+        num_tokens (`int`, *optional*):
+            Ids below it are tokens; the other rows have no part in the policy. All rows by default.
     """
 
     student: nn.Module
@@ -43,6 +45,7 @@ class MixedForward:
     weights: Sequence[float]
     space: str
     unwrapped_student: nn.Module
+    num_tokens: int | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         frozen = {key: value for key, value in inputs.items() if key != "output_router_logits"}
@@ -61,6 +64,7 @@ class MixedForward:
                 temperature=temperature,
                 space=self.space,
                 compute_entropy="entropy" in outputs,
+                vocab_size=self.num_tokens,
                 gather_parameters=_compat.gather_lm_head,
             )
             return mixed.logps, mixed.entropy, None, None, None

@@ -191,6 +191,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._given_teachers = teachers
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
         self._rule: BlendRule | None = None
+        self._num_tokens: int | None = None
         self._generating = False
         self._recording = True
         self._eval_policy: str = args.objective
@@ -242,6 +243,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
                 base = partner.get_base_model() if is_peft_model(partner) else partner
                 _compat.add_fused_lm_head(base, self.temperature, self.args.cast_lm_head_to_fp32)
             self.partners.append(_partners.prepare_partner(partner, self.accelerator))
+        self._num_tokens = _partners.num_tokens(self.model, self._tokenizer)
         if self.args.mixing_space == "probs":
             missing = _partners.token_ids_without_partner(self.model, self.partners)
             if missing:  # a teacher could not read them back
@@ -309,9 +311,12 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         if self._rule is None:
             return super()._generate_single_turn(*turn, **kwargs)
         student = self.accelerator.unwrap_model(self.model_wrapped)
+        _partners.check_prompt_ids(prompt_ids, student, self.partners, self._tokenizer)
         with (
             evaluation_mode(student),  # dropout would draw tokens from another policy than the one that is scored
-            blended_generation(student, self.partners or None, self._rule, record=self._recording) as session,
+            blended_generation(
+                student, self.partners or None, self._rule, vocab_size=self._num_tokens, record=self._recording
+            ) as session,
         ):
             completion_ids, logps = super()._generate_single_turn(*turn, **kwargs)
         if not self._recording:
@@ -386,7 +391,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         if self._rule is not None and self._is_student(model):
             if self.args.objective == "mixed":
                 unwrapped = self.accelerator.unwrap_model(model)
-                model = MixedForward(model, self.partners, self._rule.weights, self.args.mixing_space, unwrapped)
+                space = self.args.mixing_space
+                model = MixedForward(model, self.partners, self._rule.weights, space, unwrapped, self._num_tokens)
             elif self._generating:
                 # The old log-probs of `objective="student"` are those recorded while decoding: no forward is needed
                 return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None

@@ -15,6 +15,7 @@ from trl import DistillationTrainer
 from trl_blend import _compat
 from trl_blend.generation.hooks import blended_generation
 from trl_blend.generation.rules import BlendRule
+from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.reverse_kl import reverse_kl
 from trl_blend.schedules import linear
@@ -216,6 +217,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             )
         if self.eos is not None:
             self._stop_at(self.eos.merged)
+        self._num_tokens = _partners.num_tokens(self.model, self._tokenizer)
         self.missing_token_ids = _partners.token_ids_without_partner(self.model, self.partners)
         if self.missing_token_ids:  # the teacher could not read them back
             suppressed = self.missing_token_ids + (self.generation_kwargs.get("suppress_tokens") or [])
@@ -234,7 +236,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     @property
     def uses_own_divergence(self) -> bool:
         """Whether the loss is `trl_blend.ops.reverse_kl`, rather than TRL's chunked divergence."""
-        sizes = {model.config.get_text_config().vocab_size for model in (self.model, self.teacher_model)}
+        sizes = {vocabulary_rows(model) for model in (self.model, self.teacher_model)}
         own_loss = self.args.kl_support != "full" or self.args.distillation_target != "teacher"
         # TRL's kernel takes every weight for a ZeRO-3 shard, which the teacher's is not
         return own_loss or self.eos is not None or len(sizes) > 1 or self._dist.is_zero3
@@ -289,6 +291,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         turn = (prompt_ids, images, multimodal_fields, has_tool_images)
+        _partners.check_prompt_ids(prompt_ids, self.model, self.partners, self._tokenizer)
         if not self.model.training:
             return super()._generate_single_turn(*turn)
         if self._rule is None:
@@ -298,7 +301,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         with (
             evaluation_mode(student),  # dropout would draw tokens from another policy than the one of the budget
             self._decoding_with_transformers(),
-            blended_generation(student, self.partners or None, self._rule, eos=self.eos, record=True) as session,
+            blended_generation(
+                student, self.partners or None, self._rule, eos=self.eos, vocab_size=self._num_tokens, record=True
+            ) as session,
         ):
             completion_ids = super()._generate_single_turn(*turn)
         record = session.records[-1]
@@ -376,6 +381,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             veto_weight=self._veto_weight(self.state.global_step) if self.model.training else 0.0,
             top_k=self.args.kl_top_k if self.args.kl_support == "student_top_k" else None,
             eos=self.eos,
+            vocab_size=self._num_tokens and min(self._num_tokens, vocabulary_rows(self.teacher_model)),
             gather_parameters=_compat.gather_lm_head,
         )
         self._diagnostics.add_reverse_kl(result.reverse_kl)
