@@ -16,15 +16,15 @@ Any Hub ids, with LoRA:
 
 from itertools import islice
 
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer
 from trl_blend.errors import ConfigError
-from trl_blend.scripts.arguments import GRPOMixScriptArguments
-from trl_blend.scripts.data import TESTBED, load_prompts, prompts_name
-from trl_blend.scripts.rewards import TESTBED_REWARDS, load_rewards
+from trl_blend.scripts.arguments import GRPOMixModelConfig, GRPOMixScriptArguments
+from trl_blend.scripts.data import load_prompts, prompts_name
+from trl_blend.scripts.rewards import load_rewards
 from trl_blend.scripts.running import run
-from trl_blend.scripts.scoring import means_and_errors
+from trl_blend.scripts.scoring import means_and_errors, scoring_bar
 from trl_blend.scripts.training import finish, train_and_score
 
 
@@ -39,21 +39,20 @@ def score_policies(trainer, rows):
             name = "teacher alone" if len(trainer.partners) == 1 else f"teacher {index} alone"
             name = name if trainer.partners else "base alone"
             policies[name] = tuple(float(index == other) for other in range(len(weights)))
-    return {name: means_and_errors(trainer.greedy_rewards(rows, policy).rewards) for name, policy in policies.items()}
+    return {
+        name: means_and_errors(trainer.greedy_rewards(rows, policy, scoring_bar(trainer, name)).rewards)
+        for name, policy in policies.items()
+    }
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    # The test-bed's rewards: trained on is the first, the others are measured
-    reward_funcs = script_args.reward_funcs or TESTBED_REWARDS
-    if not script_args.reward_funcs and training_args.reward_weights is None:
-        training_args.reward_weights = [1.0, 0.0, 0.0]
-    given = training_args.reward_weights
-    if given is not None and len(given) != len(reward_funcs):
+    reward_funcs, weights = script_args.reward_funcs, training_args.reward_weights
+    if weights is not None and len(weights) != len(reward_funcs):
         raise ConfigError(
-            f"`reward_weights` has {len(given)} values for the {len(reward_funcs)} reward(s) {reward_funcs}. Give one "
-            "weight per reward; the settings file may hold weights for its own rewards."
+            f"`reward_weights` has {len(weights)} values for the {len(reward_funcs)} reward(s) {reward_funcs}. Give "
+            "one weight per reward; the settings file may hold weights for its own rewards."
         )
-    train_dataset, test_dataset = load_prompts(script_args, dataset_args)
+    train_dataset, test_dataset = load_prompts(script_args, training_args, model_args, dataset_args)
     rewards = load_rewards(reward_funcs, train_dataset.column_names)
 
     training_args.model_init_kwargs = {
@@ -61,12 +60,9 @@ def main(script_args, training_args, model_args, dataset_args):
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
-    teachers = training_args.teacher_model_name_or_path
-    if not teachers and not model_args.use_peft:  # with PEFT, the student's own base
-        teachers = [str(TESTBED / "teacher")]
     trainer = LogitMixGRPOTrainer(
-        model=model_args.model_name_or_path or str(TESTBED / "student"),
-        teacher_model=teachers,
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
         reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
@@ -75,13 +71,13 @@ def main(script_args, training_args, model_args, dataset_args):
         peft_config=get_peft_config(model_args),
     )
 
-    rows = list(islice(test_dataset, script_args.num_test_prompts))
+    rows = list(islice(test_dataset or [], script_args.num_test_prompts))
     scores = train_and_score(trainer, lambda: score_policies(trainer, rows) if rows else {})
-    finish(trainer, scores, trainer.reward_func_names, len(rows), prompts_name(script_args, dataset_args))
+    finish(trainer, scores, trainer.reward_func_names, len(rows), prompts_name(script_args))
 
 
 def make_parser(prog=None):
-    return TrlParser((GRPOMixScriptArguments, LogitMixGRPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return TrlParser((GRPOMixScriptArguments, LogitMixGRPOConfig, GRPOMixModelConfig, DatasetMixtureConfig), prog=prog)
 
 
 if __name__ == "__main__":

@@ -16,43 +16,38 @@ With a table of accuracy, on prompts with reference answers:
         --reward_funcs rewards.boxed_accuracy_reward
 """
 
-from dataclasses import replace
 from itertools import islice
 
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_blend import OfflineOPDConfig, OfflineOPDTrainer, load_scored_rollouts
 from trl_blend.errors import ConfigError
 from trl_blend.scripts.arguments import OfflineOPDScriptArguments
-from trl_blend.scripts.data import load_prompts
-from trl_blend.scripts.rewards import TESTBED_REWARDS, load_rewards
+from trl_blend.scripts.data import load_test_prompts
+from trl_blend.scripts.rewards import load_rewards
 from trl_blend.scripts.running import run
-from trl_blend.scripts.scoring import generating_model, greedy_scores
+from trl_blend.scripts.scoring import generating_model, greedy_scores, scoring_bar
 from trl_blend.scripts.training import finish, train_and_score
 
 
-def load_test(script_args):
+def load_test(script_args, training_args, model_args):
     """Prompts of the table, its reward functions and their names."""
     if not script_args.test_dataset_name:
-        if script_args.reward_funcs:
-            raise ConfigError("`reward_funcs` needs prompts: set `test_dataset_name`.")
         return [], [], []
-    is_testbed = script_args.test_dataset_name == "testbed"
-    named = replace(script_args, dataset_name=None if is_testbed else script_args.test_dataset_name)
-    _, dataset = load_prompts(named, DatasetMixtureConfig())
-    names = script_args.reward_funcs or (TESTBED_REWARDS if is_testbed else ["accuracy_reward"])
+    names = script_args.reward_funcs
+    if not names:
+        raise ConfigError("`--reward_funcs` (what the table of `test_dataset_name` measures) is missing. Name it.")
+    dataset = load_test_prompts(script_args, training_args, model_args)
     rewards = load_rewards(names, dataset.column_names)
     columns = [name.rpartition(".")[2] for name in names]
     return list(islice(dataset, script_args.num_test_prompts)), rewards, columns
 
 
 def main(script_args, training_args, model_args):
-    if not script_args.dataset_name:
-        raise ConfigError("Scored rollouts are required: set `dataset_name` to the output of `trl-blend score`.")
-    if not model_args.model_name_or_path:
-        raise ConfigError("The student that made the rollouts is required: set `model_name_or_path`.")
-    rows, rewards, columns = load_test(script_args)
     scored = load_scored_rollouts(script_args.dataset_name, revision=script_args.dataset_revision)
+    if script_args.max_completion_length is None:
+        script_args.max_completion_length = (scored.manifest.sampling or {}).get("max_new_tokens", 512)
+    rows, rewards, columns = load_test(script_args, training_args, model_args)
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -66,8 +61,6 @@ def main(script_args, training_args, model_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    sampling = scored.manifest.sampling or {}
-    max_completion_length = script_args.max_completion_length or sampling.get("max_new_tokens", 512)
 
     def score():
         if not rows:
@@ -79,8 +72,9 @@ def main(script_args, training_args, model_args):
             trainer.processing_class,
             trainer.state,
             accelerator=trainer.accelerator,
-            generation_kwargs={"max_new_tokens": max_completion_length},
+            generation_kwargs={"max_new_tokens": script_args.max_completion_length},
             batch_size=training_args.per_device_train_batch_size,
+            progress=scoring_bar(trainer, "student"),
         )
         return {"student": student}
 

@@ -4,14 +4,14 @@ the prompts that its first steps would draw, then distil on the student's own ro
 
 The test-bed (two CPU cores, no network):
 
-    accelerate launch examples/sft_warmup.py --output_dir outputs/sft_warmup --max_steps 15 \
-        --per_device_train_batch_size 64 --max_completion_length 56 --learning_rate 5e-5 --lr_scheduler_type constant \
-        --seed 0 --report_to none --use_cpu --bf16 false
+    accelerate launch examples/sft_warmup.py --dataset_name testbed \
+        --model_name_or_path examples/testbed/checkpoints/student \
+        --teacher_model_name_or_path examples/testbed/checkpoints/teacher --output_dir outputs/sft_warmup \
+        --max_steps 15 --per_device_train_batch_size 64 --max_completion_length 56 --learning_rate 5e-5 \
+        --lr_scheduler_type constant --seed 0 --report_to none --use_cpu --bf16 false
 
-    accelerate launch examples/trust_region_opd.py --rollout_policy student --model_name_or_path outputs/sft_warmup \
-        --output_dir outputs/sft_warmup_opd --max_steps 40 \
-        --per_device_train_batch_size 64 --max_completion_length 56 --learning_rate 5e-5 --lr_scheduler_type constant \
-        --seed 0 --report_to none --use_cpu --bf16 false
+    accelerate launch examples/trust_region_opd.py --config examples/configs/opd_baselines_testbed.yaml \
+        --rollout_policy student --model_name_or_path outputs/sft_warmup --output_dir outputs/sft_warmup_opd
 
 The paper (arXiv 2605.31159, A.2) takes 15, 25 or 50 supervised steps on the prompts of as many steps of distillation,
 each answered by the teacher as often as the student would roll it out, with the optimizer of the distillation. The
@@ -20,6 +20,7 @@ per step (devices x batch x accumulation), in the same order. The second command
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -30,8 +31,9 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_blend.errors import ConfigError
 from trl_blend.models.loading import find_tokenizer, load_frozen
+from trl_blend.scripts import checks
 from trl_blend.scripts.arguments import PromptScriptArguments
-from trl_blend.scripts.data import TESTBED, is_testbed, load_prompts
+from trl_blend.scripts.data import load_prompts
 from trl_blend.scripts.running import run, training_begins
 from trl_blend.trainers._greedy import decode, eos_token_ids, own_share, pad_token_id, tokenize_prompts
 
@@ -43,7 +45,7 @@ class SFTWarmupScriptArguments(PromptScriptArguments):
 
     Args:
         teacher_model_name_or_path (`str`, *optional*):
-            Teacher. Defaults to the test-bed's for its prompts.
+            Teacher.
         num_rollouts_per_prompt (`int`, *optional*, defaults to `1`):
             Answers of the teacher to each prompt, as in [`~trl_blend.TrustRegionOPDConfig`].
         max_completion_length (`int`, *optional*, defaults to `512`):
@@ -53,6 +55,8 @@ class SFTWarmupScriptArguments(PromptScriptArguments):
         teacher_dtype (`str`, *optional*):
             Dtype of the teacher. Defaults to the student's `dtype`.
     """
+
+    required: ClassVar = checks.SFT_WARMUP
 
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher."})
     num_rollouts_per_prompt: int = field(default=1, metadata={"help": "Answers of the teacher to each prompt."})
@@ -107,19 +111,16 @@ def teacher_answers(prompts, teacher_name, tokenizer, script_args, training_args
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    train_dataset, _ = load_prompts(script_args, dataset_args)
-    teacher = script_args.teacher_model_name_or_path
-    if not teacher and not is_testbed(script_args, dataset_args):
-        raise ConfigError("A teacher is required: set `teacher_model_name_or_path`.")
-    if model_args.use_peft:
-        raise ConfigError("`use_peft` is not supported: the second command needs the weights of a whole model.")
+    for option in ("use_peft", "load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, option):
+            raise ConfigError(f"`{option}` is not supported: the second command needs the weights of a whole model.")
+    train_dataset, _ = load_prompts(script_args, training_args, model_args, dataset_args)
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     per_step, per_prompt = batch * training_args.world_size, script_args.num_rollouts_per_prompt
     prompts = prompts_of_first_steps(train_dataset, training_args.max_steps, per_step, per_prompt, training_args.seed)
-    student = model_args.model_name_or_path or str(TESTBED / "student")
+    student, teacher = model_args.model_name_or_path, script_args.teacher_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(student, revision=model_args.model_revision)
     dtype = script_args.teacher_dtype or model_args.dtype
-    teacher = teacher or str(TESTBED / "teacher")
     answers = teacher_answers(prompts, teacher, tokenizer, script_args, training_args, dtype)
     # Prompts in the order of the distillation; answers are bounded by `max_completion_length` already
     training_args.train_sampling_strategy, training_args.max_length = "sequential", None

@@ -24,25 +24,19 @@ from itertools import islice
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_blend import TrustRegionOPDConfig, TrustRegionOPDTrainer
-from trl_blend.errors import ConfigError
 from trl_blend.scripts.arguments import TrustRegionOPDScriptArguments
-from trl_blend.scripts.data import TESTBED, is_testbed, load_prompts, prompts_name
-from trl_blend.scripts.rewards import TESTBED_REWARDS, load_rewards
+from trl_blend.scripts.data import load_prompts, prompts_name
+from trl_blend.scripts.rewards import load_rewards
 from trl_blend.scripts.running import run
-from trl_blend.scripts.scoring import generating_model, greedy_scores
+from trl_blend.scripts.scoring import generating_model, greedy_scores, scoring_bar
 from trl_blend.scripts.training import finish, train_and_score
 
 
 def main(script_args, training_args, model_args, dataset_args):
     # Rewards are measured, not trained on; without any there is no table
-    reward_names = script_args.reward_funcs or (TESTBED_REWARDS if is_testbed(script_args, dataset_args) else [])
-    train_dataset, test_dataset = load_prompts(script_args, dataset_args)
+    reward_names = script_args.reward_funcs or []
+    train_dataset, test_dataset = load_prompts(script_args, training_args, model_args, dataset_args)
     rewards = load_rewards(reward_names, train_dataset.column_names)
-    if not training_args.teacher_model_name_or_path and not is_testbed(script_args, dataset_args):
-        raise ConfigError(
-            "A teacher is required: set `teacher_model_name_or_path`. Without one the teacher would be the student's "
-            "own base, from which a new adapter has nothing to learn."
-        )
 
     common = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     revision = {"revision": model_args.model_revision}
@@ -51,8 +45,8 @@ def main(script_args, training_args, model_args, dataset_args):
     # student is trained to match
     training_args.teacher_model_init_kwargs = common | (training_args.teacher_model_init_kwargs or {})
     trainer = TrustRegionOPDTrainer(
-        model=model_args.model_name_or_path or str(TESTBED / "student"),
-        teacher_model=training_args.teacher_model_name_or_path or str(TESTBED / "teacher"),
+        model=model_args.model_name_or_path,
+        teacher_model=training_args.teacher_model_name_or_path,
         reward_funcs=rewards,
         args=training_args,
         train_dataset=train_dataset,
@@ -61,10 +55,10 @@ def main(script_args, training_args, model_args, dataset_args):
         peft_config=get_peft_config(model_args),
     )
 
-    rows = list(islice(test_dataset, script_args.num_test_prompts)) if rewards else []
+    rows = list(islice(test_dataset or [], script_args.num_test_prompts)) if rewards else []
     frozen = {}
 
-    def greedy(model):
+    def greedy(model, name):
         return greedy_scores(
             model,
             rows,
@@ -75,24 +69,25 @@ def main(script_args, training_args, model_args, dataset_args):
             generation_kwargs=trainer.generation_kwargs,
             batch_size=training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps,
             chat_template_kwargs=training_args.chat_template_kwargs,
+            progress=scoring_bar(trainer, name),
         )
 
     def score():
         if not rows:
             return {}
         if not frozen:
-            frozen["teacher"] = greedy(nullcontext(trainer.teacher_model))
+            frozen["teacher"] = greedy(nullcontext(trainer.teacher_model), "teacher")
         student = generating_model(
             trainer.model_wrapped,
             trainer.accelerator,
             gather_deepspeed3_params=training_args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=training_args.gradient_checkpointing_kwargs,
         )
-        return {"student": greedy(student), **frozen}
+        return {"student": greedy(student, "student"), **frozen}
 
     scores = train_and_score(trainer, score)
     columns = [name.rpartition(".")[2] for name in reward_names]
-    finish(trainer, scores, columns, len(rows), prompts_name(script_args, dataset_args))
+    finish(trainer, scores, columns, len(rows), prompts_name(script_args))
 
 
 def make_parser(prog=None):

@@ -64,6 +64,9 @@ class UnsupportedError(TrlBlendError, NotImplementedError):
 
 
 def nearest(name: str, known: Iterable[str], mark: str = "") -> str:
-    """`"; did you mean ...?"` with the most similar known name, or nothing."""
-    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean `{mark}{found[0]}`?" if found else ""
+    """`"; did you mean ...?"` with the most similar known name, or nothing; `model` stands for `model_name_or_path`."""
+    spelled = {one: one for one in sorted(known)}
+    heads = {one.partition("_name")[0]: one for one in spelled if "_name" in one}
+    spelled |= {head.rpartition("_")[2]: one for head, one in heads.items()} | heads
+    found = difflib.get_close_matches(name, spelled, n=1, cutoff=0.6)
+    return f"; did you mean `{mark}{spelled[found[0]]}`?" if found else ""

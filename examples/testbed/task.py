@@ -12,7 +12,7 @@ The 1,000,000 ordered pairs of operands are split by a CRC-32 of the *unordered*
 share a split and no split is a linear function of the sum (`7919a + 104729b mod 10`, say, puts every sum that ends in
 0 into one split, where a model then scores 0 at zero training loss).
 
-Reward functions have TRL's signature `(completions, answer, **kwargs) -> list[float]` and take conversational
+Reward functions have TRL's signature `(completions, answer, **kwargs) -> list[float | None]` and take conversational
 completions (`[{"role": "assistant", "content": ...}]`) or plain strings. They read decoded text without special
 tokens, which is what TRL hands over: `<think>` and `</think>` survive because [`~testbed.tokenizer.build_tokenizer`]
 adds them as non-special tokens.
@@ -21,7 +21,7 @@ adds them as non-special tokens.
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -37,6 +37,7 @@ MAX_NEW_TOKENS = 48  # the longest reference completion has 41 tokens, EOS inclu
 _FORMAT = re.compile(r"<think>(?:(?!</?think>).)*</think>\\boxed\{[0-9]+\}", flags=re.DOTALL)
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 _INTEGER = re.compile(r"[0-9]+")
+_LAST_INTEGER = re.compile(r"(?<![-\d.,])(\d{1,3}(?:,\d{3})+|\d+)\Z")
 
 
 def split_of(a: int, b: int) -> Split:
@@ -148,23 +149,41 @@ def _texts(completions: list[Completion]) -> Iterator[str]:
         yield completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _same_number(digits: str, answer: Any) -> bool:
-    # Compared as strings: a policy may write thousands of digits, which `int` refuses.
-    return _INTEGER.fullmatch(digits) is not None and (digits.lstrip("0") or "0") == str(int(answer))
+def _digits(number: str) -> str | None:
+    """An integer without leading zeros. It stays a text: `int` refuses thousands of digits."""
+    return (number.lstrip("0") or "0") if _INTEGER.fullmatch(number) else None
 
 
-def _is_accurate(text: str, answer: Any) -> bool:
+def _reference(answer: Any) -> str | None:
+    """The digits of a reference answer: a number, or a text that ends in one, such as GSM8K's `"... #### 1,234"`."""
+    whole = isinstance(answer, float) and answer.is_integer()
+    found = _LAST_INTEGER.search(str(int(answer) if whole else answer).strip())
+    return _digits(found[1].replace(",", "")) if found else None
+
+
+def _is_accurate(text: str, reference: str) -> bool:
     boxes = _BOXED.findall(text)
-    return bool(boxes) and _same_number(boxes[-1], answer)
+    return bool(boxes) and _digits(boxes[-1]) == reference
+
+
+def _rewards(
+    completions: list[Completion], answer: list[Any], is_right: Callable[[str, str], bool]
+) -> list[float | None]:
+    """`None`, which TRL leaves out, where the reference answer is no number."""
+    references = map(_reference, answer)
+    return [
+        None if reference is None else float(is_right(text, reference))
+        for text, reference in zip(_texts(completions), references, strict=True)
+    ]
 
 
 def _is_formatted(text: str) -> bool:
     return _FORMAT.fullmatch(text) is not None
 
 
-def accuracy_reward(completions: list[Completion], answer: list[Any], **kwargs: Any) -> list[float]:
+def accuracy_reward(completions: list[Completion], answer: list[Any], **kwargs: Any) -> list[float | None]:
     r"""1 if the last `\boxed{N}` holds the right number, whatever stands around it, else 0."""
-    return [float(_is_accurate(text, a)) for text, a in zip(_texts(completions), answer, strict=True)]
+    return _rewards(completions, answer, _is_accurate)
 
 
 def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
@@ -172,23 +191,21 @@ def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
     return [float(_is_formatted(text)) for text in _texts(completions)]
 
 
-def format_and_answer_reward(completions: list[Completion], answer: list[Any], **kwargs: Any) -> list[float]:
+def format_and_answer_reward(completions: list[Completion], answer: list[Any], **kwargs: Any) -> list[float | None]:
     """1 only if the answer is right **and** in the required format, else 0: the logit-averaging paper's reward."""
-    return [
-        float(_is_formatted(text) and _is_accurate(text, a))
-        for text, a in zip(_texts(completions), answer, strict=True)
-    ]
+    return _rewards(completions, answer, lambda text, right: _is_formatted(text) and _is_accurate(text, right))
 
 
-def answer_reward(completions: list[Completion], answer: list[Any], **kwargs: Any) -> list[float]:
+def answer_reward(completions: list[Completion], answer: list[Any], **kwargs: Any) -> list[float | None]:
     """
     1 if the final number is right, boxed or not, else 0.
 
     The final number is the last integer after the last `</think>`, or the last integer of the whole text if there is
     no `</think>`. It measures the ability to add apart from the ability to follow the format.
     """
-    rewards = []
-    for text, a in zip(_texts(completions), answer, strict=True):
+
+    def is_right(text: str, right: str) -> bool:
         integers = _INTEGER.findall(text.rpartition("</think>")[2])
-        rewards.append(float(bool(integers) and _same_number(integers[-1], a)))
-    return rewards
+        return bool(integers) and _digits(integers[-1]) == right
+
+    return _rewards(completions, answer, is_right)

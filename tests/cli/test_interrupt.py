@@ -26,6 +26,7 @@ TIMEOUT = 300
 STEPS = 12
 SCRIPT = [sys.executable, "examples/grpo_mix.py"]
 SETTINGS = {
+    "dataset_name": "testbed",
     "num_test_prompts": 0,
     "reward_funcs": "tests.trainers.runs.reward",
     "per_device_train_batch_size": 4,

@@ -89,6 +89,7 @@ def test_the_whole_help(capsys):
         (["trust-region-opd", "--help"], 0, "--kl_budget FLOAT"),
         (["grpo-mix", "--temprature", "1"], 2, "unknown option `--temprature`; did you mean `--temperature`? (see"),
         (["grpo-mix", "--config", "{}"], 2, "unknown key `num_proceses`; did you mean `num_processes`?"),
+        (["grpo-mix"], 2, "`--reward_funcs` (what is trained on) are missing"),
     ],
 )
 def test_an_answer_takes_less_than_two_seconds(tmp_path, arguments, status, said):
@@ -106,7 +107,14 @@ def test_spellings_that_the_parsers_know_are_not_called_misspelt(monkeypatch):
     seen = []
     monkeypatch.setattr("trl_blend.cli.launching.launch", lambda *given: seen.append(given) or 0)
     monkeypatch.setenv("TRL_BLEND_COMMAND", "")  # put back afterwards
-    arguments = ["--output-dir", "out", "--use_cpu", "--bf16=false", "--no-gradient-checkpointing"]
+    arguments = ["--output-dir", "out", "--use_cpu", "--bf16=false", "--no-gradient-checkpointing", "--use-peft"]
+    arguments += [
+        "--model-name-or-path",
+        "student",
+        "--dataset-name=prompts.jsonl",
+        "--reward-funcs",
+        "accuracy_reward",
+    ]
     assert cli.main(["grpo-mix", *arguments, "--num-processes", "1"]) == 0
     ((_, launch_arguments, script_arguments, wants_cpu),) = seen
     assert (script_arguments, launch_arguments, wants_cpu) == (arguments, ["--num-processes", "1"], True)

@@ -1,18 +1,26 @@
 """What the example scripts refuse in one line before a model is loaded: rewards, splits, checkpoints."""
 
+import math
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
+from transformers import AutoConfig
 
 import grpo_mix
 from trl_blend.errors import ConfigError
-from trl_blend.scripts import data, rewards, running, training
+from trl_blend.rollouts import prompts
+from trl_blend.scripts import data, rewards, running, scoring, training
+
+
+NAMED = ["--model_name_or_path", "student", "--teacher_model_name_or_path", "teacher", "--reward_funcs", "a.reward"]
+NAMED += ["--dataset_name", "testbed"]
 
 
 def parse(monkeypatch, *arguments):
-    given = ["--use_cpu", "true", "--bf16", "false", *map(str, arguments)]
+    given = ["--use_cpu", "true", "--bf16", "false", *NAMED, *map(str, arguments)]
     monkeypatch.setattr(sys, "argv", ["grpo_mix.py", *given])
     monkeypatch.delenv("TRL_BLEND_NUM_PROCESSES", raising=False)
     return running._parse(grpo_mix.make_parser())
@@ -32,7 +40,7 @@ def test_a_token_is_used_and_then_gone_from_the_arguments(tmp_path, monkeypatch,
     [
         ("nowhere.reward", "no module 'nowhere' on the import path"),
         ("testbed.tusk.reward", "no module 'testbed.tusk' on the import path"),
-        ("rewards.boxed_accuracy", "rewards has no 'boxed_accuracy': accuracy_reward, boxed_format_reward, boxed_acc"),
+        ("rewards.boxed_accuracy", "rewards has no function 'boxed_accuracy'; did you mean `boxed_accuracy_reward`"),
     ],
 )
 def test_rewards_that_do_not_exist(name, message):
@@ -49,10 +57,10 @@ def test_a_reward_whose_module_is_broken_keeps_its_error(tmp_path, monkeypatch):
 
 def test_a_split_that_does_not_exist(tmp_path, monkeypatch):
     rows = Dataset.from_dict({"prompt": ["1+1="] * 4})
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: DatasetDict(training=rows))
-    script_args, *_, dataset_args = parse(monkeypatch, "--output_dir", tmp_path, "--dataset_name", "some/prompts")
+    monkeypatch.setattr(prompts, "load_dataset", lambda *args, **kwargs: DatasetDict(training=rows))
+    parsed = parse(monkeypatch, "--output_dir", tmp_path, "--dataset_name", "some/prompts")
     with pytest.raises(ConfigError, match="`dataset_train_split=train` is no split of the dataset. It has training."):
-        data.load_prompts(script_args, dataset_args)
+        data.load_prompts(*parsed)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,7 @@ def test_an_error_of_the_system_is_the_users_until_training_begins(
             training.train_and_score(trainer, score=dict)
         raise error
 
-    given = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
+    given = ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path / "out"), *NAMED]
     monkeypatch.setattr(sys, "argv", ["grpo_mix.py", *given])
     monkeypatch.delenv("TRL_BLEND_NUM_PROCESSES", raising=False)
     running.training_begins()  # in an earlier run of this process
@@ -115,3 +123,52 @@ def test_an_error_of_the_system_is_the_users_until_training_begins(
     told = "" if raised is FileNotFoundError else "trl-blend: error: no such file: nowhere\n"
     assert capsys.readouterr().err == told
     assert raised is FileNotFoundError or caught.value.code == 2
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_what_a_library_refuses_before_training_is_one_line_and_a_mistake_of_ours_is_not(
+    tmp_path, monkeypatch, capsys, library
+):
+    def main(*arguments):
+        if library:
+            AutoConfig.for_model("nothing")  # any error that is raised inside of a package will do
+        raise TypeError("ours")
+
+    monkeypatch.setattr(
+        sys, "argv", ["grpo_mix.py", "--use_cpu", "--bf16=false", *NAMED, f"--output_dir={tmp_path}/out"]
+    )
+    monkeypatch.delenv("TRL_BLEND_NUM_PROCESSES", raising=False)
+    with pytest.raises(SystemExit if library else TypeError):
+        running.run(main, grpo_mix.make_parser)
+    assert capsys.readouterr().err.startswith("trl-blend: error: ") == library
+
+
+def test_a_folder_that_is_used_again_is_told_of(tmp_path, monkeypatch, capsys):
+    parse(monkeypatch, "--output_dir", tmp_path)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").touch()
+    parse(monkeypatch, "--output_dir", tmp_path)
+    told = capsys.readouterr().err
+    assert f"note: {tmp_path} is not empty. This run starts anew and overwrites what is there" in told
+    assert f"`--resume_from_checkpoint {tmp_path}/checkpoint-3` would go on from the last" in told
+    parse(monkeypatch, "--output_dir", tmp_path, "--resume_from_checkpoint", "true")
+    assert "not empty" not in capsys.readouterr().err
+
+
+def test_a_reward_that_never_gives_a_number_is_refused():
+    with pytest.raises(
+        ConfigError, match="Reward 1 of `reward_funcs` gave no number for any of the 2 .*answer_column"
+    ):
+        scoring.means_and_errors(torch.tensor([[1.0, math.nan], [0.0, math.nan]]))
+    assert scoring.means_and_errors(torch.tensor([[1.0]])) == [(1.0, 0.0)]
+
+
+def test_a_bar_is_shown_while_a_policy_is_scored(capsys):
+    state = SimpleNamespace(is_main_process=True)
+    trainer = SimpleNamespace(accelerator=state, args=SimpleNamespace(disable_tqdm=False))
+    assert list(scoring.scoring_bar(trainer, "student")(range(3))) == [0, 1, 2]
+    assert "scoring: student" in capsys.readouterr().err
+    trainer.args.disable_tqdm = True
+    assert list(scoring.scoring_bar(trainer, "student")(range(3))) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from trl import get_peft_config
 
 import grpo_mix
 import rewards
@@ -60,16 +61,51 @@ def test_prompts_of_a_local_file(tmp_path):
     rows = [{"problem": f"{n}+1?", "answer": str(n + 1), "solution": "long"} for n in range(40)]
     Dataset.from_list(rows).to_json(tmp_path / "data.jsonl")
     parser = grpo_mix.make_parser()
-    script_args, _, _, dataset_args = parser.parse_args_and_config(
+    parsed = parser.parse_args_and_config(
         ["--dataset_name", str(tmp_path / "data.jsonl"), "--prompt_column", "problem", "--answer_column", "answer"]
         + ["--system_prompt", "Add.", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+        + ["--model_name_or_path", str(ROOT / "examples/testbed/checkpoints/student")]
     )
-    train, test = load_prompts(script_args, dataset_args)
+    train, test = load_prompts(*parsed)
     assert len(train) + len(test) == 40 and len(test) > 0
     row = train[0]
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
     assert int(row["solution"]) == int(row["prompt"][1]["content"].split("+")[0]) + 1
     assert not {tuple(row["prompt"][1].items()) for row in train} & {tuple(row["prompt"][1].items()) for row in test}
+
+
+def test_adapters_have_no_dropout_unless_it_is_asked_for(tmp_path, caplog):
+    """Of which the trainer warns."""
+    given = ["--config", str(CONFIGS[-1]), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    for arguments, dropout in ((["--use_peft"], 0.0), (["--use_peft", "--lora_dropout", "0.05"], 0.05)):
+        _, _, model_args, _ = grpo_mix.make_parser().parse_args_and_config([*given, *arguments])
+        assert get_peft_config(model_args).lora_dropout == dropout
+
+
+@pytest.mark.parametrize("form", ["messages", "folder", "parquet", "csv", "saved"])
+def test_prompts_of_every_kind_of_file(form, tmp_path):
+    """Messages are taken as they are; a folder's test split is the held-out one; 0 holds out nothing."""
+    rows = Dataset.from_list([{"question": f"{n}+1=?", "answer": str(n + 1)} for n in range(20)])
+    name = tmp_path / f"data.{form}"
+    if form == "messages":
+        rows = rows.map(lambda row: {"question": [{"role": "user", "content": row["question"]}]})
+        name = tmp_path / "data.jsonl"
+        rows.to_json(name)
+    elif form == "folder":
+        for split, count in (("train", 20), ("test", 4)):
+            rows.select(range(count)).to_json(name / f"{split}.jsonl")
+    elif form == "saved":
+        rows.save_to_disk(name)
+    else:
+        getattr(rows, f"to_{form}")(name)
+    given = ["--dataset_name", str(name), "--prompt_column", "question", "--output_dir", str(tmp_path / "out")]
+    given += ["--model_name_or_path", str(ROOT / "examples/testbed/checkpoints/student"), "--use_cpu", "--bf16=false"]
+    train, test = load_prompts(*grpo_mix.make_parser().parse_args_and_config(given))
+    assert (len(train), len(test)) == ((20, 4) if form == "folder" else (18, 2))
+    assert all(row["prompt"][0]["role"] == "user" and row["prompt"][0]["content"].endswith("+1=?") for row in train)
+    given += ["--num_test_prompts", "0"]
+    train, test = load_prompts(*grpo_mix.make_parser().parse_args_and_config(given))
+    assert len(train) == 20 and test is None
 
 
 @pytest.mark.parametrize(

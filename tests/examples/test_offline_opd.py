@@ -101,19 +101,33 @@ def test_the_settings_file_parses_and_is_complete(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "set `dataset_name`"),
-        (("--dataset_name", "scored"), "set `model_name_or_path`"),
-        (("--reward_funcs", "accuracy_reward"), "set `test_dataset_name`"),
+        (("--test_dataset_name", "testbed"), "`--reward_funcs` (what the table of `test_dataset_name` measures) is"),
         (("--test_dataset_name", "testbed", "--reward_funcs", "nonsense"), "`reward_funcs` has 'nonsense'"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, message, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(arguments, message, tmp_path, monkeypatch, scored):
     monkeypatch.setattr(offline_opd, "OfflineOPDTrainer", None)
-    rest = ("--dataset_name", "nowhere", "--model_name_or_path", "nowhere")
-    if not arguments or "--dataset_name" in arguments:
-        rest = ()
     with pytest.raises(ValueError, match=re.escape(message)):
-        offline_opd.main(*parse(tmp_path, *arguments, *rest))
+        named = ("--dataset_name", str(scored), "--model_name_or_path", STUDENT)
+        offline_opd.main(*parse(tmp_path, *named, *arguments))
+
+
+def test_the_table_is_of_the_test_split_or_else_of_the_train_split(tmp_path):
+    rows = [{"prompt": f"{n}+1=?", "answer": str(n + 1)} for n in range(30)]
+    for split, count in (("train", 30), ("test", 3)):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+    given = (
+        "--model_name_or_path",
+        STUDENT,
+        "--reward_funcs",
+        "testbed.task.answer_reward",
+        "--num_test_prompts",
+        "20",
+    )
+    for name, expected in (("data", 3), ("data/train.jsonl", 20)):
+        parsed = parse(tmp_path, "--test_dataset_name", str(tmp_path / name), *given, "--max_completion_length", "8")
+        assert len(offline_opd.load_test(*parsed)[0]) == expected
 
 
 def test_without_test_prompts_there_is_no_table(scored, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """The SFT warmup: its prompts are those that the trainer draws, and it trains on what the teacher says, as tokens."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,7 +14,9 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from trl_blend import TrustRegionOPDConfig, TrustRegionOPDTrainer
 
 
-CHECKPOINTS = sft_warmup.TESTBED
+CHECKPOINTS = Path(sft_warmup.__file__).parent / "testbed" / "checkpoints"
+NAMED = ("--dataset_name", "testbed", "--model_name_or_path", str(CHECKPOINTS / "student"))
+NAMED += ("--teacher_model_name_or_path", str(CHECKPOINTS / "teacher"))
 CPU = ("--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--seed", "3")
 
 
@@ -112,7 +116,7 @@ def test_the_script_trains_on_them_in_order_and_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "training_step", recording_step)
     settings = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
     rollouts = ("--num_rollouts_per_prompt", "2", "--max_completion_length", "56")
-    sft_warmup.main(*parse(tmp_path, *settings, *rollouts, "--learning_rate", "1e-3"))
+    sft_warmup.main(*parse(tmp_path, *NAMED, *settings, *rollouts, "--learning_rate", "1e-3"))
     expected = [[token for token in row["labels"] if token != -100] for row in answers[0]]
     assert len(expected) == 16 and seen == expected
     before, after = (
@@ -130,11 +134,10 @@ def test_the_script_trains_on_them_in_order_and_saves(tmp_path, monkeypatch):
         (("--max_steps", "1", "--num_rollouts_per_prompt", "3"), "num_rollouts_per_prompt=3.*8 rollouts"),
         (("--max_steps", "1", "--per_device_train_batch_size", "9000"), "9000 prompts"),
         (("--max_steps", "1", "--use_peft"), "use_peft"),
-        (("--max_steps", "1", "--dataset_name", "data.jsonl"), "teacher_model_name_or_path"),
+        (("--max_steps", "1", "--load_in_8bit"), "load_in_8bit"),
     ],
 )
 def test_errors_come_before_a_model_is_loaded(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Dataset.from_list([{"prompt": f"{n}+1?"} for n in range(20)]).to_json("data.jsonl")
+    monkeypatch.setattr(sft_warmup, "load_frozen", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
-        sft_warmup.main(*parse(tmp_path, "--model_name_or_path", "no-such-model", *arguments))
+        sft_warmup.main(*parse(tmp_path, *NAMED, *arguments))

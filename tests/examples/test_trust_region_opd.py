@@ -27,6 +27,7 @@ FOLDER = ROOT / "examples" / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*opd_*.yaml") if not path.stem.startswith("offline"))
 BASELINES = "examples/configs/opd_baselines_testbed.yaml"
 TESTBED = "examples/configs/trust_region_opd_testbed.yaml"
+STUDENT = str(ROOT / "examples" / "testbed" / "checkpoints" / "student")
 # Odd, so that two processes have unequal shares; the tenth prompt is shorter than the others
 NUM_PROMPTS = 11
 
@@ -171,21 +172,22 @@ BAD = {
         ["--prompt_column", "question", "--reward_funcs", "accuracy_reward"],
         "accuracy_reward reads the column `solution`.*answer_column",
     ),
-    "no teacher": (["--prompt_column", "question", "--use_peft"], "teacher_model_name_or_path"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_errors_come_before_a_model_is_loaded(name, tmp_path):
+def test_errors_come_before_a_model_is_loaded(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(trust_region_opd, "TrustRegionOPDTrainer", lambda **_: pytest.fail("a model was loaded"))
     arguments, message = BAD[name]
     rows = [{"question": f"{n}+1?", "answer": str(n + 1)} for n in range(20)]
     Dataset.from_list(rows).to_json(tmp_path / "data.jsonl")
-    data = ["--dataset_name", str(tmp_path / "data.jsonl"), "--model_name_or_path", str(tmp_path / "no-such-model")]
+    data = ["--dataset_name", str(tmp_path / "data.jsonl"), "--model_name_or_path", STUDENT]
     with pytest.raises(ValueError, match=message):
         trust_region_opd.main(*parse(None, tmp_path, *data, *arguments))
 
 
-def test_rewards_and_teacher_of_the_testbed_are_for_its_prompts_only(tmp_path, monkeypatch):
+def test_nothing_is_filled_in(tmp_path, monkeypatch):
+    """The rewards of the test-bed are those of its settings file; without any, nothing is measured."""
     seen = []
 
     def record(**arguments):
@@ -195,10 +197,10 @@ def test_rewards_and_teacher_of_the_testbed_are_for_its_prompts_only(tmp_path, m
     monkeypatch.setattr(trust_region_opd, "TrustRegionOPDTrainer", record)
     Dataset.from_list([{"prompt": f"{n}+1?"} for n in range(20)]).to_json(tmp_path / "data.jsonl")
     own = ("--dataset_name", str(tmp_path / "data.jsonl"), "--teacher_model_name_or_path", "my-teacher")
-    for arguments in ((), own):
+    for config, arguments in ((TESTBED, ()), (None, (*own, "--model_name_or_path", STUDENT))):
         with pytest.raises(StopIteration):
-            trust_region_opd.main(*parse(None, tmp_path, *arguments))
+            trust_region_opd.main(*parse(config, tmp_path, *arguments))
     testbed, data = seen
     assert [function.__name__ for function in testbed["reward_funcs"]] == REWARDS
-    assert Path(testbed["teacher_model"], "model.safetensors").is_file()
+    assert testbed["teacher_model"] == "examples/testbed/checkpoints/teacher"
     assert (data["reward_funcs"], data["teacher_model"]) == ([], "my-teacher")

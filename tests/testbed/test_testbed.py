@@ -165,6 +165,18 @@ def test_rewards_score_each_completion_against_its_own_answer():
     assert answer_reward([RIGHT, other, RIGHT], ["579", "80", "80"]) == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("answer", [579, 579.0, "579", "0579", " 579 ", "so it is 500+79.\n#### 579", "#### $579"])
+def test_reference_answers_are_numbers_or_end_in_one(answer):
+    for reward in (accuracy_reward, format_and_answer_reward, answer_reward):
+        assert reward([RIGHT, RIGHT], [answer, "#### 1,579"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("answer", [None, "", "unknown", "-579", "5.79", 579.5, "#### 5,79"])
+def test_a_reference_answer_that_is_no_number_gives_no_reward(answer):
+    for reward in (accuracy_reward, format_and_answer_reward, answer_reward):
+        assert reward([RIGHT, RIGHT], [answer, 579]) == [None, 1.0]
+
+
 def test_tokenizer_round_trip():
     tokenizer = build_tokenizer()
     assert len(tokenizer) == 264

@@ -14,35 +14,48 @@ from typing import Any, NamedTuple
 from trl_blend import _resources
 from trl_blend.cli import options
 from trl_blend.errors import ConfigError
-from trl_blend.scripts import settings
+from trl_blend.scripts import checks, settings
 from trl_blend.scripts.messages import check_options, fail_in_one_line, nearest, option_names, without_token
 
 
 class Command(NamedTuple):
-    """A script of `examples/`, and the dataclasses that its parser is made of."""
+    """A script of `examples/`, the dataclasses that its parser is made of, and what it does not start without."""
 
     script: str
     summary: str
     dataclasses: tuple[str, ...]
+    required: tuple[checks.Need, ...]
 
 
 _ARGUMENTS = "trl_blend.scripts.arguments"
-_TRL = ("trl:ModelConfig", "trl:DatasetMixtureConfig")
 COMMANDS = {
     "grpo-mix": Command(
         "grpo_mix.py",
         "train with GRPO on rollouts that a teacher helps to decode",
-        (f"{_ARGUMENTS}:GRPOMixScriptArguments", "trl_blend:LogitMixGRPOConfig", *_TRL),
+        (
+            f"{_ARGUMENTS}:GRPOMixScriptArguments",
+            "trl_blend:LogitMixGRPOConfig",
+            f"{_ARGUMENTS}:GRPOMixModelConfig",
+            "trl:DatasetMixtureConfig",
+        ),
+        checks.GRPO_MIX,
     ),
     "trust-region-opd": Command(
         "trust_region_opd.py",
         "distil on rollouts inside a trust region around the student",
-        (f"{_ARGUMENTS}:TrustRegionOPDScriptArguments", "trl_blend:TrustRegionOPDConfig", *_TRL),
+        (
+            f"{_ARGUMENTS}:TrustRegionOPDScriptArguments",
+            "trl_blend:TrustRegionOPDConfig",
+            "trl:ModelConfig",
+            "trl:DatasetMixtureConfig",
+        ),
+        checks.TRUST_REGION_OPD,
     ),
     "offline-opd": Command(
         "offline_opd.py",
         "distil from stored rollouts that a teacher has scored",
         (f"{_ARGUMENTS}:OfflineOPDScriptArguments", "trl_blend:OfflineOPDConfig", "trl:ModelConfig"),
+        checks.OFFLINE_OPD,
     ),
 }
 
@@ -106,14 +119,16 @@ def check_arguments(name: str, arguments: list[str]) -> tuple[list[str], list[st
 
 
 def _check_names(name: str, given: settings.Given) -> None:
-    """Say what is misspelt before TRL is imported, which takes five seconds."""
+    """Say what is misspelt, or missing, before TRL is imported, which takes five seconds."""
     try:
         fields = options.read_options(COMMANDS[name].dataclasses)
-        known = options.spellings(fields) | options.launch_spellings() | {settings.ACCELERATE_CONFIG}
+        own = options.spellings(fields)
+        known = own | options.launch_spellings() | {settings.ACCELERATE_CONFIG}
     except (LookupError, ValueError, OSError):
         return  # the parsers are asked below
-    settings.check_keys(given.values, known, given.file)
-    check_options(given.rest, known, f"trl-blend {name}")
+    settings.check_keys(given.values, known, given.file, own)
+    check_options(given.rest, known, f"trl-blend {name}", own)
+    checks.check_required(COMMANDS[name].required, given.values | settings.spelled(given.rest))
 
 
 def accelerate_config(named: Any) -> Path | None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
 from trl_blend.errors import ConfigError
 
@@ -45,7 +47,7 @@ def load_prompts(
         [`~trl_blend.errors.ConfigError`]: If there is no such dataset, it is empty, or the column is missing.
     """
     if isinstance(prompts, str | os.PathLike):
-        dataset = _read(str(prompts), argument, config, split)
+        dataset = read_split(str(prompts), argument, config, split)
     elif isinstance(prompts, Dataset):
         dataset = prompts
     elif isinstance(prompts, list | tuple):
@@ -69,19 +71,83 @@ def describe_dataset(prompts: Any) -> str:
     return f"{type(prompts).__name__} of {len(prompts)} rows"
 
 
-def _read(name: str, argument: str, config: str | None, split: str) -> Dataset:
-    kind = _FORMATS.get(Path(name).suffix.lower())
-    if kind is not None and not Path(name).is_file():
-        raise ConfigError(f"`{argument}={name!r}`: there is no such file. Correct the path.")
-    if kind is not None and not Path(name).stat().st_size:
-        raise ConfigError(f"`{argument}={name!r}` is empty. Write one prompt per line.")
+def read_split(name: str, argument: str, config: str | None, split: str | None) -> Any:
+    """
+    A split of a dataset that is named; with `split=None` all of them, by name. A file has one split, `train`.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it cannot be read; for a broken file with the line, where that is known.
+    """
+    path, seen = Path(name), f"`{argument}={name!r}`"
+    kind = _FORMATS.get(path.suffix.lower())
+    if kind is not None and not path.is_file():
+        raise ConfigError(f"{seen}: there is no such file. Correct the path.")
+    if kind is not None and not path.stat().st_size:
+        raise ConfigError(f"{seen} is empty. Write one prompt per line.")
+    if kind is None and path.is_file():
+        raise ConfigError(f"{seen} is of no known kind. Its name has to end in {', '.join(_FORMATS)}.")
+    if config is not None and path.exists() and not path.is_dir():
+        raise ConfigError(f"`dataset_config={config!r}` is of a dataset on the Hub, and {seen} is a file. Drop it.")
+    loud = logging.getLogger("datasets")
+    level = loud.level
+    loud.setLevel(logging.CRITICAL)  # it logs what it then raises
     try:
-        if kind is not None:
-            return load_dataset(kind, data_files=name, split=split)
-        return load_dataset(name, config, split=split)
+        found = _load(name, kind, config, split)
     except Exception as error:  # its exceptions are many, and not of one family
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"`{argument}={name!r}` (split {split!r}) cannot be read: {first}") from error
+        which = f" (split {split!r})" if split not in (None, "train") else ""
+        why = _broken_line(path) or _in_words(error)
+        raise ConfigError(f"{seen}{which} cannot be read: {why}. Correct it.") from error
+    finally:
+        loud.setLevel(level)
+    if kind == "json" and (why := _broken_line(path, only_encoding=True)):  # found only when such a row is used
+        raise ConfigError(f"{seen} cannot be read: {why}. Correct it.")
+    return found
+
+
+def _load(name: str, kind: str | None, config: str | None, split: str | None) -> Any:
+    if kind is not None:
+        return load_dataset(kind, data_files=name, split=split)
+    if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of `save_to_disk`
+        found = load_from_disk(name)
+        found = DatasetDict(train=found) if isinstance(found, Dataset) else found
+        return found if split is None else found[split]
+    return load_dataset(name, config, split=split)
+
+
+def _in_words(error: BaseException) -> str:
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # its own text says nothing
+        error = error.__cause__
+    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
+        return f"no {', '.join(_FORMATS)} files are there"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    first = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    return "it has no rows" if "corresponds to no data" in first else first.rstrip(".!")
+
+
+def _broken_line(path: Path, only_encoding: bool = False) -> str | None:
+    """The first line of a JSON file, or of one in a folder, that is none; in words."""
+    if path.is_dir():
+        files = (file for file in sorted(path.rglob("*.json*")) if file.suffix in (".json", ".jsonl"))
+        return next((f"{file.relative_to(path)}, {why}" for file in files if (why := _broken_line(file))), None)
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        return None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8")
+                if number == 1 and text.lstrip().startswith("[") and not only_encoding:
+                    json.loads(path.read_text(encoding="utf-8"))
+                    return None
+                row = json.loads(text) if text.strip() and not only_encoding else {}
+            except UnicodeDecodeError:
+                return f"line {number} is not UTF-8"
+            except ValueError as error:
+                array = text.lstrip().startswith("[") and number == 1
+                return f"line {getattr(error, 'lineno', 1) if array else number} is not JSON ({error})"
+            if not isinstance(row, dict):
+                return f"line {number} is {text.strip()[:40]!r}, no JSON object"
+    return None
 
 
 def check_prompts(dataset: Dataset | IterableDataset, column: str = "prompt", what: str = "the prompts") -> None:

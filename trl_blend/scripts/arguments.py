@@ -1,8 +1,11 @@
 """Arguments of the training scripts, beside those of their configurations."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
+
+from trl_blend.scripts import checks
 
 
 @dataclass
@@ -12,11 +15,12 @@ class PromptScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts: Hub id, local folder or `.json`/`.jsonl` file. Those of examples/testbed if unset."
+            "help": "Prompts: Hub id, local folder, .json, .jsonl, .parquet or .csv file, or `testbed` for the "
+            "additions of examples/testbed."
         },
     )
     prompt_column: str | None = field(
-        default=None, metadata={"help": "Column of plain questions, when there is no conversational `prompt` column."}
+        default=None, metadata={"help": "Column of the questions, text or messages, when there is no `prompt` column."}
     )
     answer_column: str | None = field(
         default=None,
@@ -28,8 +32,8 @@ class PromptScriptArguments(ScriptArguments):
     num_test_prompts: int = field(
         default=300,
         metadata={
-            "help": "Prompts of the test split for the before/after table. 0 skips it. Without a test split, up to a "
-            "tenth of the data is held out."
+            "help": "Prompts of the test split for the before/after table. Without a test split, up to a tenth of the "
+            "data is held out. 0 skips the table and holds nothing out."
         },
     )
 
@@ -38,15 +42,24 @@ class PromptScriptArguments(ScriptArguments):
 class GRPOMixScriptArguments(PromptScriptArguments):
     """Arguments of `examples/grpo_mix.py`."""
 
+    required: ClassVar = checks.GRPO_MIX
+
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
             "help": "Rewards: accuracy_reward or think_format_reward of TRL, or a dotted import path such as "
-            "rewards.boxed_accuracy_reward. The test-bed's if unset, the first of which is trained on."
+            "rewards.boxed_accuracy_reward."
         },
     )
-    num_test_prompts: int = field(
-        default=200, metadata={"help": "Prompts of the test split for the before/after table. 0 skips it."}
+
+
+@dataclass
+class GRPOMixModelConfig(ModelConfig):
+    """Model arguments of `examples/grpo_mix.py`, where adapters have no dropout unless it is asked for."""
+
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "LoRA dropout. Rollouts are drawn without, so that it makes the importance ratio noisy."},
     )
 
 
@@ -54,12 +67,13 @@ class GRPOMixScriptArguments(PromptScriptArguments):
 class TrustRegionOPDScriptArguments(PromptScriptArguments):
     """Arguments of `examples/trust_region_opd.py`."""
 
+    required: ClassVar = checks.TRUST_REGION_OPD
+
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
             "help": "What to measure, without effect on training: accuracy_reward or think_format_reward of TRL, or a "
-            "dotted import path such as rewards.boxed_accuracy_reward. If unset, the test-bed's rewards for its "
-            "prompts, and none, without a before/after table, for a dataset."
+            "dotted import path such as rewards.boxed_accuracy_reward. No before/after table if unset."
         },
     )
 
@@ -67,6 +81,8 @@ class TrustRegionOPDScriptArguments(PromptScriptArguments):
 @dataclass
 class OfflineOPDScriptArguments(PromptScriptArguments):
     """Arguments of `examples/offline_opd.py`."""
+
+    required: ClassVar = checks.OFFLINE_OPD
 
     dataset_name: str | None = field(
         default=None,
@@ -76,16 +92,15 @@ class OfflineOPDScriptArguments(PromptScriptArguments):
     test_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts of the before/after table: Hub id, local folder, `.json`/`.jsonl` file, or `testbed` for "
-            "the additions of examples/testbed. No table if unset."
+            "help": "Prompts of the before/after table, as `dataset_name` of the other commands: the test split, or "
+            "else the train split. No table if unset."
         },
     )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
             "help": "What to measure, without effect on training: accuracy_reward or think_format_reward of TRL, or a "
-            "dotted import path such as rewards.boxed_accuracy_reward. If unset, the test-bed's rewards for its "
-            "prompts, and accuracy_reward for others."
+            "dotted import path such as rewards.boxed_accuracy_reward. Goes with `test_dataset_name`."
         },
     )
     max_completion_length: int | None = field(

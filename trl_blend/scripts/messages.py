@@ -54,20 +54,22 @@ def option_names(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def check_options(arguments: Sequence[str], known: set[str], seen: str, similar: Iterable[str] = ()) -> None:
-    """Refuse long options of no known name, with the nearest one, also of those that are not meant but `similar`."""
+    """Refuse long options of no known name, with the nearest one of those that are `similar`, or else of the known."""
     options = [item for item in arguments if re.match(r"--[\w-]+(=|$)", item)]
     foreign = [item for item in options if item[2:].partition("=")[0] not in known]
     if foreign:
-        raise unknown_options(foreign, known.union(similar), seen)
+        raise unknown_options(foreign, known, seen, similar)
 
 
-def unknown_options(arguments: Sequence[str], known: Iterable[str], seen: str) -> ConfigError:
-    """The error for arguments that nobody knows, with the nearest of `known`, which the help of `seen` lists."""
+def unknown_options(
+    arguments: Sequence[str], known: Iterable[str], seen: str, similar: Iterable[str] = ()
+) -> ConfigError:
+    """The error for arguments that nobody knows, see [`check_options`]; the help of `seen` lists them."""
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     if not options:
         return ConfigError(f"unexpected argument `{arguments[0]}` (see `{seen} --help`)")
-    known = set(known)
-    said = ", ".join(f"`{name}`{nearest(name.lstrip('-').replace('-', '_'), known, '--')}" for name in options)
+    plain = [(name, name.lstrip("-").replace("-", "_")) for name in options]
+    said = ", ".join(f"`{name}`{nearest(one, similar, '--') or nearest(one, known, '--')}" for name, one in plain)
     return ConfigError(f"unknown option {said} (see `{seen} --help`)")
 
 
@@ -80,6 +82,7 @@ def fail_in_one_line(parser: argparse.ArgumentParser) -> None:
         raise ConfigError(f"{message} (see `{parser.prog} --help`)")
 
     parser.error = error
+    parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$", re.IGNORECASE)  # -1e-4 is one too
 
 
 def name_options(message: str, options: Iterable[str], renamed: dict[str, str]) -> str:

@@ -2,17 +2,14 @@
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trl_blend.errors import ConfigError
+from trl_blend.errors import ConfigError, nearest
 
 
-TESTBED_REWARDS = [
-    "testbed.task.format_and_answer_reward",
-    "testbed.task.answer_reward",
-    "testbed.task.format_reward",
-]
+_OF_TRL = ("accuracy_reward", "think_format_reward")
 # What a trainer passes to every reward function, beside the columns of the dataset
 _PASSED_TO_REWARDS = {
     "prompts",
@@ -40,10 +37,10 @@ def load_rewards(names: Sequence[str], columns: Sequence[str]) -> list[Callable[
 def load_reward(name: str) -> Callable[..., Any]:
     """A reward function by the name of one of TRL's, or by its dotted import path."""
     module_name, _, function = name.rpartition(".")
-    if not module_name and name not in ("accuracy_reward", "think_format_reward"):
+    if name not in _OF_TRL and not re.fullmatch(r"\w+(\.\w+)+", name):
         raise ConfigError(
-            f"`reward_funcs` has {name!r}. Use accuracy_reward, think_format_reward, or a dotted import path such as "
-            "rewards.boxed_accuracy_reward."
+            f"`reward_funcs` has {name!r}{nearest(name, _OF_TRL) or '.'} Use {', '.join(_OF_TRL)}, or a dotted import "
+            "path such as rewards.boxed_accuracy_reward."
         )
     module_name = module_name or "trl.rewards"
     try:
@@ -55,10 +52,14 @@ def load_reward(name: str) -> Callable[..., Any]:
             f"`reward_funcs` has {name!r}, but there is no module {error.name!r} on the import path. Add its folder "
             "to PYTHONPATH."
         ) from error
-    if not hasattr(module, function):
+    found = getattr(module, function, None)
+    if not callable(found):
         known = [name for name, value in vars(module).items() if callable(value) and name.endswith("reward")]
-        raise ConfigError(f"`reward_funcs` has {name!r}, but {module_name} has no {function!r}: {', '.join(known)}.")
-    return getattr(module, function)
+        raise ConfigError(
+            f"`reward_funcs` has {name!r}, but {module_name} has no function {function!r}"
+            f"{nearest(function, known) or '.'} It has {', '.join(known) or 'none whose name ends in `reward`'}."
+        )
+    return found
 
 
 def check_reward_columns(reward_funcs: Sequence[Callable[..., Any]], columns: Sequence[str]) -> None:

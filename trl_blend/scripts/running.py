@@ -2,8 +2,10 @@
 
 import os
 import sys
+import sysconfig
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,15 +56,28 @@ def run(main: Callable[..., None], make_parser: Callable[..., Any]) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except TrlBlendError as error:
         _fail(error)
-    except OSError as error:
-        if _training_began.is_set():
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        # What a library refuses before training is a setting, a name or a file
+        if _training_began.is_set() or not (isinstance(error, OSError) or _raised_by_library(error)):
             raise
         _fail(error)
 
 
 def training_begins() -> None:
-    """From here on, an `OSError` keeps its traceback: it is a full disk or a reward's file, not a wrong path."""
+    """From here on, an error keeps its traceback: it is a full disk or a reward's bug, not a wrong path."""
     _training_began.set()
+
+
+def _raised_by_library(error: BaseException) -> bool:
+    """Whether an error comes from an installed package, and not from this one, a script or a user's module."""
+    own, standard = str(Path(__file__).parents[1]), sysconfig.get_path("stdlib")
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for file in reversed(files):
+        if file.startswith(own) or {"site-packages", "dist-packages"} & set(Path(file).parts):
+            return not file.startswith(own)
+        if not file.startswith((standard, "<")):
+            return False
+    return False
 
 
 def _parse(parser: Any) -> tuple[Any, ...]:
@@ -81,6 +96,7 @@ def _parse(parser: Any) -> tuple[Any, ...]:
             "set `--use_cpu`; on several machines, check their number."
         )
     _check_checkpoint(training_args)
+    _tell_of_earlier_run(training_args)
     return arguments
 
 
@@ -98,6 +114,16 @@ def _check_checkpoint(args: Any) -> None:
             f"`resume_from_checkpoint={given}` is no folder with a {TRAINER_STATE_NAME}. Give a checkpoint of an "
             "interrupted run, or `true` for the latest one in `output_dir`."
         )
+
+
+def _tell_of_earlier_run(args: Any) -> None:
+    """Say what becomes of a folder that is used again, and how to go on instead."""
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint or not is_main_process() or not (folder.is_dir() and any(folder.iterdir())):
+        return
+    checkpoint = get_last_checkpoint(args.output_dir)
+    kept = f"; `--resume_from_checkpoint {checkpoint}` would go on from the last" if checkpoint else ""
+    say(f"note: {folder} is not empty. This run starts anew and overwrites what is there{kept}.")
 
 
 def _fail(error: Exception) -> NoReturn:

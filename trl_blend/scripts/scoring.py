@@ -3,16 +3,19 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_blend.errors import ConfigError
 from trl_blend.trainers._greedy import generating_model, greedy_rewards
 from trl_blend.trainers.trust_region_opd.rewards import rollout_rewards
 
 
-__all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table"]
+__all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table", "scoring_bar"]
 
 
 def greedy_scores(
@@ -47,10 +50,30 @@ def greedy_scores(
     return means_and_errors(greedy_rewards(model, rows, reward, tokenizer=tokenizer, **decoding))
 
 
+def scoring_bar(trainer: Any, policy: str) -> Callable[..., Any]:
+    """`tqdm` over the batches that a policy decodes for the table, on the main process and unless it is turned off."""
+    disable = trainer.args.disable_tqdm or not trainer.accelerator.is_main_process
+    return partial(tqdm, desc=f"scoring: {policy}", unit="batch", disable=disable, leave=False)
+
+
 def means_and_errors(rewards: torch.Tensor) -> list[tuple[float, float]]:
-    """Mean and standard error of each column, over the rows that are not NaN."""
-    columns = [column[~column.isnan()] for column in rewards.double().T]
-    return [(column.mean().item(), column.std(correction=1).item() / len(column) ** 0.5) for column in columns]
+    """
+    Mean and standard error of each column, over the rows that are not NaN; the error of a single row is 0.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a column has no number at all.
+    """
+    found = []
+    for index, column in enumerate(rewards.double().T):
+        column = column[~column.isnan()]
+        if not len(column):
+            raise ConfigError(
+                f"Reward {index} of `reward_funcs` gave no number for any of the {len(rewards)} held-out prompts: it "
+                "cannot read their reference answers. Name their column with `answer_column`, or take another reward."
+            )
+        spread = column.std(correction=1).item() if len(column) > 1 else 0.0
+        found.append((column.mean().item(), spread / len(column) ** 0.5))
+    return found
 
 
 def print_table(results: Mapping[str, Any]) -> None:

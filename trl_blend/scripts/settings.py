@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from trl_blend import _resources
 from trl_blend.errors import ConfigError
+from trl_blend.scripts import checks
 from trl_blend.scripts.messages import fail_in_one_line, nearest, one_line, option_names, unknown_options
 
 
@@ -93,6 +94,19 @@ def _find_example(value: Any) -> Any:
     return value
 
 
+def spelled(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Values of the options that are spelled out, before anything is parsed."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []  # of the option that was read last
+    for item in arguments:
+        if item.startswith("--"):
+            name, equals, value = item[2:].partition("=")
+            values = found[name.replace("-", "_")] = [value] if equals else []
+        else:
+            values.append(item)
+    return found
+
+
 class Given(NamedTuple):
     """Arguments of a command: the file of `--config`, its settings, the variables under `env` in it, and the rest."""
 
@@ -113,7 +127,8 @@ def check_keys(keys: Iterable[str], known: set[str], file: str | None, similar: 
     """Refuse keys of a YAML file that nobody knows, see [`check_options`]."""
     for key in keys:
         if key not in known:
-            raise ConfigError(f"`--config {file}`: unknown key `{key}`{nearest(key, known.union(similar)) or '.'}")
+            found = nearest(key, similar) or nearest(key, known) or "."
+            raise ConfigError(f"`--config {file}`: unknown key `{key}`{found}")
 
 
 def apply_config(
@@ -220,10 +235,27 @@ def parse_script(parser: Any, arguments: Sequence[str], launched: bool = True) -
     from_file, others = apply_config(parser, given.values, given.file, launched)
     _check_processes(others.get("num_processes"), given.file)
     arguments = [*from_file, *given.rest]
-    *outputs, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    try:
+        *outputs, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    except ValueError as error:
+        _name_broken_json(error, spelled(arguments))
+        raise
     if unknown:
         raise unknown_options(unknown, option_names(parser), parser.prog)
+    values = {name: value for output in outputs for name, value in vars(output).items()}
+    checks.check_required([need for output in outputs for need in getattr(output, "required", ())], values)
+    checks.check_ranges(values)
+    checks.check_effects(values, parser.get_default)
     return tuple(outputs)
+
+
+def _name_broken_json(error: ValueError, given: dict[str, list[str]]) -> None:
+    """Raise in the name of its option what `json` says of a value."""
+    cause = error if isinstance(error, json.JSONDecodeError) else error.__cause__
+    if isinstance(cause, json.JSONDecodeError):
+        for name, values in given.items():
+            if cause.doc in values:
+                raise ConfigError(f"`--{name} {cause.doc}` is not JSON: {cause}.") from error
 
 
 def _check_processes(wanted: Any, file: str | None) -> None:

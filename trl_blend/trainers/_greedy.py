@@ -1,7 +1,7 @@
 """Greedy decoding of held-out prompts, on every process together, and what reward functions say of the completions."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ def greedy_rewards(
     generation_kwargs: Mapping[str, Any],
     batch_size: int,
     chat_template_kwargs: dict[str, Any] | None = None,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Tensor:
     """
     Decode the prompts of `rows` and reward the completions. Use it for a table of accuracy before and after a run.
@@ -51,6 +52,8 @@ def greedy_rewards(
             Prompts that a process decodes at once.
         chat_template_kwargs (`dict`, *optional*):
             Arguments of the chat template.
+        progress (`Callable`, *optional*):
+            Wraps the batches as `tqdm` does.
 
     Returns:
         `torch.Tensor` of shape `(N, F)`: Reward of each row by each function, on the CPU, equal on every process.
@@ -59,7 +62,7 @@ def greedy_rewards(
     prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in mine], chat_template_kwargs)
     with model as decoding:
         settings = greedy_settings(generation_kwargs, tokenizer, eos_token_ids(decoding))
-        completion_ids = decode(decoding, prompt_ids, settings, batch_size)
+        completion_ids = decode(decoding, prompt_ids, settings, batch_size, progress)
     rewards = reward(mine, completion_ids)
     return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
 
@@ -118,11 +121,15 @@ def tokenize_prompts(
 
 
 def decode(
-    model: PreTrainedModel, prompt_ids: list[list[int]], settings: GenerationConfig, batch_size: int
+    model: PreTrainedModel,
+    prompt_ids: list[list[int]],
+    settings: GenerationConfig,
+    batch_size: int,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[list[int]]:
     """Token ids of one completion per prompt, from left-padded batches, up to and with the first EOS of `settings`."""
     eos, completions = set(settings.eos_token_id), []
-    for start in range(0, len(prompt_ids), batch_size):
+    for start in progress(range(0, len(prompt_ids), batch_size)):
         batch = prompt_ids[start : start + batch_size]
         width = max(map(len, batch))
         input_ids = torch.tensor([[settings.pad_token_id] * (width - len(ids)) + ids for ids in batch])

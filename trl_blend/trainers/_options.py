@@ -9,8 +9,6 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
-
 from trl_blend.errors import ConfigError
 
 
@@ -122,6 +120,9 @@ def _check_range(name: str, value: Any, low: float, high: float, must_be: str) -
 
 
 def _check_reports(report_to: Any) -> None:
+    # Here, for the help of the commands is read from this module's neighbours in no time
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     names = [] if names in (["all"], ["none"]) else names
     try:

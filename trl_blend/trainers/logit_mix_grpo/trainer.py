@@ -4,7 +4,7 @@ import copy
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -333,7 +333,9 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         for index, values in enumerate(record.teacher_logps):
             self._rollout_means.add(f"teacher_logp{self._suffix(index)}", values, mask & values.isfinite())
 
-    def greedy_rewards(self, rows: list[dict[str, Any]], weights: tuple[float, ...]) -> GreedyRewards:
+    def greedy_rewards(
+        self, rows: list[dict[str, Any]], weights: tuple[float, ...], progress: Callable[..., Any] = iter
+    ) -> GreedyRewards:
         """
         Decode `rows` greedily at the given teacher weights and reward the completions.
 
@@ -346,6 +348,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
                 Rows of a dataset, as for training. Every rank passes the same ones.
             weights (`tuple[float, ...]`):
                 Weight of each teacher: all 0 is the student alone, 1 the teacher alone.
+            progress (`Callable`, *optional*):
+                Wraps the batches as `tqdm` does.
 
         Returns:
             [`GreedyRewards`]: The rewards, and what they cost.
@@ -355,7 +359,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         rewards, tokens = [], torch.zeros((), dtype=torch.long, device=self.accelerator.device)
         student = self.accelerator.unwrap_model(self.model_wrapped)
         with self._decoding_greedily(), self.policy(weights, recording=False), evaluation_mode(student):
-            for start in range(0, len(rows), chunk):
+            for start in progress(range(0, len(rows), chunk)):
                 part = rows[start : start + chunk]
                 mine = own_share(part, self.accelerator)
                 prompts = [row["prompt"] for row in mine]
