@@ -215,7 +215,7 @@ def test_what_the_parents_refuse_is_an_error_of_the_configuration(tmp_path, conf
 
 
 def test_a_report_that_cannot_be_made_here(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_blend.trainers._options.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ConfigError, match="`report_to='wandb'` needs wandb, which is not installed"):
         runs.config(tmp_path, report_to="wandb")
     assert runs.config(tmp_path, report_to="all").report_to and runs.config(tmp_path, report_to="none") is not None

@@ -39,8 +39,8 @@ def chernoff_weight(
     """
     shape, vocab_size = student_logits.shape[:-1], student_logits.shape[-1]
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    rows = [logits.reshape(-1, vocab_size).to(dtype) for logits in (student_logits, teacher_logits)]
-    return _solve(*rows, tolerance, max_iterations).view(shape)
+    student, teacher = (logits.reshape(-1, vocab_size).to(dtype) for logits in (student_logits, teacher_logits))
+    return _solve(student, teacher, tolerance, max_iterations).view(shape)
 
 
 def _solve(student: Tensor, teacher: Tensor, tolerance: float, max_iterations: int) -> Tensor:

@@ -101,7 +101,8 @@ class RunMixin(CardMixin):
         if held_out is None:
             sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
             held_out = sum(_cards.num_rows(dataset) or 0 for dataset in sets.values())
-        name = shown_name(_cards.student_name(self)).text or "a model in memory"
+        started = self.started_from_adapter[0] if self.started_from_adapter else _cards.student_name(self)
+        name = shown_name(started).text or "a model in memory"
         clauses = [
             f"student {name}{' (adapter)' if _cards.is_adapter(self.model) else ''}",
             f"teacher {parts.teacher}",
