@@ -167,10 +167,12 @@ def until_eos(tokens: list[int], eos_token_id: int) -> list[int]:
     return tokens[: tokens.index(eos_token_id) + 1] if eos_token_id in tokens else tokens
 
 
-def supervise(prompts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str) -> list[dict[str, Any]]:
-    """Supervised steps of the student on teacher rollouts of `prompts`, in order, into a folder; returns the log."""
+def supervise(
+    prompts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str, model: str = "student"
+) -> list[dict[str, Any]]:
+    """Supervised steps of a checkpoint on teacher rollouts of `prompts`, in order, into a folder; returns the log."""
     torch.manual_seed(seed)
-    student, tokenizer = load_checkpoint("student")
+    student, tokenizer = load_checkpoint(model)
     args = SFTConfig(
         output_dir=folder,
         per_device_train_batch_size=BATCH,
