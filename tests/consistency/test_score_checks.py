@@ -189,17 +189,25 @@ def test_truncation(world):
     assert 0 < finding.evidence["share"] <= 0.5
 
 
-def test_a_teacher_that_ends_with_another_token(world, tmp_path):
+GOES_ON = [
+    ([2], "it ends with another token ([2])", "`eos_token`"),
+    ([2, 1], "it ends with the same token, but would not end there", "chat template"),
+    ([], "the tokens that it ends with itself are not recorded", "See which token"),
+]
+
+
+@pytest.mark.parametrize(("ids", "why", "remedy"), GOES_ON)
+def test_a_teacher_that_would_go_on(world, tmp_path, ids, why, remedy):
     logps = [
         np.where(np.arange(len(row)) == len(row) - 1, row if cut else -9.0, row)
         for row, cut in zip(world.columns["teacher_logps"], world.columns["truncated"], strict=True)
     ]
-    teacher = dataclasses.replace(identify_model(world.teacher), eos_token_ids=[2])
+    teacher = dataclasses.replace(identify_model(world.teacher), eos_token_ids=ids)
     scored = rewritten(world, tmp_path / "scored", teacher_logps=logps, teacher=teacher.to_dict())
     finding = check_teacher_consistency(world.student, scored)["eos"]
     assert finding.severity == "warning"
-    assert "end-of-sequence tokens [1] a mean log-prob of -9.0: it ends with another token ([2])" in finding.message
-    assert "`eos_token`" in finding.remedy
+    assert f"end-of-sequence tokens [1] a mean log-prob of -9.0: {why}" in finding.message
+    assert remedy in finding.remedy
 
 
 def test_without_end_of_sequence_ids_or_marks(world, tmp_path):

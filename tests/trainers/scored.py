@@ -21,6 +21,7 @@ NOT_SFT = ("num_generations", "max_completion_length")
 def offline_config(output_dir: Any, **settings: Any) -> OfflineOPDConfig:
     shared = {name: value for name, value in SETTINGS.items() if name not in NOT_SFT}
     defaults = {"gradient_accumulation_steps": 1, "weight_decay": 0.0, "teacher_consistency": "off"}
+    defaults["offline_loss"] = "sampled_token"  # the paper's, whatever the data have
     return OfflineOPDConfig(output_dir=str(output_dir), **{**shared, **defaults, **settings})
 
 

@@ -199,19 +199,36 @@ def check_eos(rows: SampledRows, eos_token_ids: Collection[int], teacher_eos_tok
         )
         return Finding("eos", "error", message, evidence, REMEDIES["eos"])
     if len(logps) and logps.mean() < MIN_EOS_LOGP:
+        used = sorted({ids[-1] for ids, end in zip(rows.completion_ids, ends, strict=True) if end})
+        why, remedy = _why_the_teacher_goes_on(used, teacher_eos_token_ids)
         message = (
-            f"The teacher gives the end-of-sequence tokens {sorted(eos_token_ids)} a mean log-prob of "
-            f"{logps.mean():.1f}: it ends with another token ({sorted(teacher_eos_token_ids) or 'unknown'}), and "
+            f"The teacher gives the end-of-sequence tokens {used} a mean log-prob of {logps.mean():.1f}: {why}, and "
             "training would teach the student not to stop."
-        )
-        remedy = (
-            "Let student and teacher end with the same token: set the student's `eos_token` before its fine-tuning."
         )
         return Finding("eos", "warning", message, evidence, remedy)
     if ended.any():
         message = f"{ended.sum()} of {len(rows)} completions are marked as truncated but end in an end-of-sequence id."
         return Finding("eos", "warning", message, evidence, "Mark as truncated only what was cut.")
     return Finding("eos", "ok", "Every completion ends in an end-of-sequence token or is marked as cut.", evidence)
+
+
+def _why_the_teacher_goes_on(used: Collection[int], teacher_eos: Collection[int]) -> tuple[str, str]:
+    """Why a teacher finds the ends of completions unlikely, and the remedy."""
+    if not teacher_eos:
+        return (
+            "the tokens that it ends with itself are not recorded, and may be others",
+            "See which token the teacher ends with: student and teacher need the same one.",
+        )
+    if set(used) & set(teacher_eos):
+        return (
+            "it ends with the same token, but would not end there",
+            "Look at the completions, and whether teacher and student are asked in the same chat template: for the "
+            "teacher these are not the end of an answer.",
+        )
+    return (
+        f"it ends with another token ({sorted(teacher_eos)})",
+        "Let student and teacher end with the same token: set the student's `eos_token` before its fine-tuning.",
+    )
 
 
 def check_truncation(rows: SampledRows, eos_token_ids: Collection[int]) -> Finding:

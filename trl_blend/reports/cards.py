@@ -191,6 +191,17 @@ def _dataset_prefix(entry: Mapping[str, Any]) -> str:
     return (match and match[1]) or ""
 
 
+Score = tuple[float | None, float | None]
+"""Mean and standard error; `None` where there were too few numbers for one."""
+
+
+def shown_score(mean: float | None, error: float | None) -> str:
+    """A mean and its standard error, as far as there are any."""
+    if mean is None:
+        return "not measured"
+    return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
+
+
 def before_after_table(results: Mapping[str, Any]) -> Table:
     """Scores before and after training of every policy that was measured, from a trainer's `card_results`."""
     rows = []
@@ -200,7 +211,7 @@ def before_after_table(results: Mapping[str, Any]) -> Table:
     ):
         name = policy if policy == policy_after else f"{policy}; after: {policy_after}"
         for reward, old, new in zip(results["rewards"], before, after, strict=True):
-            rows.append((name, reward, *(f"{mean:.3f} ± {error:.3f}" for mean, error in (old, new))))
+            rows.append((name, reward, shown_score(*old), shown_score(*new)))
     step = results.get("before_step")
     return ("policy", "reward", f"at step {step}" if step else "before", "after"), rows
 

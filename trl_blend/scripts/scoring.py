@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_blend.errors import ConfigError
+from trl_blend.reports.cards import Score, shown_score
 from trl_blend.trainers._greedy import generating_model, greedy_rewards
 from trl_blend.trainers.trust_region_opd.rewards import rollout_rewards
 
@@ -25,7 +26,7 @@ def greedy_scores(
     tokenizer: PreTrainedTokenizerBase,
     trainer_state: Any,
     **decoding: Any,
-) -> list[tuple[float, float]]:
+) -> list[Score]:
     """
     Decode the prompts of `rows` greedily and average what each reward function says of the completions.
 
@@ -39,7 +40,8 @@ def greedy_scores(
             Further arguments of [`~trl_blend.trainers._greedy.greedy_rewards`].
 
     Returns:
-        `list[tuple[float, float]]`: Mean and standard error of each function, equal on every process.
+        `list[tuple[float | None, float | None]]`: Mean and standard error of each function, equal on every process;
+            `None` where there are too few numbers for one.
     """
 
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
@@ -56,14 +58,14 @@ def scoring_bar(trainer: Any, policy: str) -> Callable[..., Any]:
     return partial(tqdm, desc=f"scoring: {policy}", unit="batch", disable=disable, leave=False)
 
 
-def means_and_errors(rewards: torch.Tensor) -> list[tuple[float, float]]:
+def means_and_errors(rewards: torch.Tensor) -> list[Score]:
     """
-    Mean and standard error of each column, over the rows that are not NaN; the error of a single row is 0.
+    Mean and standard error of each column, over the rows that are not NaN; no error of a single row.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If a column has no number at all.
     """
-    found = []
+    found: list[Score] = []
     for index, column in enumerate(rewards.double().T):
         column = column[~column.isnan()]
         if not len(column):
@@ -71,8 +73,8 @@ def means_and_errors(rewards: torch.Tensor) -> list[tuple[float, float]]:
                 f"Reward {index} of `reward_funcs` gave no number for any of the {len(rewards)} held-out prompts: it "
                 "cannot read their reference answers. Name their column with `answer_column`, or take another reward."
             )
-        spread = column.std(correction=1).item() if len(column) > 1 else 0.0
-        found.append((column.mean().item(), spread / len(column) ** 0.5))
+        error = column.std(correction=1).item() / len(column) ** 0.5 if len(column) > 1 else None
+        found.append((column.mean().item(), error))
     return found
 
 
@@ -89,6 +91,6 @@ def print_table(results: Mapping[str, Any]) -> None:
             table.add_column(f"{name.removesuffix('_reward').replace('_', ' ')}\n{when}", justify="right")
     # The adaptive weight moves, so rows are matched by position
     for (policy, old), (policy_after, new) in zip(results["before"].items(), results["after"].items(), strict=True):
-        cells = [f"{mean:.3f} ± {error:.3f}" for mean, error in [*old, *new]]
+        cells = [shown_score(*score) for score in [*old, *new]]
         table.add_row(policy if policy == policy_after else f"{policy} → {policy_after.rsplit(' ', 1)[1]}", *cells)
     Console(width=None if sys.stdout.isatty() else 130).print(table)

@@ -13,7 +13,7 @@ def test_defaults_are_those_of_the_reference(tmp_path):
     assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.98, 1.0)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 256
     assert (args.offline_loss, args.loss_aggregation, args.teacher_consistency) == (
-        "sampled_token",
+        "auto",
         "sequence",
         "strict",
     )
@@ -46,6 +46,9 @@ REFUSED = {
     },
     "importance_correction='token'": {"importance_correction": "token", "offline_loss": "top_k_reverse_kl"},
     "importance_cap=5": {"importance_cap": 5.0},
+    "importance_correction='token'` has no effect": {"importance_correction": "token", "offline_loss": "auto"},
+    "importance_correction='none'` has no effect": {"importance_correction": "none", "offline_loss": "auto"},
+    "importance_cap=2.0` has no effect": {"importance_cap": 2.0, "offline_loss": "auto"},
     "importance_cap=0": {"importance_cap": 0.0, "importance_correction": "token"},
     "padding_free=True": {"padding_free": True, "max_length": 64},
     "rescore_num_rows=-1": {"rescore_num_rows": -1},
@@ -72,6 +75,35 @@ def test_refused(tmp_path, match, settings):
 def test_a_teacher_is_asked_to_score_some_rows(tmp_path):
     args = offline_config(tmp_path, teacher_model_name_or_path="t", teacher_consistency="warn")
     assert args.rescore_num_rows == 64
+
+
+TOP_K, DRAWN = ("teacher_logps", "rollout_logps", "teacher_topk_ids"), ("teacher_logps", "rollout_logps")
+
+
+@pytest.mark.parametrize(
+    ("columns", "loss", "ratio"), [(TOP_K, "top_k_reverse_kl", "none"), (DRAWN, "sampled_token", "token")]
+)
+def test_the_loss_that_the_data_allow(tmp_path, columns, loss, ratio):
+    args = offline_config(tmp_path, offline_loss="auto")
+    resolved = args.resolved(columns)
+    assert (resolved.offline_loss, resolved.importance_correction) == (loss, ratio)
+    assert args.offline_loss == "auto" and resolved.resolved(columns) is resolved  # a config serves several trainers
+    # The paper's is one word away
+    paper = offline_config(tmp_path, offline_loss="sampled_token")
+    assert paper.resolved(columns) is paper and paper.importance_correction == "none"
+
+
+def test_data_that_allow_only_the_loss_of_the_paper(tmp_path):
+    with pytest.raises(ConfigError, match="Set `offline_loss='sampled_token'` for the paper's loss"):
+        offline_config(tmp_path, offline_loss="auto").resolved(["teacher_logps"])
+
+
+def test_the_best_model_by_a_loss_that_turns_out_to_be_no_divergence(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    args = offline_config(tmp_path, offline_loss="auto", **best)
+    assert args.resolved(TOP_K).uses_top_k
+    with pytest.raises(ConfigError, match="load_best_model_at_end=True"):
+        args.resolved(DRAWN)
 
 
 def test_packing_strategy_without_packing_is_left_alone(tmp_path):

@@ -23,7 +23,12 @@ logger = get_logger(__name__)
 
 
 def check_arguments(
-    model: Any, args: OfflineOPDConfig, processing_class: Any, peft_config: Any, kwargs: dict[str, Any]
+    model: Any,
+    args: OfflineOPDConfig,
+    train_dataset: Any,
+    processing_class: Any,
+    peft_config: Any,
+    kwargs: dict[str, Any],
 ) -> None:
     """Check the constructor's arguments; the errors are those of the trainer."""
     if not isinstance(args, OfflineOPDConfig):
@@ -31,6 +36,11 @@ def check_arguments(
     for name in ("data_collator", "compute_loss_func", "formatting_func"):
         if kwargs.get(name) is not None:
             raise ConfigError(f"`{name}` has no use here: the rows are token ids with a loss of their own. Drop it.")
+    if args.stream_rollouts and isinstance(train_dataset, Dataset | IterableDataset):
+        raise ConfigError(
+            f"`stream_rollouts=True` reads the shards of a store, but `train_dataset` is a "
+            f"{type(train_dataset).__name__}. Pass the store, or drop `stream_rollouts`."
+        )
     if isinstance(processing_class, ProcessorMixin):
         raise UnsupportedError(
             "Vision-language students cannot be trained on stored rollouts, which hold no images. Pass a tokenizer, "
@@ -54,7 +64,7 @@ def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
     """Refuse a ratio to the rollouts' policy, or a bound on the drift, where the data do not know that policy."""
     needed = {
         "max_policy_drift": ("rollout_logps", "student_logps") if args.max_policy_drift is not None else (),
-        "importance_correction": ("rollout_logps",) if args.importance_correction != "none" else (),
+        "importance_correction": ("rollout_logps",) if args.importance_correction == "token" else (),
     }
     for setting, columns in needed.items():
         missing = [name for name in columns if name not in names]
@@ -70,7 +80,7 @@ def warn_of_cut_rollouts(store: RolloutStore | None, args: OfflineOPDConfig) -> 
     """Say so where the ratio to the policy of the rollouts misses tokens that this policy could not draw."""
     sampling = (store.manifest.sampling if store is not None else None) or {}
     cut = nucleus_settings(sampling)
-    if args.importance_correction != "none" and cut:
+    if args.importance_correction == "token" and cut:
         logger.warning(
             f"`importance_correction={args.importance_correction!r}` with rollouts that were sampled with {cut}: the "
             "tokens left out there never enter the loss, which is then not the whole reverse KL. Collect with "
@@ -151,6 +161,8 @@ def check_teacher(
         report.raise_if_failed()
     if not report.ok:
         logger.warning(f"Teacher consistency could not be established, going on as asked.\n{report}")
+    elif report.warnings:
+        logger.warning("The check of the rollouts warns:\n" + "\n".join(map(str, report.warnings)))
     return report
 
 

@@ -1,6 +1,8 @@
 """Configuration of [`OfflineOPDTrainer`]."""
 
+import copy
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,15 +43,17 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
     Parameters:
         > Parameters that control the loss
 
-        offline_loss (`str`, *optional*, defaults to `"sampled_token"`):
-            `"sampled_token"` (Lightning OPD: minus the advantage `log p_T - log p_θ` of the current student, times
-            `log p_θ`, on the stored token), or, on data scored with `top_k`, `"top_k_reverse_kl"` or
-            `"top_k_forward_kl"`: the divergence over the teacher's stored tokens and one event for all others, which
-            has no sampling noise ([ours]).
-        importance_correction (`str`, *optional*, defaults to `"none"`):
-            `"none"` (Lightning OPD), or `"token"`: multiply the sampled-token loss of each token by the ratio of its
-            probabilities under the current student and under the distribution it was drawn from. The expected
-            gradient is then that of the reverse KL at the stored prefixes, see
+        offline_loss (`str`, *optional*, defaults to `"auto"`):
+            `"auto"` takes what was measured to work on our test-bed: `"top_k_reverse_kl"` on data scored with
+            `top_k`, else the sampled token with `importance_correction="token"`; the run and its card say which.
+            `"sampled_token"` is the paper's, which made the student forget its task there (Lightning OPD: minus the
+            advantage `log p_T - log p_θ` of the current student, times `log p_θ`, on the stored token).
+            `"top_k_reverse_kl"` or `"top_k_forward_kl"`: the divergence over the teacher's stored tokens and one
+            event for all others, which has no sampling noise ([ours]).
+        importance_correction (`str`, *optional*):
+            Of `offline_loss="sampled_token"`: `"none"` there unless given (Lightning OPD), or `"token"`: multiply the
+            loss of each token by the ratio of its probabilities under the current student and under the distribution
+            it was drawn from. The expected gradient is then that of the reverse KL at the stored prefixes, see
             [`~trl_blend.ops.losses.sampled_token_loss`] ([ours]).
         importance_cap (`float`, *optional*):
             Cap of that ratio. `None` means no cap.
@@ -114,8 +118,8 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
     max_length: int | None = None
 
     # Loss
-    offline_loss: Literal["sampled_token", "top_k_reverse_kl", "top_k_forward_kl"] = "sampled_token"
-    importance_correction: Literal["none", "token"] = "none"
+    offline_loss: Literal["auto", "sampled_token", "top_k_reverse_kl", "top_k_forward_kl"] = "auto"
+    importance_correction: Literal["none", "token"] | None = None
     importance_cap: float | None = None
     loss_aggregation: Literal["sequence", "token"] = "sequence"
 
@@ -143,13 +147,17 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
         super().__post_init__()
         self._check_parent_settings()
         self._check_rescoring()
-        if self.importance_correction != "none" and self.uses_top_k:
+        if self.offline_loss == "auto":
+            refuse_unread(self, ("importance_correction", "importance_cap"), "offline_loss", "sampled_token")
+        elif self.importance_correction is None:
+            self.importance_correction = "none"
+        if self.importance_correction == "token" and self.uses_top_k:
             raise ConfigError(
                 f"`importance_correction={self.importance_correction!r}` has no use with `offline_loss="
                 f"{self.offline_loss!r}`, whose terms are not sampled. Leave it out."
             )
         cap = self.importance_cap
-        if cap is not None and (self.importance_correction == "none" or not cap > 0.0):
+        if cap is not None and (self.importance_correction != "token" or not cap > 0.0):
             raise ConfigError(
                 f"`importance_cap={cap}` must be positive and needs `importance_correction='token'`. Leave it out, or "
                 "set both."
@@ -161,16 +169,19 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             raise ConfigError(
                 f"`max_policy_drift={drift}` must be positive and finite (nats per token). Leave it out for no bound."
             )
+        self._check_best_model()
+        if self.stream_rollouts and self.max_steps <= 0:
+            raise ConfigError(
+                "`stream_rollouts=True` does not know the number of rows. Set `max_steps`, or `stream_rollouts=False`."
+            )
+
+    def _check_best_model(self):
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if self.load_best_model_at_end and metric == "loss" and not self.uses_top_k:
+        if self.load_best_model_at_end and metric == "loss" and self.offline_loss == "sampled_token":
             raise ConfigError(
                 f"`load_best_model_at_end=True` with `metric_for_best_model={self.metric_for_best_model!r}`: the "
                 "sampled-token loss is no divergence by value and can rise while the student comes closer to its "
                 "teacher. Set `metric_for_best_model='eval_offline/reverse_kl'` and `greater_is_better=False`."
-            )
-        if self.stream_rollouts and self.max_steps <= 0:
-            raise ConfigError(
-                "`stream_rollouts=True` does not know the number of rows. Set `max_steps`, or `stream_rollouts=False`."
             )
 
     def _check_parent_settings(self):
@@ -226,7 +237,31 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
                 "`teacher_consistency='off'` leaves out. Drop one of them."
             )
 
+    def resolved(self, columns: Collection[str]) -> "OfflineOPDConfig":
+        """
+        This configuration with the loss that `offline_loss="auto"` stands for on data with these columns.
+
+        Raises:
+            [`~trl_blend.errors.ConfigError`]: If the data have neither the teacher's top tokens nor the
+                log-probabilities that the rollouts were drawn with.
+        """
+        if self.offline_loss != "auto":
+            return self
+        args = copy.copy(self)
+        if "teacher_topk_ids" in columns:
+            args.offline_loss, args.importance_correction = "top_k_reverse_kl", "none"
+        elif "rollout_logps" in columns:
+            args.offline_loss, args.importance_correction = "sampled_token", "token"
+        else:
+            raise ConfigError(
+                "`offline_loss='auto'` needs the teacher's most probable tokens (`trl-blend score --top_k 16`) or the "
+                f"column `rollout_logps` (`trl-blend rollouts`), but the data have {', '.join(columns)}. Set "
+                "`offline_loss='sampled_token'` for the paper's loss, which needs neither."
+            )
+        args._check_best_model()
+        return args
+
     @property
     def uses_top_k(self) -> bool:
         """Whether the loss reads the teacher's top-k columns."""
-        return self.offline_loss != "sampled_token"
+        return self.offline_loss.startswith("top_k")

@@ -26,10 +26,16 @@ PANELS = (
 )
 
 
-def run_parts(config: OfflineOPDConfig, teacher: str) -> RunParts:
+def why_this_loss(config: OfflineOPDConfig) -> str:
+    """Why `offline_loss="auto"` took the loss of a run."""
+    return f"the data {'have' if config.uses_top_k else 'lack'} the teacher's most probable tokens"
+
+
+def run_parts(config: OfflineOPDConfig, teacher: str, loss_was_chosen: bool) -> RunParts:
     """What a run is made of, in words."""
     ratio = ", with the ratio to the policy of the rollouts" if config.importance_correction == "token" else ""
-    return RunParts(teacher, "", f"loss {config.offline_loss}{ratio}", "the student alone")
+    chosen = f" (chosen: {why_this_loss(config)})" if loss_was_chosen else ""
+    return RunParts(teacher, "", f"loss {config.offline_loss}{ratio}{chosen}", "the student alone")
 
 
 _CODE = "code"
@@ -74,11 +80,14 @@ def choices(config: OfflineOPDConfig) -> list[str]:
     """What goes beyond the method, chosen here."""
     found = []
     if config.importance_correction == "token":
-        found.append("The ratio to the policy of the rollouts is a choice of `trl_blend`: the paper leaves it out.")
+        found.append(
+            "The ratio to the policy of the rollouts is a choice of `trl_blend`: the paper leaves it out "
+            '(`importance_correction="none"`).'
+        )
     if config.uses_top_k:
         found.append(
             "The loss over the teacher's stored top-k tokens, with one event for all other tokens, is a choice of "
-            "`trl_blend`: the paper has the sampled token only."
+            '`trl_blend`: the paper has the sampled token only (`offline_loss="sampled_token"`).'
         )
     if config.max_policy_drift is not None:
         what = "ends" if config.policy_drift_action == "stop" else "warns about"
@@ -116,6 +125,7 @@ def example_prompt(tokenizer: Any, prompt_ids: list[int]) -> str | list[dict[str
 def card_fields(
     config: OfflineOPDConfig,
     *,
+    loss_was_chosen: bool,
     manifest: Manifest | None,
     report: ConsistencyReport | None,
     provenance: TeacherProvenance | None,
@@ -136,9 +146,10 @@ def card_fields(
         "teachers": [teacher],
         "data_rows": manifest.num_rows if manifest else num_rows,
         "data_unit": "rollouts",
-        "per_step": f"{rollouts:,} {'packed rows of rollouts' if config.packing else 'rollouts'}",
+        "per_step": per_step(rollouts, num_rows, config),
         "result_metrics": r"(?:.+_)?(loss|offline/reverse_kl)",
         "curves_text": "Drift from the policy of the rollouts and other metrics against the optimizer step",
+        "chosen": why_this_loss(config) if loss_was_chosen else "",
         "manifest": manifest,
         "student": describe(manifest and manifest.student),
         "report": report,
@@ -151,6 +162,16 @@ def card_fields(
             config.sft_teacher,
         ],
     }
+
+
+def per_step(rollouts: int, num_rows: int | None, config: OfflineOPDConfig) -> str:
+    """Rows whose gradients make up a step: no more than there are, and fewer in the last one of an epoch."""
+    what = "packed rows of rollouts" if config.packing else "rollouts"
+    if num_rows is None or num_rows % rollouts == 0 or config.dataloader_drop_last:
+        return f"{rollouts:,} {what}"
+    if num_rows < rollouts:
+        return f"{num_rows:,} {what}, all that there are"
+    return f"{rollouts:,} {what}, {num_rows % rollouts:,} in the last step of an epoch"
 
 
 def card_teacher(manifest: Manifest | None, report: ConsistencyReport | None) -> CardTeacher:

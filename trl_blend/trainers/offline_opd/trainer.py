@@ -34,7 +34,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     Trainer for on-policy distillation without a live teacher.
 
     The training data are rollouts of the SFT student with the teacher's log-probability of every token, computed once.
-    Each step is one forward and backward of the student, with the loss of
+    Each step is one forward and backward of the student, with the divergence over the teacher's most probable tokens
+    where the data have them, else with the sampled token and its ratio. `offline_loss="sampled_token"` is the loss of
     [Lightning OPD](https://huggingface.co/papers/2604.13010),
     \\( -\mathrm{sg}[\log p_T(y_t) - \log p_\theta(y_t)] \log p_\theta(y_t) \\), see
     [`~trl_blend.ops.losses.sampled_token_loss`]. At the first step its gradient is that of live distillation on the
@@ -135,13 +136,15 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         **kwargs: Any,
     ):
         args = default_config(OfflineOPDConfig, model) if args is None else args
-        checks.check_arguments(model, args, processing_class, peft_config, kwargs)
+        checks.check_arguments(model, args, train_dataset, processing_class, peft_config, kwargs)
         self._vocab_size = checks.vocab_size(model, args)
         self.rollout_store, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
         if rollout_store is not None:
             self.rollout_store, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
         check_data(train_rows, None, args, self.rows_needed(args))
-        checks.check_student_columns(args, data.column_names(train_rows))
+        columns = data.column_names(train_rows)
+        self._loss_was_chosen, args = args.offline_loss == "auto", args.resolved(columns)
+        checks.check_student_columns(args, columns)
         checks.warn_of_cut_rollouts(self.rollout_store, args)
         checks.warn_of_long_rows(train_rows, args.max_length)
         prepared = self._prepare_dataset(train_rows, processing_class, args, args.packing, None, "train")
@@ -200,12 +203,20 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate on scored rollouts of any type that the constructor takes, see [`~transformers.Trainer`]."""
-        if isinstance(eval_dataset, RolloutStore) or (
+        if isinstance(eval_dataset, RolloutStore | dict) or (
             isinstance(eval_dataset, str) and not isinstance(self.eval_dataset, dict)
         ):
             eval_dataset = self._open_eval(eval_dataset, self.args)
         self._offline_metrics.pause()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Predict on scored rollouts of any type that the constructor takes, see [`~transformers.Trainer`]."""
+        _, rows = checks.open_rollouts(test_dataset, "test_dataset", self.args)
+        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        prepared = self._prepare_dataset(rows, self.processing_class, self.args, packing, None, "test")
+        self._offline_metrics.pause()
+        return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     # Loss
 
@@ -294,7 +305,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     def run_parts(self) -> RunParts:
         """What the run is made of, in words."""
         (teacher,) = self.teacher_parts() or [{"name": "not recorded with the rollouts"}]
-        return report.run_parts(self.args, teacher["name"])
+        return report.run_parts(self.args, teacher["name"], self._loss_was_chosen)
 
     def example_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
         """The prompt of a training row, from its token ids, see [`~trl_blend.trainers._cards.CardMixin`]."""
@@ -306,6 +317,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         """Fields of `model_cards/offline_opd.md`."""
         return report.card_fields(
             self.args,
+            loss_was_chosen=self._loss_was_chosen,
             manifest=self.rollout_store.manifest if self.rollout_store else None,
             report=self.consistency_report,
             provenance=self._provenance,
