@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ SMALL_COMMAND = {
 }
 
 
+def make_clone(folder: Path) -> None:
+    """A working directory with what a clone of the repository holds, and nothing else."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    found = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in {Path(file).parts[0] for file in found}:
+        (folder / name).symlink_to(ROOT / name)
+
+
 def make_world(folder: Path) -> None:
     """A working directory in which every name of the pages exists."""
     for name, checkpoint in MODELS.items():
@@ -105,9 +114,9 @@ def _with_defaults(function: Callable[..., Any], defaults: dict[str, Any]) -> Ca
     return lambda *args, **settings: function(*args, **{**defaults, **settings})
 
 
-def run_python(code: str, name: str, variables: dict[str, Any]) -> None:
-    """Execute a block; `variables` go in and come out."""
-    with small_runs():
+def run_python(code: str, name: str, variables: dict[str, Any], cut: bool = True) -> None:
+    """Execute a block, cut as in [`small_runs`] or as it stands; `variables` go in and come out."""
+    with small_runs() if cut else contextlib.nullcontext():
         exec(compile(code, name, "exec"), variables)
 
 
@@ -117,11 +126,15 @@ def command_lines(code: str) -> list[list[str]]:
     return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-def run_command(words: list[str], execute: bool) -> None:
-    """Have a command parsed by its own parser; then run it, in this process, where `execute`."""
+def run_command(words: list[str], execute: bool, cut: bool = True) -> None:
+    """
+    Have a command parsed by its own parser; then run it, in this process, where `execute`. Trainings are always cut,
+    the commands that make data only where `cut`.
+    """
     while "=" in words[0]:
         words = words[1:]
-    runners = {"make": _make, "pip": _pip, "trl-blend": _trl_blend, "accelerate": _accelerate, "python": _python}
+    runners = {"make": _make, "pip": _pip, "accelerate": _accelerate, "python": _python, "cp": _copy}
+    runners["trl-blend"] = partial(_trl_blend, cut=cut)
     assert words[0] in runners, f"the tests cannot read `{words[0]}`; teach `tests/docs/running.py`"
     runners[words[0]](words[1:], execute)
 
@@ -144,6 +157,10 @@ def _pip(words: list[str], execute: bool) -> None:
     assert set(extras[1].split(",")) <= set(project["optional-dependencies"]) if extras else True
 
 
+def _copy(words: list[str], execute: bool) -> None:
+    subprocess.run(["cp", *words], check=True)
+
+
 def _python(words: list[str], execute: bool) -> None:
     script = ROOT / words[0]
     text = script.read_text(encoding="utf-8")
@@ -154,7 +171,7 @@ def _python(words: list[str], execute: bool) -> None:
         subprocess.run([sys.executable, script, *words[1:]], check=True)
 
 
-def _trl_blend(words: list[str], execute: bool) -> None:
+def _trl_blend(words: list[str], execute: bool, cut: bool) -> None:
     from trl_blend.cli import main, training
 
     name, arguments = words[0], words[1:]
@@ -162,7 +179,7 @@ def _trl_blend(words: list[str], execute: bool) -> None:
         script_arguments, _, _ = training.check_arguments(name, arguments)
         run_script(importlib.import_module(training.script_path(name).stem), script_arguments, execute)
     elif execute:
-        assert main([*words, *SMALL_COMMAND.get(name, [])]) == 0, words
+        assert main([*words, *(SMALL_COMMAND.get(name, []) if cut else [])]) == 0, words
 
 
 def _accelerate(words: list[str], execute: bool) -> None:

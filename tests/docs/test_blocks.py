@@ -1,6 +1,7 @@
 """
 Every code block of the README and of the pages is run, on the checkpoints of the test-bed, cut to a few steps; but for
-`NOT_RUN`, and the commands in `running.ONLY_CHECKED`.
+`NOT_RUN`, and the commands in `running.ONLY_CHECKED`. Those of the README are pasted in order into a clone as they
+stand.
 """
 
 import datasets
@@ -9,7 +10,7 @@ import yaml
 from transformers import dynamic_module_utils
 
 from tests.docs.markdown import code_blocks, markdown_files
-from tests.docs.running import command_lines, make_world, run_command, run_python
+from tests.docs.running import command_lines, make_clone, make_world, run_command, run_python
 
 
 PAGES = [page for page in markdown_files() if page.startswith(("README", "CONTRIBUTING", "examples/"))]
@@ -25,16 +26,17 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    make_world(tmp_path)
+    as_it_stands = page == "README.md"
+    (make_clone if as_it_stands else make_world)(tmp_path)
     variables = {"__name__": "__main__"}
     for block in code_blocks(page):
         try:
             if block.language == "python":
                 assert not block.not_run
-                run_python(block.code, str(block), variables)
+                run_python(block.code, str(block), variables, cut=not as_it_stands)
             elif block.language in ("bash", "sh"):
                 for words in command_lines(block.code):
-                    run_command(words, execute=block.not_run is None)
+                    run_command(words, execute=block.not_run is None, cut=not as_it_stands)
             elif block.language == "yaml":
                 assert isinstance(yaml.safe_load(block.code), dict)
             else:
