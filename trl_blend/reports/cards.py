@@ -191,14 +191,12 @@ def _dataset_prefix(entry: Mapping[str, Any]) -> str:
     return (match and match[1]) or ""
 
 
-Score = tuple[float | None, float | None]
-"""Mean and standard error; `None` where there were too few numbers for one."""
+Score = tuple[float, float | None]
+"""Mean and standard error; `None` for the error of a single number."""
 
 
-def shown_score(mean: float | None, error: float | None) -> str:
-    """A mean and its standard error, as far as there are any."""
-    if mean is None:
-        return "not measured"
+def shown_score(mean: float, error: float | None) -> str:
+    """A mean and its standard error, if there is one."""
     return f"{mean:.3f}" if error is None else f"{mean:.3f} ± {error:.3f}"
 
 

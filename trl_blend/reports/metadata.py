@@ -112,5 +112,4 @@ def model_index(results: Mapping[str, Any] | None) -> list[EvalResult]:
             metric_value=round(mean, 4),
         )
         for reward, (mean, _) in zip(results["rewards"], results["after"][results["policy"]], strict=True)
-        if mean is not None
     ]
