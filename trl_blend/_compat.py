@@ -5,7 +5,7 @@ upstream reference and the condition under which the shim goes. `tests/contract/
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +164,35 @@ def repeated_prompts(num_rollouts: int) -> Iterator[None]:
 
 def add_fused_lm_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> None:
     """Upstream: `trl.trainer.utils.add_fused_lm_head`. Removal: it becomes public."""
-    trl_utils.add_fused_lm_head(model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+    with logit_fields(model.config):
+        trl_utils.add_fused_lm_head(model, temperature=temperature, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+
+
+@contextmanager
+def logit_fields(*configs: PretrainedConfig) -> Iterator[None]:
+    """
+    Let TRL find the scale and soft-capping of logits inside the context where an architecture has them under names of
+    its own.
+
+    Upstream: `trl.trainer.utils.add_fused_lm_head` and `DistillationTrainer._compute_loss` read
+    `final_logit_softcapping`, `logit_scale`, `output_multiplier`, `lm_head_multiplier` and `logits_scaling`. Removal:
+    they read these too, and not the `logit_scale` of MPT, which its model does not apply.
+    """
+    with ExitStack() as stack:
+        for config in {id(config): config.get_text_config() for config in configs}.values():
+            fields: dict[str, float] = {}
+            caps = [getattr(config, name, None) for name in ("logits_soft_cap", "output_logit_soft_cap")]
+            for cap in caps:
+                if cap is not None:
+                    fields["final_logit_softcapping"] = cap
+            divisor = getattr(config, "logits_mup_width_multiplier", None)
+            if divisor is not None:
+                fields["logit_scale"] = 1 / divisor
+            if config.model_type == "mpt":
+                fields["logit_scale"] = 1.0
+            for name, value in fields.items():
+                stack.enter_context(patch.object(config, name, value, create=True))
+        yield
 
 
 def gather_lm_head(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:

@@ -68,12 +68,6 @@ def test_a_model_without_generation_is_refused(tmp_path):
         _partners.load_partners([backbone], runs.config(tmp_path))
 
 
-def test_an_adapter_on_the_output_layer_of_a_teacher_is_refused(models, tmp_path):
-    adapted = tiny_lora(AutoModelForCausalLM.from_pretrained(models / "teacher"), target_modules=["lm_head"])
-    with pytest.raises(UnsupportedError, match="`target_modules` of `teacher_model` includes `lm_head`"):
-        _partners.load_partners([adapted], runs.config(tmp_path))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_trainer_loads_the_teacher_in_the_students_dtype(build, dtype):
     trainer = build(model_init_kwargs={"dtype": dtype})

@@ -6,9 +6,16 @@ import shutil
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ProcessorMixin,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from tests.models.architectures import tiny_architecture
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import runs, scored
 from tests.trainers.runs import assert_same_tensors, snapshot
@@ -180,18 +187,46 @@ def test_a_vision_language_processor(kind, refuses):
 
 HEADS = {
     "target_modules": {"target_modules": ["q_proj", "lm_head"]},
-    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "regex": {"target_modules": ".*(q_proj|head)"},
+    "target_parameters": {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
 }
 
 
 @pytest.mark.parametrize("teacher", [None, "teacher"])
-@pytest.mark.parametrize("field", HEADS)
-def test_adapters_that_the_fused_head_would_ignore(refuses, field, teacher):
-    config = LoraConfig(task_type="CAUSAL_LM", **HEADS[field])
-    refuses(UnsupportedError, f"`{field}`.*`lm_head`", teacher=teacher, trainer_kwargs={"peft_config": config})
-    student = tiny_lora(tiny_model("llama"), **HEADS[field])
-    message = refuses(UnsupportedError, f"`{field}`.*`lm_head`", teacher=teacher, student=student)
+@pytest.mark.parametrize("reach", HEADS)
+def test_adapters_that_the_fused_head_would_ignore(refuses, reach, teacher):
+    field = "target_parameters" if reach == "target_parameters" else "target_modules"
+    match = f"`{field}=.*reaches the student's output layer, `lm_head`"
+    config = LoraConfig(task_type="CAUSAL_LM", **HEADS[reach])
+    message = refuses(UnsupportedError, match, teacher=teacher, trainer_kwargs={"peft_config": config})
     assert f"Remove `lm_head` from `{field}`" in message
+    if reach != "target_parameters":
+        student = tiny_lora(tiny_model("llama"), **HEADS[reach])
+        refuses(UnsupportedError, "reaches the student's output layer", teacher=teacher, student=student)
+
+
+def test_an_output_layer_of_another_name(refuses, tmp_path):
+    student = tiny_architecture("rwkv")
+    student.save_pretrained(tmp_path / "rwkv")
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["key", "head"])
+    trainer_kwargs = {"peft_config": adapter, "processing_class": tiny_tokenizer()}
+    match = "reaches the student's output layer, `head`"
+    for model in (student, str(tmp_path / "rwkv")):
+        refuses(UnsupportedError, match, student=model, trainer_kwargs=trainer_kwargs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_adapters_that_leave_the_output_layer_to_itself_are_taken(refuses, settings):
+    config = LoraConfig(task_type="CAUSAL_LM", **settings)
+    refuses(runs.ModelLoaded, None, trainer_kwargs={"peft_config": config})
 
 
 def test_prompt_learning(refuses):
@@ -205,7 +240,7 @@ def test_adapters_of_the_offline_trainer(models, tmp_path, monkeypatch):
     build = functools.partial(scored.build_offline, models, tmp_path, train_dataset=rows)
     head = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"])
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    for config, match in ((head, "lm_head"), (prompt, "virtual tokens")):
+    for config, match in ((head, "output layer"), (prompt, "virtual tokens")):
         adapter = {"trainer_kwargs": {"peft_config": config}}
         runs.check_refusal(build, SFTTrainer, monkeypatch, UnsupportedError, match, **adapter)
 

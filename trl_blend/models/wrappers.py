@@ -107,7 +107,13 @@ def evaluation_mode(model: nn.Module, *, disable_adapters: bool = False) -> Iter
 
 def evaluation_overrides(model: nn.Module, disable_adapters: bool) -> list[tuple[nn.Module, str, bool]]:
     """What [`evaluation_mode`] sets, found once for [`attributes_set`] at every decoding step."""
-    overrides = [(module, "training", False) for module in model.modules() if module.training]
+    # bitsandbytes packs a 4-bit weight for inference at its first forward in evaluation mode on a CPU, and after that
+    # no gradient passes it. The layer computes the same in both modes.
+    overrides = [
+        (module, "training", False)
+        for module in model.modules()
+        if module.training and not type(module).__module__.startswith("bitsandbytes.")
+    ]
     if disable_adapters:
         overrides += [(layer, "_disable_adapters", True) for layer in adapter_layers(model)]
     return overrides

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.models.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
@@ -23,6 +23,7 @@ from trl_blend.models.loading import (
     load_frozen,
     load_trainable_adapter,
 )
+from trl_blend.models.output_layer import output_layer_name
 from trl_blend.models.wrappers import AdapterConfig, check_adapters_can_be_disabled
 
 
@@ -73,21 +74,53 @@ def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list
         )
 
 
-def check_lm_head_adapter(peft_config: Any, argument: str = "peft_config") -> None:
-    """Refuse adapters on the LM head and prompt learning: the fused head reads the plain head's weight."""
+def check_adapter(peft_config: Any, argument: str = "peft_config") -> None:
+    """Refuse prompt learning."""
     if getattr(peft_config, "is_prompt_learning", False):
         raise UnsupportedError(
             f"`{argument}={type(peft_config).__name__}` prepends virtual tokens, so student and teacher positions do "
             "not line up. Use LoRA or another adapter that leaves the inputs alone."
         )
-    for name in ("target_modules", "modules_to_save"):
-        modules = getattr(peft_config, name, None) or []
-        modules = [modules] if isinstance(modules, str) else modules
-        if any(module == "lm_head" or module.endswith(".lm_head") for module in modules):
+
+
+def check_student_adapters(model: str | PreTrainedModel, peft_config: Any, args: Any) -> None:
+    """Refuse prompt learning, and adapters on the output layer of the student: they would get no gradient."""
+    configs = adapters_of(model, peft_config, args)
+    for config in configs:
+        check_adapter(config)
+    if not configs:
+        return
+    head = _output_layer_name(model, args)
+    for config in configs:
+        for field in _fields_that_reach(config, head):
             raise UnsupportedError(
-                f"`{name}` of `{argument}` includes `lm_head`. The fused log-probabilities read the LM head's own "
-                f"weight and would ignore the adapter. Remove `lm_head` from `{name}`."
+                f"`{field}={getattr(config, field)!r}` of `peft_config` reaches the student's output layer, "
+                f"`{head}`. The fused log-probabilities read that layer's own weight, so the adapter would never be "
+                f"trained. Remove `{head}` from `{field}`, or train the layer itself with `modules_to_save`."
             )
+
+
+def _output_layer_name(model: str | PreTrainedModel, args: Any) -> str:
+    if not isinstance(model, str):
+        return output_layer_name(model.get_base_model() if is_peft_model(model) else model) or "lm_head"
+    config = find_config(model, "model", **_of_student(args))
+    tied = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_tied_weights_keys", None)
+    names = [name.removesuffix(".weight") for name in tied or () if name.endswith(".weight")]
+    return names[0] if names else "lm_head"
+
+
+def _fields_that_reach(config: Any, module: str) -> list[str]:
+    """Fields of a PEFT configuration that put an adapter on a module. `"all-linear"` leaves the output layer out."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    found = []
+    targets = getattr(config, "target_modules", None)
+    if targets and targets != "all-linear" and check_target_module_exists(config, module):
+        found.append("target_modules")
+    parameters = getattr(config, "target_parameters", None) or []
+    if any(f"{module}.weight" == name or f".{module}.weight".endswith(f".{name}") for name in parameters):
+        found.append("target_parameters")
+    return found
 
 
 def check_names(
@@ -111,9 +144,8 @@ def check_names(
     Returns:
         `int`: Number of vocabulary rows that all models have.
     """
-    load = {"trust_remote_code": args.trust_remote_code}
-    of_student = {"revision": (args.model_init_kwargs or {}).get("revision"), **load}
-    of_teacher = {"revision": args.teacher_model_revision, **load}
+    of_student = _of_student(args)
+    of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
     vocab_size = _rows(student, find_config(student, "model", **of_student))
     student_tokenizer = processing_class or find_tokenizer(student, "model", **of_student)
     student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
@@ -191,6 +223,11 @@ def check_prompt_ids(
             )
 
 
+def _of_student(args: Any) -> dict[str, Any]:
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return {"revision": revision, "trust_remote_code": args.trust_remote_code}
+
+
 def load_partners(
     teachers: list[str | PreTrainedModel], args: Any, defaults: dict[str, Any] | None = None
 ) -> list[PreTrainedModel]:
@@ -211,7 +248,7 @@ def load_partners(
         partner = load_frozen(teacher, "teacher_model", **arguments) if isinstance(teacher, str) else teacher
         check_partner_model(partner, "teacher_model")
         for adapter in (getattr(partner, "peft_config", None) or {}).values():
-            check_lm_head_adapter(adapter, "teacher_model")
+            check_adapter(adapter, "teacher_model")
         partners.append(partner.requires_grad_(False).eval())
     return partners
 
@@ -249,8 +286,7 @@ def check_adapters(model: Any, teachers: list, peft_config: Any, args: Any, off:
             "`teacher_model=None` means the base of a PEFT student, but there is no `peft_config` and `model` is not "
             f"a PEFT model. Pass `teacher_model`, or `peft_config`{f', or set {off}' if off else ''}."
         )
-    for adapter in adapters:
-        check_lm_head_adapter(adapter)
+    check_student_adapters(model, peft_config, args)
 
 
 def check_adapter_has_moved(model: Any, peft_config: Any) -> None:

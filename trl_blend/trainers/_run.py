@@ -21,9 +21,10 @@ from trl import RichProgressCallback
 from trl_blend import _compat
 from trl_blend._version import __version__
 from trl_blend.consistency.provenance import PROVENANCE_FILE
-from trl_blend.errors import ConfigError, HubError
+from trl_blend.errors import ConfigError, HubError, UnsupportedError
 from trl_blend.export import former_export
 from trl_blend.models.loading import naming_damage
+from trl_blend.models.output_layer import give_bias
 from trl_blend.reports.curves import progress_text
 from trl_blend.reports.names import shown_name
 from trl_blend.trainers import _cards, _partners, _record
@@ -79,6 +80,9 @@ class RunMixin(CardMixin):
             with _without_init_kwargs(args):  # which the parent would warn of
                 super().__init__(args=args, model=loaded, **kwargs)
         self._stages: list[_record.Stage] = []
+        self._compared_logits = False
+        give_bias(self.model)
+        self.add_callback(GradientCheckCallback())
         self.add_callback(FiniteLogCallback())
         self.add_callback(MethodProgressCallback(self))
         self.add_callback(RunCallback(self))
@@ -152,6 +156,30 @@ class RunMixin(CardMixin):
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Go on with the `run_state` of a checkpoint."""
+
+    # Log-probabilities
+
+    def compare_logits(self, model: Any) -> None:
+        """
+        Refuse models whose log-probabilities would not be those of their own logits, see
+        [`~trl_blend.models.own_logits.check_own_logits`]. `model` is the student as it is trained, wrapped.
+        """
+
+    def training_step(self, model, *args, **kwargs):
+        self._compare_logits_once(model)
+        return super().training_step(model, *args, **kwargs)
+
+    def prediction_step(self, model, *args, **kwargs):
+        self._compare_logits_once(model)
+        return super().prediction_step(model, *args, **kwargs)
+
+    def _compare_logits_once(self, model: Any) -> None:
+        if not self._compared_logits:
+            self._compared_logits = True
+            with self.accelerator.autocast():
+                self.compare_logits(model)
+
+    # Files
 
     def write_run_state(self, folder: Path) -> None:
         """Write the record of the run into a checkpoint. The main process calls it."""
@@ -315,6 +343,41 @@ def _error_of(job: Future) -> BaseException | None:
 def _warn_if_failed(job: Future) -> None:
     if _error_of(job) is not None:
         logger.warning(f"A push with `blocking=False` has failed. {_words(_error_of(job))}")
+
+
+class GradientCheckCallback(TrainerCallback):
+    """
+    Looks whether the weights that are to be trained got a gradient: at the first step, and at the first one after an
+    evaluation. Not with DeepSpeed, which keeps gradients to itself.
+
+    Raises:
+        [`~trl_blend.errors.UnsupportedError`]: If none of them got one.
+    """
+
+    def __init__(self) -> None:
+        self._looks = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._looks = True
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self._looks or args.deepspeed is not None or args.distributed_state.distributed_type == "DEEPSPEED":
+            return
+        self._looks = False
+        trained = {name: weight.grad is None for name, weight in model.named_parameters() if weight.requires_grad}
+        without = [name for name, is_missing in trained.items() if is_missing]
+        if not without:
+            return
+        problem = (
+            f"Step {state.global_step + 1}: {len(without)} of the {len(trained)} weights to be trained got no "
+            f"gradient ({without[0]}, ...)"
+        )
+        if len(without) == len(trained):
+            raise UnsupportedError(
+                f"{problem}, so nothing is trained: some layer of the model does not pass it on. 4-bit layers that "
+                "bitsandbytes packed for inference, on a CPU, are an example: load the model without quantization."
+            )
+        logger.warning(f"{problem} and are not trained. This is right only if no row makes use of them.")
 
 
 class RunCallback(TrainerCallback):

@@ -10,6 +10,7 @@ from tests import reference
 from tests.ops.head.recorder import Recorder
 from tests.tiny import ARCHITECTURES, tiny_lora, tiny_model
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.models.fingerprint import identify_model
 from trl_blend.ops.head import tiles
 from trl_blend.rollouts.engines import local
 from trl_blend.rollouts.engines.local import length_sorted_batches, score_sequences
@@ -83,10 +84,18 @@ def test_adapters_take_part():
         np.testing.assert_allclose(score.logps, expected, rtol=0, atol=5e-5)
 
 
-def test_an_adapter_on_the_output_layer_is_refused():
-    model = tiny_lora(tiny_model("llama"), target_modules=["lm_head"])
-    with pytest.raises(UnsupportedError, match="output layer of `model` is a .*adapter"):
-        score_sequences(model, *random_rows())
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]}, {"trainable_token_indices": [6, 20]}])
+def test_an_adapter_on_the_output_layer_takes_part(settings, tied):
+    prompts, completions = random_rows()
+    model = tiny_lora(tiny_model(tie_word_embeddings=tied), **settings)
+    identity = identify_model(model)
+    scores = score_sequences(model, prompts, completions)
+    for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+        rows = forced_logprobs(model, prompt, completion)
+        expected = [row[token].item() for row, token in zip(rows, completion, strict=True)]
+        np.testing.assert_allclose(score.logps, expected, rtol=0, atol=5e-5)
+    assert identify_model(model) == identity
 
 
 def test_logits_of_a_batch_are_never_built(monkeypatch):

@@ -24,10 +24,12 @@ from transformers.generation.logits_process import (
 )
 
 from trl_blend import _compat
-from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.errors import ConfigError, TokenizerMismatchError
 from trl_blend.generation.settings import GENERATION_SETTINGS
 from trl_blend.models.limits import context_length, vocabulary_rows
 from trl_blend.models.loading import find_config, load_model
+from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
+from trl_blend.models.own_logits import check_own_logits, fused_log_probs
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.scores import TokenLogProbs, score_tokens
@@ -84,16 +86,33 @@ def score_sequences(
         [`~trl_blend.errors.ConfigError`]: If a row is empty or longer than the model's context, or a setting is out
             of range.
         [`~trl_blend.errors.TokenizerMismatchError`]: If a token id is beyond the model's vocabulary.
-        [`~trl_blend.errors.UnsupportedError`]: If the output layer is not a plain linear layer.
+        [`~trl_blend.errors.UnsupportedError`]: If these would not be the log-probabilities of the model's own logits,
+            see [`~trl_blend.models.own_logits.check_own_logits`].
     """
     inner: Any = innermost_model(model, "model")
+    return _score_rows(inner, prompt_ids, completion_ids, top_k, tokens_per_batch, on_rows, vocab_size)
+
+
+def _score_rows(
+    inner: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    top_k: int | None,
+    tokens_per_batch: int,
+    on_rows: OnRows | None,
+    vocab_size: int | None,
+    *,
+    is_checked: bool = False,
+) -> list[TokenScores]:
     _check_rows(inner, prompt_ids, completion_ids, vocab_size)
     if tokens_per_batch < 1:
         raise ConfigError(f"`tokens_per_batch={tokens_per_batch}` must be at least 1.")
-    _check_head(inner)
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     scores: dict[int, TokenScores] = {}
-    with torch.no_grad(), evaluation_mode(inner), _fused_head(inner):
+    plain = find_plain_outputs([inner], "model")
+    with torch.no_grad(), evaluation_mode(inner), plain_outputs(plain), _fused_head(inner):
+        if not is_checked:
+            check_own_logits(inner, "model", fused_log_probs(inner))
         for batch in length_sorted_batches(lengths, tokens_per_batch):
             rows = [[*prompt_ids[index], *completion_ids[index]] for index in batch]
             starts = [len(prompt_ids[index]) for index in batch]
@@ -193,21 +212,6 @@ def _check_rows(
             )
 
 
-def _check_head(model: Any) -> None:
-    head = model.get_output_embeddings()
-    if head is None or not hasattr(head, "weight"):
-        raise UnsupportedError(
-            f"`model` is a {type(model).__name__} without an output layer (`get_output_embeddings()`), so its "
-            "log-probabilities cannot be computed from hidden states. Use a causal language model."
-        )
-    if hasattr(head, "base_layer") or not head.weight.dtype.is_floating_point:
-        raise UnsupportedError(
-            f"The output layer of `model` is a {type(head).__name__} with an adapter or quantized weights, which the "
-            "fused log-probabilities cannot read. Merge the adapter (`merge_and_unload`), or keep `lm_head` out of "
-            "the quantization (`llm_int8_skip_modules`)."
-        )
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -250,6 +254,7 @@ class LocalEngine:
         """Load the model, whole on one device."""
         loaded = load_model(self._source, self._argument, self._options, device)
         self.model: Any = innermost_model(loaded, self._argument)
+        self._is_checked = False
         if sampling is None:
             return
         self.sampling = sampling
@@ -274,16 +279,12 @@ class LocalEngine:
         vocab_size: int | None = None,
     ) -> list[TokenScores]:
         """Scores of the rows, in order, over the first `vocab_size` rows of the vocabulary."""
-        budget = self._args.tokens_per_batch
-        return score_sequences(
-            self.model,
-            prompt_ids,
-            completion_ids,
-            top_k=top_k,
-            tokens_per_batch=budget,
-            on_rows=on_rows,
-            vocab_size=vocab_size,
+        budget, is_checked = self._args.tokens_per_batch, self._is_checked
+        scores = _score_rows(
+            self.model, prompt_ids, completion_ids, top_k, budget, on_rows, vocab_size, is_checked=is_checked
         )
+        self._is_checked = True
+        return scores
 
     def sample(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None

@@ -20,6 +20,8 @@ from trl_blend.generation.hooks import blended_generation
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.generation.rules import BlendRule
 from trl_blend.generation.settings import CUTS, SAMPLES, names_with
+from trl_blend.models.output_layer import OutputLayers, find_plain_outputs, plain_outputs
+from trl_blend.models.own_logits import check_own_logits, fused_log_probs
 from trl_blend.models.wrappers import adapter_layers, evaluation_mode
 from trl_blend.ops.importance import (
     ImportanceSums,
@@ -188,6 +190,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         )
         check_prompt_columns(train_dataset, eval_dataset, processing_class)
         self.partners: list[nn.Module] = []
+        self._plain_outputs: OutputLayers = []
         self._given_teachers = teachers
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
         self._rule: BlendRule | None = None
@@ -244,6 +247,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
                 _compat.add_fused_lm_head(base, self.temperature, self.args.cast_lm_head_to_fp32)
             self.partners.append(_partners.prepare_partner(partner, self.accelerator))
         self._num_tokens = _partners.num_tokens(self.model, self._tokenizer)
+        if self.args.objective == "mixed":
+            self._plain_outputs = find_plain_outputs(self.partners, "teacher_model")
         if self.args.mixing_space == "probs":
             missing = _partners.token_ids_without_partner(self.model, self.partners)
             if missing:  # a teacher could not read them back
@@ -391,6 +396,20 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
     # Loss
 
+    def compare_logits(self, model: Any) -> None:
+        """The student's and, where the objective is that of the mixture, the teachers'; see [`RunMixin`]."""
+        if not self.args.mixes:
+            return
+        check_own_logits(model, "model", fused_log_probs(model), layout="left_padded")
+        if self.args.objective == "mixed":
+            for partner in self.partners:
+                with plain_outputs(self._plain_outputs):
+                    check_own_logits(partner, "teacher_model", fused_log_probs(partner), layout="left_padded")
+        if not self.partners:
+            check_own_logits(
+                model, "teacher_model", fused_log_probs(model), layout="left_padded", disable_adapters=True
+            )
+
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._rule is not None and self._is_student(model):
             if self.args.objective == "mixed":
@@ -400,9 +419,10 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             elif self._generating:
                 # The old log-probs of `objective="student"` are those recorded while decoding: no forward is needed
                 return torch.zeros(len(input_ids), logits_to_keep, device=input_ids.device), None, None
-        output = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
+        with plain_outputs(self._plain_outputs):
+            output = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
         self._latest_logps = output[0].detach()
         if self._floored_batch is not None:
             self._floor_ratios(self._floored_batch)

@@ -46,8 +46,7 @@ def check_arguments(
             "Vision-language students cannot be trained on stored rollouts, which hold no images. Pass a tokenizer, "
             "and a text model."
         )
-    for adapter in _partners.adapters_of(model, peft_config, args):
-        _partners.check_lm_head_adapter(adapter)
+    _partners.check_student_adapters(model, peft_config, args)
 
 
 def check_parallelism(accelerator: Any) -> None:

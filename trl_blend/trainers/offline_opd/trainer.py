@@ -12,6 +12,7 @@ from trl import SFTTrainer
 
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.models.identity import ModelIdentity
+from trl_blend.models.own_logits import check_own_logits, fused_log_probs
 from trl_blend.reports.names import shown_name
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _cards
@@ -219,6 +220,11 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     # Loss
+
+    def compare_logits(self, model: Any) -> None:
+        """The student's, in rows as they are batched; see [`RunMixin`]."""
+        layout = "packed" if self.padding_free else "right_padded"
+        check_own_logits(model, "model", fused_log_probs(model), layout=layout)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         # The parent counts labels. What shares the loss here is the sum of the weights: completions, or tokens

@@ -16,6 +16,8 @@ from trl_blend import _compat
 from trl_blend.generation.hooks import blended_generation
 from trl_blend.generation.rules import BlendRule
 from trl_blend.models.limits import vocabulary_rows
+from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
+from trl_blend.models.own_logits import Fused, check_own_logits, head_log_probs
 from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.reverse_kl import reverse_kl
 from trl_blend.schedules import linear
@@ -65,8 +67,9 @@ class BaseTeacher(nn.Module):
         return self.student.config
 
     def get_output_embeddings(self) -> nn.Module:
-        """LM head of the base model, which carries no adapter."""
-        return self.student.get_output_embeddings()
+        """LM head of the base model; not the one that `modules_to_save` or trainable tokens put in its place."""
+        layer: Any = self.student.get_output_embeddings()
+        return getattr(layer, "original_module", layer)
 
 
 class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
@@ -207,6 +210,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         # Not by the parent, which refuses padded vocabularies and shards the teacher under ZeRO-3
         loaded = _partners.load_partners(teachers, self.args)
         self.partners: list = [_partners.prepare_partner(partner, self.accelerator) for partner in loaded]
+        self._plain_outputs = find_plain_outputs(self.partners, "teacher_model")
         self._given_teachers = teachers
         self.teacher_model = self.partners[0] if self.partners else BaseTeacher(self.model)
         self.eos = None
@@ -236,10 +240,13 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     @property
     def uses_own_divergence(self) -> bool:
         """Whether the loss is `trl_blend.ops.reverse_kl`, rather than TRL's chunked divergence."""
-        sizes = {vocabulary_rows(model) for model in (self.model, self.teacher_model)}
+        sizes = self._vocab_sizes()
         own_loss = self.args.kl_support != "full" or self.args.distillation_target != "teacher"
         # TRL's kernel takes every weight for a ZeRO-3 shard, which the teacher's is not
         return own_loss or self.eos is not None or len(sizes) > 1 or self._dist.is_zero3
+
+    def _vocab_sizes(self) -> set[int]:
+        return {vocabulary_rows(model) for model in (self.model, self.teacher_model)}
 
     # Rollouts
 
@@ -354,12 +361,60 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     # Loss
 
+    def compare_logits(self, model: Any) -> None:
+        """The student's and the teacher's; see [`RunMixin`]."""
+        common = {"layout": "left_padded", "vocab_size": min(self._vocab_sizes())}
+        check_own_logits(model, "model", self._fused_log_probs(model, "student"), **common)
+        fused = self._fused_log_probs(model, "teacher")
+        if self.partners:
+            check_own_logits(self.teacher_model, "teacher_model", fused, **common)
+        else:
+            check_own_logits(model, "teacher_model", fused, **common, disable_adapters=True)
+
+    def _fused_log_probs(self, model: nn.Module, role: str) -> Fused:
+        """How the loss computes the log-probabilities of one of the two models."""
+
+        def fused(inputs: dict[str, Tensor]) -> Tensor:
+            captured: list[Tensor] = []
+
+            def keep(heads: _compat.DivergenceInputs) -> _compat.DivergenceResult:
+                captured.append(head_log_probs(getattr(heads, role)))
+                zeros = torch.zeros(heads.mask.numel(), device=heads.mask.device)
+                return zeros, zeros
+
+            rows, width = inputs["input_ids"].shape
+            halves = {"prompt": slice(width // 2 - 1), "completion": slice(width // 2 - 1, None)}
+            split = {
+                f"{half}_{name}": inputs[key][:, part]
+                for half, part in halves.items()
+                for name, key in (("ids", "input_ids"), ("mask", "attention_mask"))
+            }
+            student = self.accelerator.unwrap_model(model)
+            with self._whole_output_layers(), _compat.divergence_function(keep):
+                self._forward_redirection(
+                    model, student, super(TrustRegionOPDTrainer, self)._compute_loss, student, split, None
+                )
+            return captured[0].unflatten(0, (rows, -1))
+
+        return fused
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         with self._diagnostics.of_loss(mode, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+        with self._whole_output_layers():
+            return self._compute_divergence(unwrapped_student, inputs, num_items_in_batch)
+
+    @contextmanager
+    def _whole_output_layers(self) -> Iterator[None]:
+        """Let the parent, which reads weights and configurations, find all that comes after hidden states."""
+        configs = self.model.config, self.teacher_model.config
+        with _compat.logit_fields(*configs), plain_outputs(self._plain_outputs):
+            yield
+
+    def _compute_divergence(self, unwrapped_student, inputs, num_items_in_batch):
         measures = self._diagnostics.measures_support("train" if self.model.training else "eval")
         if not measures and not self.uses_own_divergence:
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
