@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -212,7 +213,9 @@ def test_the_code_of_the_card_decodes_the_mixture(build, tmp_path, monkeypatch, 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", list(sys.path))
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    trainer = build(teacher_weight=0.6, trainer_kwargs={"peft_config": lora if adapter else None})
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "What is 123 + 456?"}]] * 8})
+    peft = {"peft_config": lora if adapter else None}
+    trainer = build(teacher_weight=0.6, trainer_kwargs=peft, train_dataset=rows)
     trainer.save_model()
     _, code = code_of(write_card(trainer))
     assert "trl_blend" not in code and "apply_chat_template" in code

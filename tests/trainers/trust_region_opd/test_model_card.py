@@ -85,6 +85,7 @@ def test_the_settings_of_the_paper(build_opd):
     }
     optimizer = {"learning_rate": 1e-5, "weight_decay": 0.01, "max_grad_norm": 1.0, "max_steps": -1}
     batch = {"gradient_accumulation_steps": 32, "max_completion_length": 7168, "num_train_epochs": 1}
+    batch["train_dataset"] = runs.dataset(runs.PROMPTS * 8)
     card = card_of(build_opd(**settings, **optimizer, **batch))
     assert settings_of(card) == {"learning-rate schedule": COMMON["learning-rate schedule"]}
     assert "Choices of `trl_blend`" not in card
@@ -175,7 +176,7 @@ def test_merged_eos(build_opd):
 
 def test_other_teachers(build_opd):
     assert run_of(card_of(build_opd(teacher=tiny_model(seed=1))))["teacher"] == "a model without a name, float32"
-    peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     card = card_of(build_opd(teacher=None, trainer_kwargs={"peft_config": peft_config}))
     assert run_of(card)["teacher"] == "`student` (a local model), float32"
     assert "with the adapters disabled" in run_of(card)["identity of the teacher"]
