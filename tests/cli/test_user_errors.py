@@ -14,7 +14,8 @@ import pytest
 from accelerate.commands import launch as accelerate_launch
 
 from tests.cli import wrong_inputs as wrong
-from trl_blend import cli
+from trl_blend import cli, collect_rollouts, score_rollouts
+from trl_blend.errors import TrlBlendError
 from trl_blend.scripts import running
 
 
@@ -59,8 +60,10 @@ def files(tmp_path_factory):
         (folder / name).write_bytes(content)
     for command, output in (("rollouts", "rollouts"), ("score", "scored")):
         assert cli.main(words(command, f"--output_dir @/{output}", folder)) == 0
-    for name in ("torn", "newer"):
+    for name in ("torn", "newer", "nameless", "emptied"):
         shutil.copytree(folder / "rollouts", folder / name)
+    (folder / "nameless" / "manifest.json").unlink()
+    (folder / "emptied" / "manifest.json").write_text("")
     shard = next((folder / "torn" / "data").glob("*.parquet"))
     shard.write_bytes(shard.read_bytes()[:40])
     manifest = folder / "newer" / "manifest.json"
@@ -98,7 +101,7 @@ def run(command, given, folder, output):
 
 
 def test_there_are_many_inputs_of_every_command():
-    assert all(len({given for given, _ in inputs}) == len(inputs) >= 50 for inputs in INPUTS.values())
+    assert all(len({given for given, _ in inputs}) == len(inputs) >= 60 for inputs in INPUTS.values())
 
 
 @pytest.mark.parametrize("command", RUNS)
@@ -116,3 +119,18 @@ def test_one_line_says_what_to_change(command, given, said, files, tmp_path, in_
     lines = [line for line in printed.err.splitlines() if line.startswith("trl-blend: error: ")]
     assert status == 2 and len(lines) == 1, (status, printed.err[-2000:])
     assert "Traceback" not in printed.err and re.search(said, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "said"), [pytest.param(*row, id=f"{row[0]} {row[1]}") for row in wrong.CALLS]
+)
+def test_the_functions_behind_the_commands_raise_errors_of_this_package(function, given, said, files, tmp_path):
+    settings = {"output_dir": str(tmp_path / "out"), "disable_tqdm": True} | given
+    args = [settings.pop("output_dir")]
+    with pytest.raises(TrlBlendError, match=said):
+        if function == "collect":
+            model, prompts = settings.pop("model", str(CHECKPOINTS / "student")), settings.pop("prompts", ["1+1=?"])
+            collect_rollouts(model, prompts, *args, **settings)
+        else:
+            rollouts = settings.pop("rollouts", str(files / "rollouts"))
+            score_rollouts(rollouts, settings.pop("teacher", str(CHECKPOINTS / "teacher")), *args, **settings)

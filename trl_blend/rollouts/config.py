@@ -5,7 +5,9 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trl_blend.errors import ConfigError, nearest
 
@@ -67,6 +69,7 @@ class StoreConfig:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_positive("vllm_concurrency")
         if self.logps_dtype not in (None, "float16", "float32"):
             raise ConfigError(f"`logps_dtype={self.logps_dtype!r}` is unknown. Choose float16 or float32.")
@@ -75,6 +78,19 @@ class StoreConfig:
     def engine(self) -> str:
         """Name of the engine, one of [`~trl_blend.rollouts.engines.base.ENGINES`]."""
         return "transformers" if self.vllm_server_base_url is None else "vllm-server"
+
+    def _check_types(self) -> None:
+        """Values of the command line have their types; those of a call may have any."""
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), [get_origin(kind) or kind for kind in get_args(hint) or (hint,)]
+            if isinstance(value, os.PathLike) and str in kinds:
+                value = os.fspath(value)
+                setattr(self, name, value)
+            numbers = {int: Integral, float: Real}
+            fits = isinstance(value, tuple(numbers.get(kind, kind) for kind in kinds))
+            if not fits or (isinstance(value, bool) and bool not in kinds):
+                wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+                raise ConfigError(f"`{name}={value!r}` is of type {type(value).__name__}. Pass {wanted}.")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:

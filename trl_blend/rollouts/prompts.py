@@ -52,7 +52,12 @@ def load_prompts(
         dataset = prompts
     elif isinstance(prompts, list | tuple):
         rows = [row if isinstance(row, dict) and "role" not in row else {column: row} for row in prompts]
-        dataset = Dataset.from_list(rows)
+        try:
+            dataset = Dataset.from_list(rows)
+        except (TypeError, ValueError) as error:  # of Arrow, for a column of more than one type
+            for number, values in enumerate(rows):
+                check_prompt(values.get(column), number, column)
+            raise ConfigError(f"`{argument}` has columns of more than one type: {error} Correct them.") from error
     else:
         raise ConfigError(
             f"`{argument}` is a {type(prompts).__name__}, whose rows cannot be read by their number. Pass one split "

@@ -64,6 +64,8 @@ def score_rollouts(
     teacher, argument = passed_or_named(teacher, "teacher", args, "teacher_model_name_or_path")
     options = load_options(args)
     check_not_loaded(teacher, argument, options)
+    if not isinstance(rollouts, str | os.PathLike | RolloutStore):
+        raise ConfigError(f"`rollouts` is of type {type(rollouts).__name__}. Pass a store, or its name.")
     source = rollouts
     if not isinstance(rollouts, RolloutStore):
         source = load_rollouts(rollouts, revision=args.rollouts_revision)
