@@ -6,6 +6,7 @@ A release that moves one of these seams fails here, by name, instead of training
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from trl.trainer import utils as trl_utils
 from tests.contract.seams import SEAMS, parameters, resolve
 from tests.tiny import tiny_model
 from trl_blend import LogitMixGRPOTrainer, OfflineOPDTrainer, TrustRegionOPDTrainer, _compat
+from trl_blend.trainers.logit_mix_grpo.config import WORDS_OF_TRL
 
 
 PACKAGE = Path(_compat.__file__).parent
@@ -186,3 +188,10 @@ def test_infinite_lower_bound_and_equal_caps_leave_a_truncated_surrogate(grpo, b
     torch.testing.assert_close(
         grpo._compute_loss(grpo.model, inputs), -(ratio * torch.tensor(advantages)).mean(), rtol=1e-4, atol=1e-5
     )
+
+
+def test_words_are_those_that_the_loss_compares():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    for name, words in WORDS_OF_TRL.items():
+        compared = re.findall(rf"{name} (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
+        assert set(re.findall(r"\"(\w+)\"", " ".join(compared))) == set(words), name

@@ -67,6 +67,15 @@ def load_test_prompts(script_args: Any, training_args: Any, model_args: Any) -> 
 def _read_named(name: str, argument: str, script_args: Any) -> dict[str, Dataset]:
     """The train split, and the test split where there is one."""
     if name == TESTBED:
+        for option, own in (
+            ("dataset_config", None),
+            ("dataset_train_split", "train"),
+            ("dataset_test_split", "test"),
+        ):
+            if getattr(script_args, option) != own:
+                raise ConfigError(
+                    f"`{option}={getattr(script_args, option)}` is of a dataset, not of `{TESTBED}`. Drop it."
+                )
         task = importlib.import_module("testbed.task")  # beside the script that runs
         num_test = max(script_args.num_test_prompts, 1)
         return {

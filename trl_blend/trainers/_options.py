@@ -9,7 +9,7 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from trl_blend.errors import ConfigError
+from trl_blend.errors import ConfigError, nearest
 
 
 Config = TypeVar("Config", bound=type)
@@ -98,17 +98,38 @@ def check_run(args: Any) -> None:
     Raises:
         [`~trl_blend.errors.ConfigError`]: With the value, and the values that there are.
     """
-    kwargs = getattr(args, "generation_kwargs", None)
-    sampling = kwargs if isinstance(kwargs, dict) else {}
     for name, bounds in _RANGES.items():
-        for value in (getattr(args, name, None), sampling.get(name)):
-            _check_range(name, value, *bounds)
+        _check_range(name, getattr(args, name, None), *bounds)
     _check_range("max_steps", args.max_steps, -math.inf, math.inf, "a number")
     if args.max_steps == 0:
         raise ConfigError("`max_steps=0` trains nothing. Set it to a number of steps, or leave it out for epochs.")
     if args.max_steps < 0:
         _check_range("num_train_epochs", args.num_train_epochs, *_POSITIVE)
     _check_reports(args.report_to)
+
+
+def check_generation_kwargs(args: Any) -> None:
+    """
+    Refuse a setting of `generate` that there is not, which would change nothing, or one out of its range. To be called
+    when the dictionary is parsed: the command line has it as text.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: With the nearest name, or the value.
+    """
+    given = args.generation_kwargs or {}
+    for name, bounds in _RANGES.items():
+        _check_range(name, given.get(name), *bounds)
+    if args.use_vllm:
+        return  # other names, which vLLM knows
+    from transformers import GenerationConfig
+
+    known = set(vars(GenerationConfig()))
+    for name in given:
+        if name not in known:
+            found = nearest(name, known) or "."
+            raise ConfigError(
+                f"`generation_kwargs` has {name!r}, which is no setting of `generate`{found} Correct it."
+            )
 
 
 def _check_range(name: str, value: Any, low: float, high: float, must_be: str) -> None:

@@ -11,10 +11,15 @@ from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.ops.mixing import validate_weights
 from trl_blend.schedules import DECAYING_SCHEDULES, make_schedule
-from trl_blend.trainers._options import check_choices, check_run, refuse_unread, with_help
+from trl_blend.trainers._options import check_choices, check_generation_kwargs, check_run, refuse_unread, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
+# Which TRL compares in the first step, when models are loaded and rollouts are drawn
+WORDS_OF_TRL = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+}
 # Losses whose per-token term is the clipped surrogate that `is_clip_mode` reshapes
 _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
@@ -154,6 +159,9 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         weights = self.teacher_weight if isinstance(self.teacher_weight, (list, tuple)) else [self.teacher_weight]
         self.teacher_weight = list(validate_weights(weights, "teacher_weight"))
         check_choices(self)
+        for name, words in WORDS_OF_TRL.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(words)}.")
         check_run(self)
         self._check_schedule()
         self._check_unread()
@@ -218,6 +226,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
     def _check_objective(self):
         if self.mixes:
+            check_generation_kwargs(self)
             check_one_sequence(self.generation_kwargs, "num_generations")
         if self.objective != "student" or not self.mixes:
             return

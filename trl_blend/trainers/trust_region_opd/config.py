@@ -17,7 +17,7 @@ from trl_blend.generation.rules import (
 )
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.schedules import make_schedule
-from trl_blend.trainers._options import check_choices, check_run, refuse_unread, with_help
+from trl_blend.trainers._options import check_choices, check_generation_kwargs, check_run, refuse_unread, with_help
 from trl_blend.trainers._settings import TokensUnwritten
 
 
@@ -269,6 +269,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             )
         if not self.blends:
             return
+        check_generation_kwargs(self)
         check_one_sequence(self.generation_kwargs, "num_rollouts_per_prompt")
         for name, value in distribution_warpers(self).items():
             raise ConfigError(
