@@ -2,7 +2,8 @@
 Every method of TRL, transformers and accelerate that this package overrides or calls although nobody promises to keep
 it, with its parameters when this package was written. Where one is used, `grep` says.
 
-Parameters are written by name: `name=` has a default, `*` and `**` collect the rest.
+Parameters are written by name: `name=` has a default, `*` and `**` collect the rest. Where the releases that
+`pyproject.toml` allows differ, there is a line for each form, the oldest first.
 """
 
 import importlib
@@ -85,8 +86,11 @@ SEAMS = {
     "trl.SFTTrainer.create_model_card": "self, model_name=, dataset_name=, tags=",
     "trl.SFTTrainer._save_checkpoint": "self, model, trial",
     "trl.SFTTrainer._get_output_dir": "self, trial",
-    "transformers.Trainer.init_hf_repo": "self, token=, private=",
-    "transformers.Trainer.push_to_hub": "self, commit_message=, blocking=, token=, revision=, private=, **kwargs",
+    "transformers.Trainer.init_hf_repo": ("self, token=", "self, token=, private="),
+    "transformers.Trainer.push_to_hub": (
+        "self, commit_message=, blocking=, token=, revision=, **kwargs",
+        "self, commit_message=, blocking=, token=, revision=, private=, **kwargs",
+    ),
     "transformers.Trainer._push_from_checkpoint": "self, checkpoint_folder",
     "transformers.Trainer._finish_current_push": "self",
     "trl.trainer.sft_trainer.DataCollatorForLanguageModeling.__init__": (
@@ -127,14 +131,16 @@ SEAMS = {
     ),
     "transformers.GenerationMixin._prepare_generation_config": "self, generation_config, **kwargs",
     "transformers.GenerationMixin._prepare_special_tokens": (
-        "self, generation_config, kwargs_has_attention_mask=, device=, batch_size="
+        "self, generation_config, kwargs_has_attention_mask=, device=",
+        "self, generation_config, kwargs_has_attention_mask=, device=, batch_size=",
     ),
     "transformers.GenerationMixin._prepare_attention_mask_for_generation": (
         "self, inputs_tensor, generation_config, model_kwargs"
     ),
-    "transformers.GenerationMixin.prepare_inputs_for_generation": (
-        "self, input_ids, next_sequence_length=, past_key_values=, attention_mask=, inputs_embeds=, "
-        "is_first_iteration=, **kwargs"
+    "transformers.GenerationMixin.prepare_inputs_for_generation": tuple(
+        f"self, input_ids, next_sequence_length=, {cache}=, attention_mask=, inputs_embeds=, is_first_iteration=, "
+        "**kwargs"
+        for cache in ("past_key_values", "cache")
     ),
     "transformers.GenerationMixin._update_model_kwargs_for_generation": (
         "self, outputs, model_kwargs, is_encoder_decoder=, num_new_tokens="

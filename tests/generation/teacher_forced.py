@@ -4,17 +4,22 @@ The independent reference of the generation tests: full forward passes without c
 Imports nothing of `trl_blend`.
 """
 
+import inspect
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from tests.tiny import EOS_ID, PAD_ID
 
 
 PROMPT_LENGTHS = (7, 4, 6)
 SAMPLING = {"do_sample": True, "top_k": 0, "max_new_tokens": 6, "pad_token_id": PAD_ID}
+# The argument and the field that hold the cache: transformers 5.24 renamed them
+_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = next(name for name in ("cache", "past_key_values") if name in _ARGUMENTS)
 DETAILS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
 
-from tests.generation.teacher_forced import sample
+from tests.generation.teacher_forced import CACHE, sample
 from tests.tiny import tiny_model
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation import LogitMixing, blended_generation
@@ -37,11 +37,11 @@ def test_assistant_model_is_refused(student, teacher, prompts):
 
 def test_prompt_that_the_teacher_cannot_see_is_refused(student, teacher, prompts):
     cache = DynamicCache(config=student.config)
-    student(**prompts, past_key_values=cache, use_cache=True)
+    student(**prompts, **{CACHE: cache}, use_cache=True)
     with blended_generation(student, teacher, RULE):
-        with pytest.raises(UnsupportedError, match="past_key_values"):
-            sample(student, prompts, past_key_values=cache)
-        sample(student, prompts, past_key_values=DynamicCache(config=student.config))  # an empty one is fine
+        with pytest.raises(UnsupportedError, match=f"`{CACHE}` already holds 7 positions"):
+            sample(student, prompts, **{CACHE: cache})
+        sample(student, prompts, **{CACHE: DynamicCache(config=student.config)})  # an empty one is fine
         with pytest.raises(UnsupportedError, match="attention_mask"):
             sample(student, {**prompts, "input_ids": prompts["input_ids"][:, -1:]})
         with pytest.raises(UnsupportedError, match="input_ids"):

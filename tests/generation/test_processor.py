@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from tests.generation.teacher_forced import left_padded_prompts, mixture_logprobs, teacher_forced_logits
+from tests.generation.teacher_forced import CACHE, left_padded_prompts, mixture_logprobs, teacher_forced_logits
 from tests.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_model
 from trl_blend.errors import UnsupportedError
 from trl_blend.generation.partner import PartnerDecoder
@@ -138,7 +138,7 @@ def test_static_cache_student(student_arch):
         student, [partner], rule, prompts, returned=2, cache_implementation="static", disable_compile=True
     )
     expected, _ = expected_logprobs(student, [partner], rule, output, prompts)
-    assert type(output.past_key_values).__name__ == "StaticCache"
+    assert type(output[CACHE]).__name__ == "StaticCache"
     assert_policy_equals(output, expected)
     torch.testing.assert_close(record.behavior_logps, gathered(expected, output), rtol=0, atol=1e-5)
 
@@ -175,12 +175,8 @@ def test_partner_without_logits_to_keep():
     student, partner = tiny_model("qwen3", seed=1), tiny_model("llama", seed=2)
     prompts, rule = left_padded_prompts(PAD_ID), LogitMixing(0.4)
     forward = partner.forward
-    partner.forward = lambda input_ids, attention_mask=None, position_ids=None, past_key_values=None, **rest: forward(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        **rest,
+    partner.forward = lambda input_ids, attention_mask=None, position_ids=None, **rest: forward(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **rest
     )
     assert not partner._supports_logits_to_keep()
     output, _ = generate(student, [partner], rule, prompts)

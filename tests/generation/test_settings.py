@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WatermarkingConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from tests.tiny import EOS_ID, PAD_ID, tiny_model, tiny_tokenizer
@@ -40,7 +40,7 @@ ACTIVE = {
     "encoder_repetition_penalty": 2.0,
     "exponential_decay_length_penalty": (0, 3.0),
     "guidance_scale": 3.0,
-    "watermarking_config": {"bias": 5.0},
+    "watermarking_config": WatermarkingConfig(bias=5.0),
     "sequence_bias": [[[30], 5.0]],
     "no_repeat_ngram_size": 2,
     "bad_words_ids": [[30]],

@@ -315,12 +315,15 @@ def test_hub_id_and_commit(tmp_path, monkeypatch):
     assert loaded.commit == "1" * 40
 
 
-def test_lora(tmp_path):
+def test_lora(tmp_path, monkeypatch):
     base = save_model(tiny_model(), tmp_path / "base")
     model = tiny_lora(AutoModelForCausalLM.from_pretrained(base))
     model.save_pretrained(tmp_path / "adapter")
     plain, in_memory, folder = identify_model(base), identify_model(model), identify_model(str(tmp_path / "adapter"))
-    through_transformers = identify_model(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    through_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    # The methods of such a model want a newer PEFT than may be there
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "900")
+    through_transformers = identify_model(through_transformers)
     for found in (in_memory, folder, through_transformers):
         assert found.weights == plain.weights
         assert found.adapter.weights == in_memory.adapter.weights

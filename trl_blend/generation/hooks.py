@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from trl_blend.errors import ConfigError, UnsupportedError
@@ -24,9 +24,7 @@ from trl_blend.ops.vocab import EosMap
 
 _GENERATE_SIGNATURE = inspect.signature(GenerationMixin.generate)
 # Tensors that the partners get too, or that do not concern them; any other would reach the student alone
-_SHARED_TENSORS = frozenset(
-    {"input_ids", "attention_mask", "past_key_values", "negative_prompt_ids", "negative_prompt_attention_mask"}
-)
+_SHARED_TENSORS = frozenset({"input_ids", "attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask"})
 
 
 @dataclass
@@ -254,13 +252,13 @@ def _check_inputs(model_kwargs: dict[str, Any]) -> None:
             "`inputs_embeds` is a prompt in the student's own embedding space, which the teacher cannot read. Pass "
             "`input_ids`."
         )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise UnsupportedError(
-            f"`past_key_values` already holds {cache.get_seq_length()} positions that the teacher has not seen. Pass "
-            "the whole prompt and no filled cache."
-        )
     for name, value in model_kwargs.items():
+        # By its type: the name of the argument changes with the model and with the release of transformers
+        if isinstance(value, Cache) and value.get_seq_length() > 0:
+            raise UnsupportedError(
+                f"`{name}` already holds {value.get_seq_length()} positions that the teacher has not seen. Pass the "
+                "whole prompt and no filled cache."
+            )
         if isinstance(value, Tensor) and name not in _SHARED_TENSORS:
             raise UnsupportedError(
                 f"`{name}` (a tensor of shape {tuple(value.shape)}) would reach the student but not the teacher. "

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,11 @@ class AdapterConfig:
         """
         if not hasattr(model, "peft_config"):
             return None
-        active = getattr(model, "active_adapters", list(model.peft_config))
-        active = active() if callable(active) else active
+        # Asked of the layers: the method of a model that transformers put an adapter on wants a certain PEFT
+        layers = (layer.active_adapters for layer in model.modules() if hasattr(layer, "_disable_adapters"))
+        active = sorted(set(chain.from_iterable(layers))) or list(model.peft_config)
         if len(active) != 1:
-            raise UnsupportedError(f"the identity of a model with {len(active)} active adapters: {list(active)}")
+            raise UnsupportedError(f"the identity of a model with {len(active)} active adapters: {active}")
         return cls(model.peft_config[active[0]].to_dict(), active[0])
 
     @property

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
@@ -236,15 +237,21 @@ class RunMixin(CardMixin):
         """
         if self.hub_model_id is None and self.is_world_process_zero():
             try:
-                self.init_hf_repo(token=token, private=private)
+                self._create_repository(token, private)
             except Exception as error:
                 self.save_model(_internal_call=True)  # the other processes are saving in the parent's `push_to_hub`
                 saved = f"The model is saved in output_dir={self.args.output_dir!r}."
                 raise HubError(f"{_refusal(self.args, error)} {saved}") from error
-        pushed = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        pushed = super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         if isinstance(pushed, Future):
             pushed.add_done_callback(_warn_if_failed)
         return pushed
+
+    def _create_repository(self, token: str | None, private: bool | None) -> None:
+        # Only newer releases of transformers take `private` as an argument; all of them read the setting
+        private = self.args.hub_private_repo if private is None else private
+        with patch.object(self.args, "hub_private_repo", private):
+            self.init_hf_repo(token=token)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.args.should_save and self.args.hub_strategy != HubStrategy.END:

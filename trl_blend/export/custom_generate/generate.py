@@ -35,6 +35,7 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -359,12 +360,12 @@ def _processor(student: Any, mixture: Mixture, arguments: dict[str, Any]) -> Mix
             f"A mixed policy cannot be decoded by {mode_name}. Use sampling or greedy search, one beam "
             "(`num_beams=1`), without an assistant."
         )
-    cache = inputs.pop("past_key_values", None)
     foreign = [name for name, v in inputs.items() if isinstance(v, torch.Tensor) and name not in _SHARED_TENSORS]
-    if foreign or (cache is not None and cache.get_seq_length() > 0):
+    foreign += [name for name, v in inputs.items() if isinstance(v, Cache) and v.get_seq_length() > 0]
+    if foreign:
         raise MixedPolicyError(
-            f"{foreign or ['past_key_values']} would reach the student and not the reference. A mixed policy decodes "
-            "whole prompts, given as `input_ids` and `attention_mask`."
+            f"{foreign} would reach the student and not the reference. A mixed policy decodes whole prompts, given as "
+            "`input_ids` and `attention_mask`."
         )
     prompt = arguments.get("inputs")
     prompt = inputs.get("input_ids") if prompt is None else prompt
