@@ -28,6 +28,7 @@ ORDER = (
     "consistency",
     "reports",
     "export",
+    "serving",
     "trainers",
     "scripts",
     "cli",
@@ -35,8 +36,8 @@ ORDER = (
     "",
 )
 MAY_IMPORT_TRL = {"trainers", "scripts", "_compat"}
-# The one module that talks to an engine of vLLM in this process
-MAY_IMPORT_VLLM = {"trl_blend.rollouts.engines.vllm"}
+# What talks to an engine of vLLM in this process, and what runs inside of one
+MAY_IMPORT_VLLM = {"trl_blend.rollouts.engines.vllm", "trl_blend.serving.model", "trl_blend.serving.plugin"}
 # Rooms whose only foundations are the standard library, what is listed here, and these rooms of ours
 PURE = {
     "errors": (set(), set()),
@@ -154,6 +155,8 @@ def test_a_circle_is_found():
         ("trl_blend.reports.cards", "from trl_blend.export.spec import MixingSpec", "export stands after reports"),
         ("trl_blend.rollouts.store", "import trl_blend.trainers.logit_mix_grpo", "trainers stands after rollouts"),
         ("trl_blend.rollouts.collect", "def f():\n    from vllm import LLM", "import vllm"),
+        ("trl_blend.serving.blend", "from trl_blend.trainers import _partners", "trainers stands after serving"),
+        ("trl_blend.serving.worker", "import vllm", "import vllm"),
         (
             "trl_blend.consistency.check",
             "if TYPE_CHECKING:\n    from trl_blend.trainers.a.trainer import T",
@@ -212,6 +215,8 @@ def test_no_other_folder_at_the_top():
         ("import trl_blend.rollouts.store", {"torch", "transformers", "trl"}),
         ("import trl_blend.consistency.report", {"torch", "transformers", "trl"}),
         ("import trl_blend.schedules", {"torch", "transformers", "trl"}),
+        ("import trl_blend.serving.plugin", {"torch", "transformers", "trl", "vllm"}),
+        ("import trl_blend.serving.arguments", {"trl", "vllm"}),
         ("import trl_blend.cli", {"torch", "transformers", "trl"}),
         ("from trl_blend import LogitMixing", {"trl"}),
     ],

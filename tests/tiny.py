@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 
@@ -60,6 +61,10 @@ _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "gemma3": (Gemma3TextConfig, {**_SLIDING, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}),
     "gpt2": (GPT2Config, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -69,8 +74,9 @@ def tiny_model(arch: str = "qwen3", seed: int = 0, vocab_size: int = VOCAB_SIZE,
 
     Args:
         arch (`str`, *optional*, defaults to `"qwen3"`):
-            `"qwen3"`, `"llama"`, `"gemma2"` (sliding window, soft-capped logits), `"gemma3"` (sliding window) or
-            `"gpt2"` (learned absolute positions: the only one to notice that all positions are shifted).
+            `"qwen3"`, `"llama"`, `"gemma2"` (sliding window, soft-capped logits), `"gemma3"` (sliding window),
+            `"qwen3_moe"` (experts) or `"gpt2"` (learned absolute positions: the only one to notice that all positions
+            are shifted).
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights. The global random state is left as it was.
         vocab_size (`int`, *optional*, defaults to `64`):

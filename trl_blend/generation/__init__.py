@@ -4,6 +4,7 @@ What happens at one decoding step, for any Hugging Face causal language model.
 * `rules`: [`BlendRule`] objects, (student logits, partner logits) -> behaviour logits and statistics.
 * `partner`: drives a partner model with its own cache.
 * `recording`: what a rollout leaves behind.
+* `step`: one step from the logits of all models, the same for every engine.
 * `processor`: the logits processor that ties the three together.
 * `hooks`: [`blended_generation`], the context manager to use.
 """

@@ -1,6 +1,5 @@
 """The logits processor that blends the student with its partners at every decoding step of `generate`."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,8 @@ from trl_blend.errors import UnsupportedError
 from trl_blend.generation.partner import PartnerDecoder
 from trl_blend.generation.recording import RolloutRecord, RolloutRecorder
 from trl_blend.generation.rules import BlendRule
-from trl_blend.ops.vocab import EosMap, align_vocab, canonicalize_eos
+from trl_blend.generation.step import blend_step
+from trl_blend.ops.vocab import EosMap
 
 
 class BlendLogitsProcessor(LogitsProcessor):
@@ -67,27 +67,17 @@ class BlendLogitsProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Behaviour logits times the temperature `(B, V)`, given tokens `(B, S)` and the student's logits `(B, V)`."""
-        size = scores.shape[-1]
-        num_tokens = size if self.vocab_size is None else min(size, self.vocab_size)
-        scores, *partner_logits = (
-            align_vocab(align_vocab(logits, num_tokens), size)
-            for logits in (scores, *(partner.step(input_ids).to(scores) for partner in self.partners))
-        )
+        partner_logits = [partner.step(input_ids).to(scores) for partner in self.partners]
         _check_numbers(scores, partner_logits)
-        student_logits = scores
-        if self.temperature != 1.0:
-            student_logits = student_logits / self.temperature
-            partner_logits = [logits / self.temperature for logits in partner_logits]
-        if self.eos is not None:
-            # After the temperature: it is the tempered policies whose stop events are merged
-            student_logits = canonicalize_eos(student_logits, self.eos)
-            partner_logits = [canonicalize_eos(logits, self.eos) for logits in partner_logits]
-        blended = partner_logits
-        if self.keep_forbidden:
-            forbidden = scores == -math.inf
-            student_logits = student_logits.masked_fill(forbidden, -math.inf)
-            blended = [logits.masked_fill(forbidden, -math.inf) for logits in partner_logits]
-        step = self.rule(student_logits, blended)
+        step, partner_logits = blend_step(
+            self.rule,
+            scores,
+            partner_logits,
+            temperature=self.temperature,
+            eos=self.eos,
+            vocab_size=self.vocab_size,
+            keep_forbidden=self.keep_forbidden,
+        )
         if self.recorder is not None:
             self.recorder.add(input_ids, step, partner_logits)
         return step.logits * self.temperature if self.temperature != 1.0 else step.logits

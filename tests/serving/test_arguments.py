@@ -1,0 +1,78 @@
+"""What an engine is started with, and what is refused before it starts."""
+
+import json
+
+import pytest
+
+from tests.tiny import tiny_model
+from trl_blend import LogitMixing
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.serving import arguments, worker
+from trl_blend.serving.arguments import engine_arguments
+from trl_blend.serving.blend import Blend, Partner
+
+
+@pytest.fixture
+def vllm_is(monkeypatch):
+    def install(version):
+        monkeypatch.setattr(arguments, "version", lambda name: version)
+
+    install("0.31.0")
+    return install
+
+
+@pytest.fixture
+def dense(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "dense")
+    return str(tmp_path / "dense")
+
+
+def test_arguments_fit_into_json(vllm_is, dense):
+    partners, blend = (
+        [Partner(dense, revision="main"), Partner(dense, dtype="bfloat16")],
+        Blend(LogitMixing((0.1, 0.2))),
+    )
+    given = json.loads(json.dumps(engine_arguments(partners, blend)))
+    overrides = given["hf_overrides"]
+    assert overrides["architectures"] == ["TrlBlendForCausalLM"] and "num_experts" not in overrides
+    assert [Partner(**one) for one in overrides["trl_blend"]["partners"]] == partners
+    assert Blend.from_dict(overrides["trl_blend"]["blend"]) == blend
+    assert given["sleep_preserve_parameter_names"] == ["partner_0.*", "partner_1.*"]
+    module, _, name = given["worker_extension_cls"].rpartition(".")
+    assert module == worker.__name__ and hasattr(worker, name)
+
+
+def test_experts_are_announced(vllm_is, dense, tmp_path):
+    tiny_model("qwen3_moe", num_experts=6).save_pretrained(tmp_path / "experts")
+    given = engine_arguments([Partner(dense), Partner(str(tmp_path / "experts"))], Blend())
+    assert given["hf_overrides"]["num_experts"] == 6
+
+
+def test_refusals(vllm_is, dense, monkeypatch):
+    with pytest.raises(ConfigError, match="`partners` is empty"):
+        engine_arguments([], Blend())
+    with pytest.raises(ConfigError, match="teacher_model"):
+        engine_arguments([Partner("/nowhere")], Blend())
+    vllm_is("0.30.1")
+    with pytest.raises(UnsupportedError, match="needs vLLM 0.31.0 or newer, and 0.30.1 is installed"):
+        engine_arguments([Partner(dense)], Blend())
+    vllm_is("0.31.0+cpu")
+    assert engine_arguments([Partner(dense)], Blend())
+
+
+def test_without_vllm(monkeypatch, dense):
+    def missing(name):
+        raise arguments.PackageNotFoundError
+
+    monkeypatch.setattr(arguments, "version", missing)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        engine_arguments([Partner(dense)], Blend())
+
+
+def test_an_engine_that_blends_nothing_is_refused():
+    class Worker(worker.BlendWorkerExtension):
+        def get_model(self):
+            return object()
+
+    with pytest.raises(ConfigError, match="The engine serves a object, which blends nothing"):
+        Worker().set_blend(Blend().to_dict())

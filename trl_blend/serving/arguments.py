@@ -1,0 +1,77 @@
+"""The settings that an engine of vLLM is started with, so that it holds a student and its partners."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.loading import find_config
+from trl_blend.serving.blend import Blend, Partner
+from trl_blend.serving.plugin import ARCHITECTURE
+from trl_blend.serving.worker import EXTENSION
+
+
+OLDEST_VLLM = "0.31.0"
+# Where configurations keep their number of experts, as vLLM looks for it
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+
+
+def engine_arguments(partners: Sequence[Partner], blend: Blend) -> dict[str, Any]:
+    """
+    Arguments of `vllm.LLM` beside those of the student, which an engine that blends is started with. As JSON,
+    `hf_overrides` is the option `--hf-overrides` of `vllm serve`.
+
+    The student is the engine's model, with its settings: dtype, quantization, tensor parallelism, context length.
+
+    Args:
+        partners (`Sequence[Partner]`):
+            Models beside the student, in the order of the rule's weights.
+        blend ([`~trl_blend.serving.blend.Blend`]):
+            What to draw from at first. The engine measures its memory with it.
+
+    Returns:
+        `dict`: `hf_overrides`, `worker_extension_cls` and `sleep_preserve_parameter_names` (a sleeping engine drops
+        weights that its trainer sends again: those of the student).
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If there is no partner, or the configuration of one cannot be read.
+        [`~trl_blend.errors.UnsupportedError`]: If vLLM is older than what this was run with.
+    """
+    check_version()
+    if not partners:
+        raise ConfigError("`partners` is empty. Name at least one model beside the student.")
+    overrides: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "trl_blend": {"partners": [asdict(partner) for partner in partners], "blend": blend.to_dict()},
+    }
+    experts = max(_num_experts(partner) for partner in partners)
+    if experts:  # vLLM prepares for experts where the engine's own configuration has some
+        overrides["num_experts"] = experts
+    return {
+        "hf_overrides": overrides,
+        "worker_extension_cls": EXTENSION,
+        "sleep_preserve_parameter_names": [f"partner_{index}.*" for index in range(len(partners))],
+    }
+
+
+def check_version() -> None:
+    """Refuse a vLLM that blended decoding was never run with: its model interface changes between releases."""
+    try:
+        installed = version("vllm")
+    except PackageNotFoundError:
+        raise ConfigError("vLLM is not installed. Run `pip install trl_blend[vllm]`.") from None
+    if Version(installed) < Version(OLDEST_VLLM):
+        raise UnsupportedError(
+            f"Blended decoding needs vLLM {OLDEST_VLLM} or newer, and {installed} is installed. Upgrade it, or decode "
+            "with transformers (`use_vllm=False`)."
+        )
+
+
+def _num_experts(partner: Partner) -> int:
+    hub = {"revision": partner.revision, "trust_remote_code": partner.trust_remote_code or None}
+    hub = {name: value for name, value in hub.items() if value is not None}
+    config = find_config(partner.model, "teacher_model", **hub).get_text_config()
+    return next((count for name in _EXPERTS if (count := getattr(config, name, None))), 0)
