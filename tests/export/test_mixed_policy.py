@@ -179,9 +179,9 @@ def test_the_reference_is_loaded_once_and_let_go_with_the_model(trusted, policy,
     loads, original = [], PreTrainedModel.from_pretrained.__func__
 
     def counting(cls, name, *args, **kwargs):
-        model = original(cls, name, *args, **kwargs)
-        loads.append(weakref.ref(model))
-        return model
+        loaded = original(cls, name, *args, **kwargs)
+        loads.append(weakref.ref(loaded[0] if isinstance(loaded, tuple) else loaded))
+        return loaded
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counting))
     model = trusted(policy)
@@ -260,41 +260,43 @@ def test_a_generation_config_given_at_loading_does_not_turn_the_mixture_off(trus
 # Missing and changed
 
 
-def refused(trusted, policy, message):
+def refused(trusted, models, policy, message):
     for use in ("auto", "custom"):
         with pytest.raises(RuntimeError, match=message):
             if use == "auto":
                 trusted(policy).generate(**INPUTS, **TINY)
             else:
-                load(policy).generate(**INPUTS, **TINY, custom_generate=str(policy), trust_remote_code=True)
+                load(models / "student").generate(
+                    **INPUTS, **TINY, custom_generate=str(policy), trust_remote_code=True
+                )
 
 
-def test_missing_reference(trusted, policy):
+def test_missing_reference(trusted, models, policy):
     shutil.rmtree(policy / "reference")
-    refused(trusted, policy, "missing .* export or download")
+    refused(trusted, models, policy, "missing .* export or download")
 
 
-def test_interrupted_export(trusted, policy):
+def test_interrupted_export(trusted, models, policy):
     (policy / "mixing.json").unlink()
-    refused(trusted, policy, "'mixing.json' is missing")
+    refused(trusted, models, policy, "'mixing.json' is missing")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_changed_reference(trusted, policy, name):
+def test_changed_reference(trusted, models, policy, name):
     path = policy / "reference" / name
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    refused(trusted, policy, f"reference was changed: .*{name}.*Restore")
+    refused(trusted, models, policy, f"reference was changed: .*{name}.*Restore")
 
 
-def test_changed_tokenizer(trusted, policy):
+def test_changed_tokenizer(trusted, models, policy):
     path = policy / "tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
-    refused(trusted, policy, "tokenizer .* was changed")
+    refused(trusted, models, policy, "tokenizer .* was changed")
 
 
 def test_resaved_tokenizer_is_the_same(trusted, policy):
@@ -313,7 +315,7 @@ def test_resaved_tokenizer_is_the_same(trusted, policy):
         ({"schema_version": 2}, "schema_version 2"),
     ],
 )
-def test_broken_mixing_json(trusted, policy, change, message):
+def test_broken_mixing_json(trusted, models, policy, change, message):
     path = policy / "mixing.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    refused(trusted, policy, message)
+    refused(trusted, models, policy, message)

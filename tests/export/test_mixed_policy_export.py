@@ -117,7 +117,7 @@ def test_sharded_checkpoints(models, modules_cache):
     policy = export_mixed_policy(models / "student", models / "teacher", 0.0, models / "policy")
     assert len(list(policy.glob("model-*.safetensors"))) > 1
     assert not (policy / "model-00099-of-00099.safetensors").exists()
-    loaded = AutoModelForCausalLM.from_pretrained(str(policy))
+    loaded = AutoModelForCausalLM.from_pretrained(str(policy), trust_remote_code=True)
     assert all(map(torch.equal, loaded.parameters(), student.parameters()))
 
 

@@ -1,12 +1,11 @@
 """What makes a folder decode a mixture, taken away before another model is saved there: only what is ours."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from trl_blend.export.model_files import ADAPTER_FILES, ADAPTER_FOLDER, AUTO_MAP, GENERATE_FILE, update_config
+from trl_blend.export.model_files import ADAPTER_FILES, ADAPTER_FOLDER, GENERATE_FILE, unwrap_config
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 
 
@@ -16,19 +15,17 @@ _COPY = re.compile(r"reference(_\d+)?|base")
 
 def clear(folder: Path, keep: Path | None = None) -> None:
     """
-    Remove `mixing.json`, the copies that it names, our `generate.py`, and the entry of `config.json` for it. A copy in
+    Remove `mixing.json`, the copies that it names, our `generate.py`, and what leads to it in `config.json`. A copy in
     the folder `keep` stays.
     """
-    code, config = folder / GENERATE_FILE, folder / "config.json"
+    code = folder / GENERATE_FILE
     is_ours = code.is_file() and _MARK in code.read_text(encoding="utf-8", errors="replace")
     for path in [*_copies(folder, keep), *([code] if is_ours else [])]:
         path.unlink(missing_ok=True)
         with suppress(OSError):
             path.parent.rmdir()  # unless something else is in it
     (folder / SPEC_FILE).unlink(missing_ok=True)
-    auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}) if config.is_file() else {}
-    if AUTO_MAP.items() <= auto_map.items():
-        update_config(folder, {"auto_map": {name: auto_map[name] for name in auto_map.keys() - AUTO_MAP.keys()}})
+    unwrap_config(folder)
 
 
 def _copies(folder: Path, keep: Path | None) -> Iterator[Path]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.export import model_files
@@ -16,7 +17,7 @@ from trl_blend.export.policy_folder import Student, Weights, pinned, write_polic
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource, check_mixture
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
 from trl_blend.models.compatibility import check_tokenizers, check_vocab_sizes
-from trl_blend.models.loading import find_config, find_tokenizer
+from trl_blend.models.loading import find_config, find_tokenizer, model_class
 from trl_blend.models.wrappers import AdapterConfig, what_changes_the_base
 
 
@@ -178,12 +179,17 @@ def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, l
     if is_adapter:
         base = model_files.base_checkpoint(model) if checkpoint is None else _base_of(checkpoint, recorded)
     named = base if checkpoint is not None and is_adapter else checkpoint
-    config = find_config(model if named is None else str(named.folder), argument, **load)
+    if named is not None and model_files.holds_policy(named.folder):  # whose student is wanted
+        config = model_files.student_config(named.folder)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(named.folder, trust_remote_code=False)
+    else:
+        config = find_config(model if named is None else str(named.folder), argument, **load)
     if not type(config).__module__.startswith("transformers."):
         raise UnsupportedError(
             f"`{argument}` ({type(config).__name__}) runs code of its own, and a mixed policy runs no code but its "
             "generate.py. Use a model that transformers knows."
         )
+    _check_decodes(config, argument)
     if tokenizer is None:
         own = checkpoint is not None and (checkpoint.folder / "tokenizer_config.json").is_file()
         named = checkpoint if own else named  # an adapter may have been saved without one
@@ -192,6 +198,28 @@ def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, l
     if base is not None and recorded is not None and recorded.base is not None:
         dtype = recorded.base.dtype or dtype
     return _Model(argument, config, tokenizer, dtype, is_adapter, checkpoint, model, base, recorded=recorded)
+
+
+def _check_decodes(config: Any, argument: str) -> None:
+    """Refuse what transformers could not load again as the model that it is to be."""
+    architecture = (config.architectures or [""])[0]
+    if argument == "student" and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedError(
+            f"`student` is a {type(config).__name__.removesuffix('Config')} model, which `AutoModelForCausalLM` does "
+            "not load, so nobody could decode the mixed policy. Export its text model, or mix it the other way round: "
+            "as the reference."
+        )
+    named = getattr(transformers, architecture, None)
+    if named is not None and not named.can_generate() and not config.tie_word_embeddings:
+        raise UnsupportedError(
+            f"`{argument}` was saved from a {architecture}, which has no language-model head, so that the mixed "
+            "policy would be decoded with random numbers. Pass one that was saved with its head."
+        )
+    if model_class(config) is AutoModelForCausalLM and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedError(
+            f"`{argument}` is a {type(config).__name__.removesuffix('Config')} model, which transformers does not "
+            "load as a language model. Use one that `AutoModelForCausalLM` loads."
+        )
 
 
 def _recorded(checkpoint: Checkpoint, argument: str) -> MixingSpec | None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, weight_files, weight_tensors
+from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, read_json, weight_files, weight_tensors
+from trl_blend.models.loading import MIXED_POLICY
 from trl_blend.models.weights import fingerprint_tensors, hashable_state, layout_of, unhashable_reason
 from trl_blend.models.wrappers import (
     AdapterConfig,
@@ -18,8 +19,9 @@ from trl_blend.models.wrappers import (
 logger = logging.getLogger(__name__)
 
 GENERATE_FILE = "custom_generate/generate.py"
-# What `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)` is to load the model with
-AUTO_MAP = {"AutoModelForCausalLM": "custom_generate/generate.MixedPolicy"}
+# What `from_pretrained(…, trust_remote_code=True)` is to load configuration and model with
+AUTO_MAP = {"AutoConfig": f"{MIXED_POLICY}Config", "AutoModelForCausalLM": MIXED_POLICY}
+_NOT_ALONE = "none: a mixed policy is loaded with AutoModelForCausalLM and trust_remote_code=True"
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SMALL_SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
@@ -29,10 +31,65 @@ _NOT_COPIED = {"adapter_config.json", "mixing.json", "trainer_state.json", "trl_
 
 def update_config(folder: Path, fields: Mapping[str, Any]) -> None:
     """Set fields of `config.json`; those without a value are removed."""
+    content = read_json(folder / "config.json") | dict(fields)
+    _write_config(folder, {name: value for name, value in content.items() if value or name not in fields})
+
+
+def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def holds_policy(folder: Path) -> bool:
+    """Whether `config.json` of a folder leads to the code of a mixed policy."""
     path = folder / "config.json"
-    content = json.loads(path.read_text(encoding="utf-8")) | dict(fields)
-    content = {name: value for name, value in content.items() if value or name not in fields}
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path.is_file() and MIXED_POLICY in (read_json(path).get("auto_map") or {}).values()
+
+
+def wrap_config(folder: Path) -> None:
+    """
+    Put the student's configuration inside one of a model type that transformers does not know: without
+    `trust_remote_code=True` nothing loads, where the student alone would have been.
+    """
+    if holds_policy(folder):
+        return
+    student = read_json(folder / "config.json")
+    outer = {
+        "architectures": [MIXED_POLICY.split(".")[-1]],
+        "auto_map": AUTO_MAP,
+        "model_type": "mixed_policy",
+        "student_type": student["model_type"],  # inside, the class of that type would find its configuration
+        "student": _without(student, "model_type"),
+        "vocab_size": _NOT_ALONE,  # where that class is used by name, it says what is wrong with this number
+    }
+    _write_config(folder, outer)
+
+
+def unwrap_config(folder: Path) -> None:
+    """Undo [`wrap_config`]."""
+    if holds_policy(folder):
+        _write_config(folder, _student(folder))
+
+
+def student_config(folder: Path) -> Any:
+    """Configuration of the student in a folder that [`holds_policy`]."""
+    from transformers import CONFIG_MAPPING
+
+    student = _student(folder)
+    return CONFIG_MAPPING[student["model_type"]].from_dict(student)
+
+
+def _student(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / "config.json")
+    if "student" in content:
+        return content["student"] | {"model_type": content["student_type"]}
+    # An export of an earlier release, which only had one entry more
+    others = {name: value for name, value in content["auto_map"].items() if value != MIXED_POLICY}
+    return _without(content, "auto_map") | ({"auto_map": others} if others else {})
+
+
+def _without(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != name}
 
 
 def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The one writer of mixed policies: a folder with a student's files becomes one that transformers decodes mixed."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -75,8 +74,7 @@ def write_policy(
     code = folder / model_files.GENERATE_FILE
     code.parent.mkdir(exist_ok=True)
     shutil.copyfile(Path(__file__).parent / model_files.GENERATE_FILE, code)
-    auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
-    model_files.update_config(folder, {"auto_map": auto_map | model_files.AUTO_MAP})
+    model_files.wrap_config(folder)
     names = ["reference"] if len(references) == 1 else [f"reference_{index}" for index in range(len(references))]
     sources = [
         _source(reference, folder / name, student.dtype) for reference, name in zip(references, names, strict=True)

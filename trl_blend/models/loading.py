@@ -290,7 +290,7 @@ def _load(
     with _named_errors(base, argument, of_base):
         config = AutoConfig.from_pretrained(base, **own)
         # Found here, because TRL would look it up without the revision
-        architecture = _model_class(config)
+        architecture = model_class(config)
         loaded: Any
         loaded, info = create(base, architecture=architecture, output_loading_info=True, **of_base)
     if info["missing_keys"]:
@@ -311,7 +311,7 @@ def _load(
         return PeftModel.from_pretrained(loaded, name, is_trainable=is_trainable, **_of_files(arguments))
 
 
-def _model_class(config: PretrainedConfig) -> Any:
+def model_class(config: PretrainedConfig) -> Any:
     """The class of a configuration's checkpoint, if that is a language model; else the one that is of this kind."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if named is not None and hasattr(named, "can_generate") and named.can_generate():
@@ -321,6 +321,19 @@ def _model_class(config: PretrainedConfig) -> Any:
         if auto_class.__name__ in known or type(config) in auto_class._model_mapping:
             return auto_class
     return AutoModelForCausalLM
+
+
+_ATTENTION = {
+    "sdpa": "_supports_sdpa",
+    "flex_attention": "_supports_flex_attn",
+    "flash_attention_2": "_supports_flash_attn",
+    "flash_attention_3": "_supports_flash_attn",
+}
+
+
+def supports_attention(config: PretrainedConfig, implementation: str) -> bool:
+    """Whether the class of a checkpoint has an attention implementation; yes, where that is not known."""
+    return bool(getattr(model_class(config), _ATTENTION.get(implementation, ""), True))
 
 
 def _vocabulary_rows(name: str, argument: str, options: dict[str, Any], config: PretrainedConfig) -> int:

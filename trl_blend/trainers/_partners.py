@@ -22,6 +22,7 @@ from trl_blend.models.loading import (
     find_tokenizer,
     load_frozen,
     load_trainable_adapter,
+    supports_attention,
 )
 from trl_blend.models.output_layer import output_layer_name
 from trl_blend.models.wrappers import AdapterConfig, check_adapters_can_be_disabled
@@ -234,8 +235,8 @@ def load_partners(
     """
     Load the teachers that are names, freeze all of them, and switch them to evaluation mode.
 
-    They are loaded with `defaults` unless `teacher_model_init_kwargs` says otherwise. Without, the checkpoint decides
-    the dtype and, in a single process, TRL the device.
+    They are loaded with `defaults` unless `teacher_model_init_kwargs` says otherwise, or a teacher has no such
+    attention implementation. Without, the checkpoint decides the dtype and, in a single process, TRL the device.
     """
     arguments = dict(args.teacher_model_init_kwargs or {})
     if args.teacher_model_revision is not None:
@@ -245,12 +246,25 @@ def load_partners(
     arguments = {"dtype": None} | placement | (defaults or {}) | trust | arguments
     partners = []
     for teacher in teachers:
-        partner = load_frozen(teacher, "teacher_model", **arguments) if isinstance(teacher, str) else teacher
+        partner = teacher
+        if isinstance(teacher, str):
+            partner = load_frozen(teacher, "teacher_model", **_supported(teacher, arguments, args))
         check_partner_model(partner, "teacher_model")
         for adapter in (getattr(partner, "peft_config", None) or {}).values():
             check_adapter(adapter, "teacher_model")
         partners.append(partner.requires_grad_(False).eval())
     return partners
+
+
+def _supported(teacher: str, arguments: dict[str, Any], args: Any) -> dict[str, Any]:
+    """The arguments without the student's attention implementation, where a teacher does not have it."""
+    attention = arguments.get("attn_implementation")
+    if attention is None or "attn_implementation" in (args.teacher_model_init_kwargs or {}):
+        return arguments
+    of_files = {name: arguments.get(name) for name in ("revision", "trust_remote_code")}
+    if supports_attention(find_config(teacher, "teacher_model", **of_files), attention):
+        return arguments
+    return {name: value for name, value in arguments.items() if name != "attn_implementation"}
 
 
 def check_text_only(is_vision_language: bool, off: str) -> None:

@@ -13,7 +13,7 @@ is an adapter. The same file is in every export of `trl_blend`; nothing of that 
 
 Mixed are next-token logits, `(1 - sum(w)) * student + sum(w_i * reference_i)` with `"space": "logits"`, or the
 probabilities with `"space": "probs"` (each model divided by the temperature first). Temperature, top-k, top-p and the
-caller's own processors then act on the mixture. Only `generate` mixes: `forward` is the student's.
+caller's own processors then act on the mixture. Only `generate` mixes: `forward` is the student's, with a warning.
 """
 
 import functools
@@ -24,15 +24,19 @@ import math
 import os
 import re
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -40,6 +44,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
 )
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import cached_file
@@ -112,6 +117,25 @@ class Repository(NamedTuple):
         return str(path.parent)
 
 
+class MixedPolicyConfig:
+    """
+    What `AutoConfig.from_pretrained(repository, trust_remote_code=True)` finds through `config.json`, whose model type
+    transformers does not know: without this class the student alone would be loaded, and nothing would say so.
+    """
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> Any:
+        """The student's configuration, which leads to the class below."""
+        content, kwargs = PretrainedConfig.get_config_dict(name, **kwargs)
+        shared = {key: content[key] for key in ("architectures", "auto_map")}
+        student = content["student"] | shared | {key: content[key] for key in content if key.startswith("_")}
+        return CONFIG_MAPPING[content["student_type"]].from_dict(student, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Called by transformers; there is nothing to register, the configuration is of another class."""
+
+
 class MixedPolicy:
     """What `AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)` finds through `config.json`."""
 
@@ -126,6 +150,7 @@ class MixedPolicy:
         repository = Repository.of(str(name), kwargs)
         spec = _read_spec(repository)
         del config.auto_map  # a copy that is saved elsewhere has no such file
+        config.architectures = None
         kwargs.update(trust_remote_code=False)
         adapter = spec["adapter"]
         if adapter is not None:
@@ -139,6 +164,7 @@ class MixedPolicy:
             repository.file(f"{adapter}/adapter_model.safetensors")
             model.load_adapter(str(repository.file(f"{adapter}/adapter_config.json").parent))
         model.generate = functools.partial(generate, model=model, _repository=repository)
+        model.register_forward_pre_hook(_warn_of_forward)
         return loaded
 
     @classmethod
@@ -172,7 +198,23 @@ def generate(*args: Any, model: Any, _repository: Repository | None = None, **kw
         processor = _processor(model, mixture, arguments)
         # First among the caller's processors, so that those act on the mixture
         arguments["logits_processor"] = LogitsProcessorList([processor, *(arguments.get("logits_processor") or [])])
-    return type(model).generate(model, **arguments)
+    decoding = _DECODING.set(True)
+    try:
+        return type(model).generate(model, **arguments)
+    finally:
+        _DECODING.reset(decoding)
+
+
+_DECODING: ContextVar[bool] = ContextVar("_DECODING", default=False)
+
+
+def _warn_of_forward(model: Any, args: Any) -> None:
+    """Whoever calls the model itself, to score or to train, has the student alone."""
+    if not _DECODING.get():
+        warnings.warn(
+            "The logits of a mixed policy's forward pass are those of its student alone: only `generate` mixes.",
+            stacklevel=2,
+        )
 
 
 # Loading and verifying
@@ -244,16 +286,39 @@ def _load(entry: dict[str, Any], student: Any, repository: Repository) -> Any:
     dtype = getattr(torch, entry["dtype"]) if entry["dtype"] else student.dtype
     spread = len(set((getattr(student, "hf_device_map", None) or {}).values())) > 1
     name, kwargs = _located(repository, entry, {key: v for key, v in repository.options.items() if key != "revision"})
-    kwargs.update(attn_implementation=student.config._attn_implementation, device_map="auto" if spread else None)
-    kwargs.update(trust_remote_code=False)
+    kwargs.update(device_map="auto" if spread else None, trust_remote_code=False)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        config = AutoConfig.from_pretrained(name, **{key: v for key, v in kwargs.items() if key != "device_map"})
+        model_class = _class_of(config)
+        attention = student.config._attn_implementation
+        if getattr(model_class, _ATTENTION.get(attention, ""), True):  # else its own default
+            kwargs.update(attn_implementation=attention)
+        model, found = model_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
     except OSError as error:
         raise MixedPolicyError(
             f"The reference {name!r} of the mixed policy {repository.name!r} cannot be had ({error}). Without it the "
             "policy cannot be decoded: see that its Hub repository can be reached, or fetch it before going offline."
         ) from error
+    if found["missing_keys"]:
+        raise MixedPolicyError(
+            f"The reference {name!r} of the mixed policy {repository.name!r} lacks weights, such as "
+            f"{min(found['missing_keys'])!r}. Export the policy again with a whole reference."
+        )
     return model.requires_grad_(False).eval()
+
+
+_ATTENTION = {
+    "sdpa": "_supports_sdpa",
+    "flex_attention": "_supports_flex_attn",
+    "flash_attention_2": "_supports_flash_attn",
+    "flash_attention_3": "_supports_flash_attn",
+}
+
+
+def _class_of(config: Any) -> Any:
+    """The class that a language model was saved from, which need not be one that `AutoModelForCausalLM` knows."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    return named if named is not None and named.can_generate() else AutoModelForCausalLM
 
 
 def _located(repository: Repository, source: dict[str, Any], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
