@@ -219,7 +219,7 @@ def test_where_scores_may_not_go(rollouts, teacher, no_model):
 
 
 def test_what_may_be_scored(finished, teacher, tmp_path, no_model):
-    with pytest.raises(StoreError, match="has the teacher's log-probs already"):
+    with pytest.raises(StoreError, match="is a store of scored rollouts. Pass the output of `trl-blend rollouts`"):
         score(str(finished.folder), teacher, tmp_path / "store", **SCORE)
 
 

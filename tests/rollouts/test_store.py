@@ -86,9 +86,9 @@ def test_kinds_are_told_apart(tmp_path):
     write_store(tmp_path / "scored", scored=True)
     assert load_rollouts(tmp_path / "rollouts").kind == "rollouts"
     assert load_scored_rollouts(tmp_path / "scored").kind == "scored_rollouts"
-    with pytest.raises(StoreError, match=r"kind 'rollouts', which has no teacher log-probs.*trl-blend score"):
+    with pytest.raises(StoreError, match=r"is a store of rollouts without teacher log-prob.*trl-blend score"):
         load_scored_rollouts(tmp_path / "rollouts")
-    with pytest.raises(StoreError, match=r"kind 'scored_rollouts'.*already.*trl-blend rollouts"):
+    with pytest.raises(StoreError, match=r"is a store of scored rollouts. Pass the output of .trl-blend rollouts"):
         load_rollouts(tmp_path / "scored")
 
 

@@ -45,6 +45,7 @@ def check_rows(
     top_k_required: bool = False,
     required: Sequence[str] = ("prompt_ids", "completion_ids", "teacher_logps"),
     where: str = "the dataset",
+    first: int = 0,
 ) -> None:
     """
     Check rows of scored or unscored rollouts. Columns of other names are not looked at.
@@ -60,6 +61,8 @@ def check_rows(
             Columns that have to be there.
         where (`str`, *optional*, defaults to `"the dataset"`):
             What the rows belong to, for the error message.
+        first (`int`, *optional*, defaults to `0`):
+            Number of the first row there.
 
     Raises:
         [`~trl_blend.errors.StoreError`]: If a column is missing or has missing values; a prompt or a completion is
@@ -74,7 +77,7 @@ def check_rows(
         except StoreError as error:
             raise StoreError(f"{where}: {error}") from None
     _require(columns, required, top_k_required, where)
-    checks = _Checks(columns, vocab_size, where)
+    checks = _Checks(columns, vocab_size, where, first)
     for name in ("key", "truncated"):
         if name in columns.column_names and columns[name].null_count:
             checks.fail(name, 0, "has missing values", "Write the store again.")
@@ -84,6 +87,25 @@ def check_rows(
         if name in columns.column_names:
             checks.check_logps(name, *checks.per_token(name))
     checks.check_top_k([name for name in TOP_K_COLUMNS[:2] if name in columns.column_names])
+
+
+def check_numbers(values: NDArray[Any], rows: NDArray[np.int64], column: str, where: str) -> None:
+    """
+    Check log-probabilities of tokens, `(N,)` or `(N, K)`, in the rows with the numbers `rows`.
+
+    Raises:
+        [`~trl_blend.errors.StoreError`]: At the first that is none; see [`check_rows`].
+    """
+    good = _are_logps(values, column)
+    if not good.all():
+        token = int(np.argmin(good)) // max(good.size // len(good), 1)
+        problem = f"has log-prob {values.flat[np.argmin(good)]}, which is none, in row {rows[token]}"
+        raise StoreError(f"{where}: column {column!r} {problem}. {_REMEDY.get(column, _SCORE_AGAIN)} {_NO_NUMBER}")
+
+
+def _are_logps(values: NDArray[Any], column: str) -> NDArray[np.bool_]:
+    good = (values >= LOWEST_LOGP) & (values <= POSITIVE_TOLERANCE)  # NaN is neither above nor below
+    return good | (values == -np.inf) if column == "teacher_tail_logmass" else good
 
 
 def _require(table: pa.Table, required: Sequence[str], top_k_required: bool, where: str) -> None:
@@ -105,13 +127,13 @@ def _require(table: pa.Table, required: Sequence[str], top_k_required: bool, whe
 class _Checks:
     """Raises at the first thing that is wrong, with the row's key, or its index where the table has no keys."""
 
-    def __init__(self, table: pa.Table, vocab_size: int | None, where: str) -> None:
-        self.table, self.vocab_size, self.where = table, vocab_size, where
+    def __init__(self, table: pa.Table, vocab_size: int | None, where: str, first: int) -> None:
+        self.table, self.vocab_size, self.where, self.first = table, vocab_size, where, first
 
     def fail(self, column: str, row: int, problem: str, remedy: str | None = None, where: str = "") -> NoReturn:
         key = f" (key {self.table['key'][row].as_py()})" if "key" in self.table.column_names else ""
         remedy = remedy or _REMEDY.get(column, _SCORE_AGAIN)
-        raise StoreError(f"{self.where}: column {column!r} {problem} in row {row}{key}{where}. {remedy}")
+        raise StoreError(f"{self.where}: column {column!r} {problem} in row {self.first + row}{key}{where}. {remedy}")
 
     def place(self, name: str, found: NDArray[np.bool_], lengths: NDArray[np.int64]) -> tuple[int, str]:
         """
@@ -162,15 +184,15 @@ class _Checks:
             value = values.flat[np.argmax(bad)]
             limit = "negative" if value < 0 else f"outside the vocabulary of {self.vocab_size} tokens"
             remedy = "The data was made with another tokenizer than the student's: use that student, or collect again."
+            if name == "teacher_topk_ids" and value >= 0:
+                remedy = f"It is of another tokenizer, or a row that only pads the teacher's embedding. {_SCORE_AGAIN}"
             row, where = self.place(name, bad, lengths)
             self.fail(name, row, f"has id {value}, {limit},", remedy, where)
 
     def check_logps(self, name: str, lengths: NDArray[np.int64], values: NDArray[Any]) -> None:
         if values.dtype.kind != "f" and values.size:
             self.fail(name, 0, f"is of {values.dtype}, not of floats,")
-        good = (values >= LOWEST_LOGP) & (values <= POSITIVE_TOLERANCE)  # NaN is neither above nor below
-        if name == "teacher_tail_logmass":
-            good |= values == -np.inf
+        good = _are_logps(values, name)
         if not good.all():
             value = values.flat[np.argmin(good)]
             row, where = self.place(name, ~good, lengths)

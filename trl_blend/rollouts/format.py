@@ -34,6 +34,7 @@ import pyarrow as pa
 from trl_blend._files import write_atomically
 from trl_blend._version import __version__
 from trl_blend.errors import ConfigError, StoreError
+from trl_blend.rollouts.folders import describe
 from trl_blend.rollouts.ragged import from_rows
 
 
@@ -249,8 +250,8 @@ class Manifest:
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise StoreError(
-                f"{folder} has no {MANIFEST_NAME}, so it is no store of rollouts. Pass the output_dir of "
-                "`trl-blend rollouts` or `trl-blend score`."
+                f"{folder} is {describe(folder)} and has no {MANIFEST_NAME}, so it is no store of rollouts. Pass the "
+                "output_dir of `trl-blend rollouts` or `trl-blend score`."
             ) from None
         except ValueError as error:
             raise BrokenManifestError(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from trl_blend.errors import ConfigError
 from trl_blend.rollouts.card import CARD_NAME
 from trl_blend.rollouts.config import StoreConfig
+from trl_blend.rollouts.folders import describe
 from trl_blend.rollouts.format import MANIFEST_NAME, Manifest
 from trl_blend.rollouts.shard import DATA_FOLDER, shard_index, shards_on_disk
 from trl_blend.rollouts.store import RolloutStore
@@ -145,6 +146,6 @@ def check_output_dir(folder: str | os.PathLike[str], others: Sequence[Path] = ()
     foreign = sorted(name for name in names if not name.endswith(".tmp"))
     if foreign:
         raise ConfigError(
-            f"`output_dir={str(folder)!r}` is not empty and no store of rollouts: it holds {foreign[:3]}. Choose a "
-            "new or empty folder, or one that the same command has begun."
+            f"`output_dir={str(folder)!r}` is not empty and no store of rollouts, but {describe(path)} (with "
+            f"{foreign[0]}). Choose a new or empty folder, or one that the same command has begun."
         )

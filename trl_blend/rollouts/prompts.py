@@ -15,10 +15,13 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
 from trl_blend.errors import ConfigError
+from trl_blend.rollouts.folders import describe, store_kind
 
 
 logger = logging.getLogger(__name__)
 
+_PROMPTS_OF_A_STORE = "Its prompts are token ids: pass the prompts that it was collected from."
+_NO_DATASETS = {"a model", "a PEFT adapter", "an exported mixed policy", "a tokenizer", "the output of a training"}
 # Columns of TRL's conversational format that go into the chat template
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -58,6 +61,8 @@ def load_prompts(
             for number, values in enumerate(rows):
                 check_prompt(values.get(column), number, column)
             raise ConfigError(f"`{argument}` has columns of more than one type: {error} Correct them.") from error
+    elif hasattr(prompts, "manifest"):
+        raise ConfigError(f"`{argument}={prompts.name!r}` is {describe(prompts.folder)}. {_PROMPTS_OF_A_STORE}")
     else:
         raise ConfigError(
             f"`{argument}` is a {type(prompts).__name__}, whose rows cannot be read by their number. Pass one split "
@@ -91,6 +96,10 @@ def read_split(name: str, argument: str, config: str | None, split: str | None) 
         raise ConfigError(f"{seen} is empty. Write one prompt per line.")
     if kind is None and path.is_file():
         raise ConfigError(f"{seen} is of no known kind. Its name has to end in {', '.join(_FORMATS)}.")
+    if store_kind(path):
+        raise ConfigError(f"{seen} is {describe(path)}. {_PROMPTS_OF_A_STORE}")
+    if path.is_dir() and describe(path) in _NO_DATASETS:
+        raise ConfigError(f"{seen} is {describe(path)}, not a dataset of prompts. Correct the path.")
     if config is not None and path.exists() and not path.is_dir():
         raise ConfigError(f"`dataset_config={config!r}` is of a dataset on the Hub, and {seen} is a file. Drop it.")
     loud = logging.getLogger("datasets")

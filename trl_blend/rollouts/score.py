@@ -18,7 +18,7 @@ from trl_blend.rollouts.config import ScoringConfig, make_config, passed_or_name
 from trl_blend.rollouts.engines.base import OnRows, RowError, ScoringEngine, load_options, make_engine
 from trl_blend.rollouts.format import ID_COLUMNS, Manifest
 from trl_blend.rollouts.shard import read_record
-from trl_blend.rollouts.store import RolloutStore, load_rollouts
+from trl_blend.rollouts.store import RolloutStore, open_kind
 
 
 def score_rollouts(
@@ -66,9 +66,7 @@ def score_rollouts(
     check_not_loaded(teacher, argument, options)
     if not isinstance(rollouts, str | os.PathLike | RolloutStore):
         raise ConfigError(f"`rollouts` is of type {type(rollouts).__name__}. Pass a store, or its name.")
-    source = rollouts
-    if not isinstance(rollouts, RolloutStore):
-        source = load_rollouts(rollouts, revision=args.rollouts_revision)
+    source = open_kind(rollouts, "rollouts", "rollouts", args.rollouts_revision)
     processes.check_output_dir(args.output_dir, [source.folder])
     engine: ScoringEngine = make_engine(teacher, argument, args)
     rolled, top_k = source.manifest, args.top_k

@@ -17,9 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from trl_blend.errors import StoreError
+from trl_blend.errors import ConfigError, StoreError
 from trl_blend.rollouts.card import CARD_NAME
 from trl_blend.rollouts.checks import check_rows
+from trl_blend.rollouts.folders import describe
 from trl_blend.rollouts.format import MANIFEST_NAME, REQUIRED, Manifest
 from trl_blend.rollouts.shard import DATA_FOLDER, check_record, read_record, shards_on_disk
 
@@ -67,6 +68,11 @@ class RolloutStore:
                 newer schema, is half-written, or a shard is missing or broken.
         """
         folder = Path(folder_or_repo)
+        if folder.is_file():
+            raise StoreError(
+                f"{folder_or_repo} is {describe(folder)}, not a store of rollouts, which is a folder. Pass the "
+                "output_dir of `trl-blend rollouts` or `trl-blend score`."
+            )
         if not folder.is_dir():
             folder = _download(str(folder_or_repo), revision)
         if not (folder / MANIFEST_NAME).exists() and shards_on_disk(folder):
@@ -241,7 +247,7 @@ def load_rollouts(
     Raises:
         [`~trl_blend.errors.StoreError`]: See [`RolloutStore.open`].
     """
-    return _of_kind("rollouts", path_or_repo, revision, verify)
+    return open_kind(path_or_repo, "rollouts", "path_or_repo", revision, verify)
 
 
 def load_scored_rollouts(
@@ -251,19 +257,31 @@ def load_scored_rollouts(
     Open a store of rollouts with the teacher's log-probs. Arguments and errors are those of [`load_rollouts`]; a store
     without scores is refused too.
     """
-    return _of_kind("scored_rollouts", path_or_repo, revision, verify)
+    return open_kind(path_or_repo, "scored_rollouts", "path_or_repo", revision, verify)
 
 
-def _of_kind(kind: str, path_or_repo: str | os.PathLike[str], revision: str | None, verify: bool) -> RolloutStore:
-    store = RolloutStore.open(path_or_repo, revision)
+def open_kind(store: Any, kind: str, argument: str, revision: str | None = None, verify: bool = False) -> RolloutStore:
+    """
+    The store behind an argument, which is one or names it, of one of the two kinds.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it is neither a store nor a name.
+        [`~trl_blend.errors.StoreError`]: If it is of the other kind, see [`RolloutStore.open`].
+    """
+    if isinstance(store, str | os.PathLike):
+        store = RolloutStore.open(store, revision)
+    if not isinstance(store, RolloutStore):
+        raise ConfigError(
+            f"`{argument}` is a {type(store).__name__}, not a store of rollouts. Pass its folder, its repository, or "
+            f"what `{'load_rollouts' if kind == 'rollouts' else 'load_scored_rollouts'}` opens."
+        )
     if store.kind != kind:
-        has = "no teacher log-probs" if kind == "scored_rollouts" else "the teacher's log-probs already"
         remedy = (
-            f"Score them first: `trl-blend score --rollouts {path_or_repo}`."
+            f"Score them first: `trl-blend score --rollouts {store.name} --teacher_model_name_or_path ...`."
             if kind == "scored_rollouts"
             else "Pass the output of `trl-blend rollouts`, or open it with `load_scored_rollouts`."
         )
-        raise StoreError(f"{path_or_repo} is a store of kind {store.kind!r}, which has {has}. {remedy}")
+        raise StoreError(f"{store.name} is {describe(store.folder)}. {remedy}")
     if verify:
         store.verify()
     return store

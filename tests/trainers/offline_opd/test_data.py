@@ -206,3 +206,27 @@ def test_missing_columns(rows):
         prepare(rows.remove_columns("teacher_tail_logmass"))
     with pytest.raises(StoreError, match="prompt_ids, completion_ids, teacher_logps; it has text"):
         prepare(Dataset.from_dict({"text": ["a"]}))
+
+
+NO_NUMBERS = [-9999.0, -1e4, float("nan"), float("-inf"), 3.0]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_the_row_is_that_of_the_data_as_given(rows, value):
+    many = Dataset.from_list([{**row, "key": str(n)} for n, row in enumerate(list(rows) * 200)])
+    bad = edited(many, 1234, teacher_logps=[value, *many[1234]["teacher_logps"][1:]])
+    with pytest.raises(StoreError, match=r"'teacher_logps' has log-prob .* in row 1234 \(key 1234\) at position 0"):
+        prepare(bad, uses_top_k=False, shuffle_seed=3)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("column", ["teacher_logps", "rollout_logps", "teacher_topk_logps"])
+def test_prepared_rows_are_checked_too(rows, column, value):
+    prepared = prepare(rows, uses_top_k=True)
+    assert prepare(prepared, uses_top_k=True) is prepared
+    values = prepared[3][column]
+    values[-1] = [value] * len(values[-1]) if isinstance(values[-1], list) else value
+    with pytest.raises(StoreError, match=f"{column!r} has log-prob .*, which is none, in row 3"):
+        prepare(edited(prepared, 3, **{column: values}), uses_top_k=True)
+    values[0], values[-1] = values[-1], values[0]  # on the prompt nothing is read
+    prepare(edited(prepared, 3, **{column: values}), uses_top_k=True)

@@ -11,8 +11,10 @@ from trl_blend.consistency.check import check_teacher_consistency
 from trl_blend.consistency.provenance import TeacherProvenance, read_provenance
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.loading import find_config
 from trl_blend.rollouts.engines.base import nucleus_settings
+from trl_blend.rollouts.folders import describe
 from trl_blend.rollouts.processes import on_main_process
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _partners
@@ -109,8 +111,8 @@ def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[Rollou
     if isinstance(value, RolloutStore):
         if value.kind != "scored_rollouts":
             raise ConfigError(
-                f"`{name}={value.name!r}` holds rollouts without teacher log-probabilities. Score them first: "
-                "`trl-blend score --teacher_model_name_or_path ... --rollouts ... --output_dir ...`."
+                f"`{name}={value.name!r}` is {describe(value.folder)}. Score them first: "
+                f"`trl-blend score --teacher_model_name_or_path ... --rollouts {value.name} --output_dir ...`."
             )
         # A flipped bit would only show in what the student learns
         on_main_process(args.distributed_state, value.verify)
@@ -127,7 +129,7 @@ def vocab_size(model: str | PreTrainedModel, args: OfflineOPDConfig) -> int:
     """Rows of the student's embedding, from its configuration alone."""
     revision = (args.model_init_kwargs or {}).get("revision")
     config = find_config(model, "model", revision=revision, trust_remote_code=args.trust_remote_code)
-    return config.get_text_config().vocab_size
+    return vocabulary_rows(config if isinstance(model, str) else model)
 
 
 def find_provenance(model: str | PreTrainedModel, args: OfflineOPDConfig) -> TeacherProvenance | None:

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_blend.errors import ConfigError, StoreError
 from trl_blend.ops.losses import sequence_weights
-from trl_blend.rollouts.checks import check_rows
+from trl_blend.rollouts.checks import check_numbers, check_rows
 from trl_blend.rollouts.ragged import flatten, to_lists
 
 
@@ -87,10 +87,10 @@ def prepare(
     """
     names = column_names(dataset)
     if is_prepared(dataset):
-        token_columns([*REQUIRED, *names], uses_top_k)
+        _check_prepared(dataset, token_columns([*REQUIRED, *names], uses_top_k))
         return dataset
     columns = token_columns(names, uses_top_k)
-    shuffles = shuffle_seed is not None
+    given, shuffles = dataset, shuffle_seed is not None
     if shuffles and not packing:  # before the copy, so that the copy is in order
         dataset = dataset.shuffle(seed=shuffle_seed)
     if isinstance(dataset, IterableDataset) and as_one_shard:
@@ -98,15 +98,19 @@ def prepare(
     kwargs: dict[str, Any] = {} if isinstance(dataset, IterableDataset) else {"num_proc": num_proc}
     if kwargs:
         kwargs["desc"] = "Aligning teacher log-probabilities"
-    dataset = dataset.with_format("arrow").map(
-        _training_rows,
-        batched=True,
-        fn_kwargs={"columns": columns, "vocab_size": vocab_size, "max_length": max_length, "top_k": uses_top_k},
-        # Not those that the function returns: a streaming dataset would drop them afterwards
-        remove_columns=[name for name in names if name not in columns],
-        features=_features(columns),
-        **kwargs,
-    )
+    try:
+        dataset = dataset.with_format("arrow").map(
+            _training_rows,
+            batched=True,
+            fn_kwargs={"columns": columns, "vocab_size": vocab_size, "max_length": max_length, "top_k": uses_top_k},
+            # Not those that the function returns: a streaming dataset would drop them afterwards
+            remove_columns=[name for name in names if name not in columns],
+            features=_features(columns),
+            **kwargs,
+        )
+    except StoreError:
+        _name_the_row(given, vocab_size, uses_top_k)
+        raise
     dataset = dataset.with_format(None)
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise ConfigError(f"`max_length={max_length}` leaves nothing of any completion. Raise it.")
@@ -115,6 +119,28 @@ def prepare(
         kwargs.pop("desc", None)
         dataset = pack_dataset(dataset, max_length, "bfd", kwargs)
     return dataset
+
+
+def _name_the_row(dataset: Dataset, vocab_size: int, uses_top_k: bool) -> None:
+    """Raise for the first wrong row by its place in the data as given: they were shuffled, and in batches."""
+    rows = dataset.with_format("arrow")
+    for first in range(0, len(dataset), 1000):
+        table = rows[first : first + 1000]
+        check_rows(table, vocab_size=vocab_size, top_k_required=uses_top_k, where="the training data", first=first)
+
+
+def _check_prepared(dataset: AnyDataset, columns: Sequence[str]) -> None:
+    """Training rows that were prepared before: their numbers are looked at once more, where they are not streamed."""
+    if not isinstance(dataset, Dataset):
+        return
+    names = [name for name in columns if not name.endswith("_ids")]
+    rows = dataset.select_columns(["labels", *names]).with_format("arrow")
+    for first in range(0, len(dataset), 1000):
+        table = rows[first : first + 1000]
+        lengths, labels = flatten(table["labels"])
+        counts, numbers = labels != -100, np.repeat(np.arange(first, first + len(table)), lengths)
+        for name in names:
+            check_numbers(flatten(table[name])[1][counts], numbers[counts], name, "the training data")
 
 
 def _as_one_shard(dataset: IterableDataset) -> IterableDataset:

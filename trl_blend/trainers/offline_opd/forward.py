@@ -31,6 +31,9 @@ class OfflineForward:
             Which loss it is.
         scale (`float` or `torch.Tensor`, *optional*, defaults to `1.0`):
             Factor of all weights.
+        num_tokens (`int`, *optional*):
+            Ids below it were tokens when the teacher was scored: a top-k loss compares the student over the same
+            ones. The sampled token's log-probability is that of TRL's fused head, over all rows.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class OfflineForward:
         columns: Mapping[str, Tensor],
         args: OfflineOPDConfig,
         scale: float | Tensor = 1.0,
+        num_tokens: int | None = None,
     ):
         self.student = student
         # The fused head predicts token t from position t - 1
         self.columns = {name: column[:, 1:] for name, column in columns.items()}
         self.args = args
         self.scale = scale
+        self.num_tokens = num_tokens
         self.student_logps: Tensor | None = None
         self.loss: Tensor | None = None
         self.ratio: Tensor | None = None
@@ -82,6 +87,7 @@ class OfflineForward:
             columns["teacher_topk_logps"],
             columns["teacher_tail_logmass"],
             direction="reverse" if self.args.offline_loss == "top_k_reverse_kl" else "forward",
+            vocab_size=self.num_tokens,
             gather_parameters=_compat.gather_lm_head,
         )
         self.student_logps = result.student_logps.new_zeros(mask.shape).masked_scatter(mask, result.student_logps)

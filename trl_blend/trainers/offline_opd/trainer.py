@@ -244,7 +244,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         scale: float | torch.Tensor = 1.0
         if num_items_in_batch is None:  # the parent divides by the number of tokens
             scale = mask.sum() / columns[data.WEIGHTS][:, 1:].sum().clamp(min=1.0)
-        forward = OfflineForward(model, columns, self.args, scale)
+        scoring = (self.rollout_store.manifest.scoring if self.rollout_store is not None else None) or {}
+        forward = OfflineForward(model, columns, self.args, scale, scoring.get("vocab_size"))
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         self._offline_metrics.add(mode, forward.student_logps, forward.columns, mask)
         if self.args.uses_top_k:
