@@ -3,6 +3,7 @@ What a model card says, as text and tables: names, settings beside those of a pa
 the templates of `model_cards/`. Nothing here knows a trainer.
 """
 
+import functools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
 
 from trl_blend._resources import model_card_template
 from trl_blend.reports.names import shown_name, without_paths
@@ -248,16 +249,23 @@ def render(template: str, fields: Mapping[str, Any]) -> str:
             Values of the placeholders. A missing one is an error. `local_names`, where given, lists names that
             [`without_paths`] hides in all of them.
     """
-    names = fields.get("local_names", ())
+    path = Path(model_card_template(template))
+    return _environment(path.parent).get_template(path.name).render(**fields)
 
-    def finalize(value: Any) -> Any:
+
+@functools.lru_cache
+def _environment(folder: Path) -> Environment:
+    """The templates of a folder, each of them compiled once in a process: a card is written at every checkpoint."""
+
+    @pass_context
+    def finalize(context: Any, value: Any) -> Any:
         if isinstance(value, StrictUndefined):
             return value
-        return _JINJA.sub(lambda match: "{{ '" + match[0] + "' }}", without_paths(str(value), names))
+        shown = without_paths(str(value), context.get("local_names", ()))
+        return _JINJA.sub(lambda match: "{{ '" + match[0] + "' }}", shown)
 
-    path = Path(model_card_template(template))
     environment = Environment(
-        loader=FileSystemLoader(path.parent),
+        loader=FileSystemLoader(folder),
         variable_start_string="[[",
         variable_end_string="]]",
         block_start_string="[%",
@@ -276,4 +284,4 @@ def render(template: str, fields: Mapping[str, Any]) -> str:
         "literal": literal,
         "shown": lambda name: shown_name(name).text,
     }
-    return environment.get_template(path.name).render(**fields)
+    return environment

@@ -1,5 +1,6 @@
 """What every trainer of this package does around its training: card, checkpoints, pushes to the Hub, callbacks."""
 
+import functools
 import inspect
 import json
 import math
@@ -123,19 +124,25 @@ class RunMixin(CardMixin):
     def record(self) -> dict[str, Any]:
         """What the run is made of, for its checkpoints: names without folders, digests, settings."""
         names = (*self._recorded, *_record.SETTINGS)
-        student, is_adapter = self.accelerator.unwrap_model(self.model), _cards.is_adapter(self.model)
-        frozen = [(name, parameter) for name, parameter in student.named_parameters() if not parameter.requires_grad]
-        name = shown_name(_cards.student_name(self)).text or "a model in memory"
         content = {
             "trainer": self._name,
-            "student": name,
-            "base": _record.model_part(name, _record.weights_sample(frozen)) if is_adapter else None,
-            "teacher": self.teacher_parts(),
-            "data": _record.data_part(self.train_dataset),
+            **self._fixed_parts,
             "reward": self.run_parts().reward,
             "settings": {name: getattr(self.args, name) for name in names},
         }
         return json.loads(json.dumps(content, default=str))
+
+    @functools.cached_property
+    def _fixed_parts(self) -> dict[str, Any]:
+        """What no step of a run changes."""
+        name = shown_name(_cards.student_name(self)).text or "a model in memory"
+        base = None
+        if _cards.is_adapter(self.model):
+            student = self.accelerator.unwrap_model(self.model)
+            frozen = [one for one in student.named_parameters() if not one[1].requires_grad]
+            base = _record.model_part(name, _record.weights_sample(frozen))
+        data = _record.data_part(self.train_dataset)
+        return {"student": name, "base": base, "teacher": self.teacher_parts(), "data": data}
 
     def teacher_names(self) -> list[str]:
         """The teachers in memory, as a card may show them."""
