@@ -28,12 +28,14 @@ def test_as_json(capsys):
 
 
 def test_a_version_that_is_not_taken_is_named(monkeypatch, capsys):
-    required = ["trl<1.17,>=1.16", "torch>=2.8", 'vllm>=0.22; extra == "vllm"', "datasets>=900"]
+    required = ["trl<1.17,>=1.16", "torch>=2.8", 'no-such-package>=0.22; extra == "vllm"', "datasets>=900"]
+    required += ['peft>=900; extra == "peft"', 'pytest>=900; extra == "dev"']
     monkeypatch.setattr(env.importlib.metadata, "requires", lambda name: required)
     assert cli.main(["env"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"datasets {version('datasets')} is installed, and trl_blend needs >=900."
-    )
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"datasets {version('datasets')} is installed, and trl_blend needs >=900.",
+        f"peft {version('peft')} is installed, and trl_blend needs >=900.",
+    ]
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch, capsys):

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from tests.export import mixed_policies as mixed
-from tests.generation.teacher_forced import left_padded_prompts
+from tests.generation.teacher_forced import CACHE, left_padded_prompts
 from tests.tiny import PAD_ID, tiny_model, tiny_tokenizer
 from trl_blend import export_mixed_policy
 
@@ -218,6 +218,15 @@ def test_the_dtype_of_the_student_is_the_references(trusted, policy, monkeypatch
 def test_other_ways_of_decoding_are_refused(trusted, policy, settings, message):
     with pytest.raises(RuntimeError, match=message):
         trusted(policy).generate(**INPUTS, **{**TINY, **settings})
+
+
+def test_a_prompt_continued_from_a_cache_is_refused(trusted, policy):
+    model = trusted(policy)
+    filled = {CACHE: DynamicCache(config=model.config)}
+    model(**INPUTS, **filled, use_cache=True)
+    with pytest.raises(RuntimeError, match=f"'{CACHE}'.* would reach the student and not the reference"):
+        model.generate(**INPUTS, **filled, **TINY)
+    model.generate(**INPUTS, **{CACHE: DynamicCache(config=model.config)}, **TINY)  # an empty one is fine
 
 
 # Where the policy is

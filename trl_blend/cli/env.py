@@ -14,6 +14,7 @@ from trl_blend.scripts.messages import EXIT_FAILED, tell
 
 
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "peft", "datasets", "huggingface_hub", "vllm", "deepspeed")
+_EXTRAS = ("peft", "wandb", "vllm")  # that a run may use; what the tools of development are is not asked
 
 
 def add_command(command: Callable[..., Any]) -> None:
@@ -64,12 +65,14 @@ def differences() -> list[str]:
         lines = []
     for line in lines:
         required = Requirement(line)
-        if required.marker is not None:  # an extra
+        is_extra = required.marker is not None
+        if is_extra and not any(required.marker.evaluate({"extra": extra}) for extra in _EXTRAS):
             continue
         try:
             installed = importlib.metadata.version(required.name)
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{required.name} is not installed, and trl_blend needs {required.specifier or 'it'}.")
+            if not is_extra:
+                found.append(f"{required.name} is not installed, and trl_blend needs {required.specifier or 'it'}.")
             continue
         if not required.specifier.contains(installed, prereleases=True):
             found.append(f"{required.name} {installed} is installed, and trl_blend needs {required.specifier}.")
