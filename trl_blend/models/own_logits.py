@@ -83,7 +83,8 @@ def check_own_logits(
     rows = _Rows.of(inner.config, layout, min(vocab_size or sys.maxsize, vocabulary_rows(inner)), device)
     with _left_as_it_was(model, device, disable_adapters):
         name = _name(inner, argument)
-        compared = _Comparison(_own_log_probs(model, rows.alone["input_ids"], name), name, _is_coarse(inner, device))
+        logits = _own_logits(model, rows.alone, name)
+        compared = _Comparison(logits, name, logits.itemsize < 4 or _is_coarse(inner, device))
         compared.check_alone(rows, _computed(fused, rows.alone, name))
         problem = compared.problem_of(rows, fused(rows.batch))
         if problem is not None and layout == "left_padded":
@@ -180,8 +181,9 @@ class _Rows(NamedTuple):
 class _Comparison:
     """The model's own log-probabilities of the sequence, and what differs from them by more than rounding."""
 
-    def __init__(self, own: tuple[Tensor, float], name: str, coarse: bool) -> None:
-        self.own, self.magnitude = own
+    def __init__(self, logits: Tensor, name: str, coarse: bool) -> None:
+        logits = _at_least_float32(logits)
+        self.own, self.magnitude = logits.log_softmax(-1), logits.square().mean().sqrt()
         self.name = name
         self.coarse = coarse
         self.tolerance = _ROUNDED if coarse else _EXACT
@@ -259,16 +261,15 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _own_log_probs(model: nn.Module, ids: Tensor, name: str) -> tuple[Tensor, float]:
-    """Of one row, from the model's own forward, and the magnitude of its logits."""
-    logits = getattr(model(input_ids=ids), "logits", None)
+def _own_logits(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Tensor:
+    """Logits of one row, of shape `(T, V)`, from the model's own forward."""
+    logits = getattr(model(**inputs), "logits", None)
     if logits is None or logits.ndim != 3:
         raise UnsupportedError(
             f"{name} returns no logits of shape `(B, T, V)`, so there is nothing that its log-probabilities could be "
             "computed from. Use a causal language model."
         )
-    logits = _at_least_float32(logits[0])
-    return logits.log_softmax(-1), float(logits.square().mean().sqrt())
+    return logits[0]
 
 
 def _computed(fused: Fused, inputs: dict[str, Tensor], name: str) -> Tensor:
