@@ -64,8 +64,6 @@ def score_rollouts(
     teacher, argument = passed_or_named(teacher, "teacher", args, "teacher_model_name_or_path")
     options = load_options(args)
     check_not_loaded(teacher, argument, options)
-    if not isinstance(rollouts, str | os.PathLike | RolloutStore):
-        raise ConfigError(f"`rollouts` is of type {type(rollouts).__name__}. Pass a store, or its name.")
     source = open_kind(rollouts, "rollouts", "rollouts", args.rollouts_revision)
     processes.check_output_dir(args.output_dir, [source.folder])
     engine: ScoringEngine = make_engine(teacher, argument, args)
