@@ -10,7 +10,7 @@ expect, so `except ValueError` keeps working.
 | [`TokenizerMismatchError`] | `models.compatibility` | student and partner do not map the same tokens to the same ids |
 | [`StoreError`] | `rollouts.store`, `rollouts.shard`, `rollouts.writer`, `rollouts.checks` | rollouts on disk are half-written, broken, of a newer schema, or do not hold what is asked for; a disk is full |
 | [`ConsistencyError`] | `consistency.report` | the teacher of the log-probs is not, or not provably, the teacher of the student's SFT |
-| [`EngineError`] | `rollouts.engines.vllm_server` | a vLLM server cannot be reached, refuses a request, or does not return what is needed |
+| [`EngineError`] | `rollouts.engines`, `collect_rollouts`, `score_rollouts` | a vLLM server cannot be reached, refuses a request, or does not return what is needed; a model gives no number for a token |
 | [`HubError`] | a trainer's constructor and `push_to_hub`, `trl-blend export` | the Hub cannot be reached, or refuses the token or the repository |
 | [`UnsupportedError`] | a trainer's constructor, `blended_generation` | a combination that this package cannot run correctly |
 """
@@ -52,7 +52,7 @@ class ConsistencyError(TrlBlendError, ValueError):
 
 
 class EngineError(TrlBlendError, RuntimeError):
-    """A vLLM server cannot be reached, refuses a request, or does not return what is needed."""
+    """What draws or scores rollouts cannot be reached, refuses a request, or gives no number where one is needed."""
 
 
 class HubError(TrlBlendError, OSError):

@@ -300,7 +300,7 @@ def scores_of_prompt_logprobs(
             raise RowError(
                 f"vLLM returned {len(row)} log-probabilities where `top_k={top_k}` were asked for, at position "
                 f"{position} and without those of padding rows. Start the server with `--max-logprobs {top_k}` or "
-                "more, or set a smaller `top_k`."
+                "more, or set a smaller `top_k` (0 for the sampled token alone)."
             )
         # A stable sort: the token itself comes last among equals
         kept = sorted([*others, token], key=lambda entry: -row[entry])
