@@ -166,9 +166,9 @@ def distil_offline(folder: Path) -> None:
 
 
 def decode(folder: Path) -> None:
-    student = AutoModelForCausalLM.from_pretrained(folder / "run")
+    student = AutoModelForCausalLM.from_pretrained(folder / "opd")
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
-    inputs = AutoTokenizer.from_pretrained(folder / "run")("one", return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(folder / "opd")("one", return_tensors="pt")
 
     def greedy(model: torch.nn.Module) -> list[int]:
         return model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist()

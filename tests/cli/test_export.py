@@ -104,7 +104,8 @@ def test_it_is_pushed(hub_endpoint, models, tmp_path, capsys):  # noqa: F811
     repository = hub_endpoint.model("me/mixed")
     assert repository.private
     assert set(repository.files()) - {".gitattributes"} == set(files(tmp_path / "out"))
-    loaded, own = (AutoModelForCausalLM.from_pretrained(name) for name in ("me/mixed", models["student"]))
+    loaded = AutoModelForCausalLM.from_pretrained("me/mixed", trust_remote_code=True)
+    own = AutoModelForCausalLM.from_pretrained(models["student"])
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), own.parameters(), strict=True))
 
 

@@ -167,11 +167,12 @@ def test_every_pushed_commit_decodes_the_mixture_of_its_step(build, hub_endpoint
         folder = snapshot_download("me/mixed", revision=commit)
         assert spec(folder)["weights"] == pytest.approx([0.4 - step / 10]) and spec(folder)["step"] == step
         assert exported_greedy("me/mixed", revision=commit) == tokens
-        if kind == "full":  # a student loaded without the code, the mixture named in the call
+        if kind == "full":  # a student that is loaded already, the mixture named in the call
             inputs = tiny_tokenizer()(list(runs.PROMPTS), return_tensors="pt", padding=True)
             greedy = {**inputs, "do_sample": False, "max_new_tokens": runs.MAX_LENGTH}
-            student = AutoModelForCausalLM.from_pretrained("me/mixed", revision=commit)
             trusted = AutoModelForCausalLM.from_pretrained("me/mixed", revision=commit, trust_remote_code=True)
+            trusted.save_pretrained(tmp_path / f"alone_{step}")
+            student = AutoModelForCausalLM.from_pretrained(tmp_path / f"alone_{step}")
             named = {"custom_generate": "me/mixed", "revision": commit, "trust_remote_code": True}
             assert torch.equal(student.generate(**greedy, **named), trusted.generate(**greedy))
     assert expected[0] != expected[1]
