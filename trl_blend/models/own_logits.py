@@ -97,6 +97,26 @@ def check_own_logits(
         raise UnsupportedError(problem)
 
 
+def check_causal(model: nn.Module, argument: str) -> None:
+    """
+    Check that what follows a token does not change the model's own log-probabilities up to it: two forward passes of
+    22 tokens in all. Without that, one pass over a text does not give the probabilities that it is drawn with.
+
+    Raises:
+        [`~trl_blend.errors.UnsupportedError`]: If it does.
+    """
+    inner: Any = innermost_model(extract_model_from_parallel(model, keep_torch_compile=False), argument)
+    device, name = inner.get_input_embeddings().weight.device, _name(inner, argument)
+    rows = _Rows.of(inner.config, "right_padded", vocabulary_rows(inner), device)
+    longer = {key: value[1:] for key, value in rows.batch.items()}  # without padding
+    with _left_as_it_was(model, device, False):
+        logits = _own_logits(model, rows.alone, name)
+        found = _at_least_float32(_own_logits(model, longer, name)).log_softmax(-1)
+    compared = _Comparison(logits, name, logits.itemsize < 4 or _is_coarse(inner, device))
+    if problem := compared.looks_ahead(found[None, :-1], len(found), (0, 0)):
+        raise UnsupportedError(problem)
+
+
 def fused_log_probs(model: nn.Module) -> Fused:
     """
     How a model with TRL's fused head computes log-probabilities: hidden states, then its output layer. Other than in
@@ -205,12 +225,9 @@ class _Comparison:
     def problem_of(self, rows: _Rows, found: Tensor) -> str | None:
         """What is wrong with the rows in a batch; `None` if nothing is."""
         width = rows.batch["input_ids"].shape[1]
+        if problem := self.looks_ahead(found, width, rows.undisturbed):
+            return problem
         noise = self._difference(found, width, rows.undisturbed)
-        if not noise.relative <= (_ROUTED if self.coarse else self.tolerance):
-            return (
-                f"{self.name}: its log-probability of a token depends, by up to {noise.nats:.2g} nats, on what "
-                "follows the token or on other rows of the batch. Use a causal language model."
-            )
         difference = self._difference(found, width, rows.tested)
         if difference.relative <= max(self.tolerance, _TIMES_NOISE * noise.relative if self.coarse else 0.0):
             return None
@@ -218,6 +235,16 @@ class _Comparison:
         return (
             f"{self.name}: log-probabilities of a row {what} differ from those of the row alone by up to "
             f"{difference.nats:.2g} nats. {remedy}"
+        )
+
+    def looks_ahead(self, found: Tensor, width: int, place: tuple[int, int]) -> str | None:
+        """What is wrong with a row that only later tokens and other rows could disturb; `None` if nothing is."""
+        noise = self._difference(found, width, place)
+        if noise.relative <= (_ROUTED if self.coarse else self.tolerance):
+            return None
+        return (
+            f"{self.name}: its log-probability of a token depends, by up to {noise.nats:.2g} nats, on what follows "
+            "the token or on other rows of the batch. Use a causal language model."
         )
 
     def _difference(self, found: Tensor, width: int, place: tuple[int, int]) -> "_Difference":

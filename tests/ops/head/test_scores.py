@@ -11,6 +11,7 @@ from tests.ops.head.conftest import set_tiles
 from tests.ops.head.heads import random_head, to_double
 from trl_blend.errors import ConfigError
 from trl_blend.ops import LMHead, mixed_log_probs, score_tokens
+from trl_blend.ops.head.scores import score_logits
 
 
 N, V, H = 23, 37, 5
@@ -47,6 +48,18 @@ def test_scores_match_the_reference(options, top_k):
     torch.testing.assert_close(scores.topk_logps, torch.tensor(topk_logps, dtype=torch.float64), **exact)
     torch.testing.assert_close(scores.tail_logmass, torch.tensor(tail, dtype=torch.float64), **exact)
     torch.testing.assert_close(score_tokens(head, targets).logps, scores.logps, **exact)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 5, V - 3])
+@pytest.mark.parametrize("vocab_size", [None, V - 2])
+def test_logits_in_memory_have_the_same_scores(top_k, vocab_size):
+    head, targets = random_head(N, H, V, **OPTIONS[1]), torch.randint(0, V - 2, (N,))
+    logits = torch.stack([reference.head_logits(hidden, *head[1:]) for hidden in head.hidden])
+    expected = score_tokens(head, targets, top_k, vocab_size=vocab_size)
+    for mine, right in zip(score_logits(logits, targets, top_k, vocab_size=vocab_size), expected, strict=True):
+        assert (mine is None) == (right is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, right, rtol=0, atol=1e-10)
 
 
 def test_the_target_is_kept_wherever_it_ranks():

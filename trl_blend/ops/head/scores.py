@@ -96,6 +96,32 @@ def score_tokens(
         return TokenLogProbs(logps.clamp_(max=0.0), None, None, None)
 
 
+@torch.no_grad()
+def score_logits(
+    logits: Tensor, targets: Tensor, top_k: int | None = None, *, vocab_size: int | None = None
+) -> TokenLogProbs:
+    """
+    [`score_tokens`] of logits that are in memory. Use it where a model's logits are more than its output layer's.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V)`):
+            Logits of the model, at least float32.
+        targets, top_k, vocab_size:
+            See [`score_tokens`].
+    """
+    logits = logits[:, :vocab_size]
+    logprobs, targets = logits.log_softmax(dim=-1), targets.unsqueeze(1)
+    logps = logprobs.gather(1, targets)
+    if top_k is None:
+        return TokenLogProbs(logps.squeeze(1), None, None, None)
+    others = logprobs.scatter(1, targets, -torch.inf)
+    best = others.topk(top_k - 1, dim=1)
+    values, order = torch.cat([best.values, logps], dim=1).sort(dim=1, descending=True, stable=True)
+    ids = torch.cat([best.indices, targets], dim=1).gather(1, order)
+    tail = others.scatter(1, best.indices, -torch.inf).logsumexp(dim=1)
+    return TokenLogProbs(logps.squeeze(1), ids, values, tail)
+
+
 def _check_arguments(head: LMHead, targets: Tensor, top_k: int | None, vocab: int) -> None:
     hidden, weight = head.hidden, head.weight
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:

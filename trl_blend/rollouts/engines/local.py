@@ -8,7 +8,7 @@ For those, hidden states are taken from the backbone and projected in tiles ([`~
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -24,15 +24,15 @@ from transformers.generation.logits_process import (
 )
 
 from trl_blend import _compat
-from trl_blend.errors import ConfigError, TokenizerMismatchError
+from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.generation.settings import GENERATION_SETTINGS
 from trl_blend.models.limits import context_length, vocabulary_rows
 from trl_blend.models.loading import find_config, load_model
 from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
-from trl_blend.models.own_logits import check_own_logits, fused_log_probs
+from trl_blend.models.own_logits import check_causal, check_own_logits, fused_log_probs
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
-from trl_blend.ops.head.scores import TokenLogProbs, score_tokens
+from trl_blend.ops.head.scores import TokenLogProbs, score_logits, score_tokens
 from trl_blend.ops.policies import log_normalizer
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 from trl_blend.rollouts.engines.base import (
@@ -60,7 +60,9 @@ def score_sequences(
     Log-probability of every completion token given its prefix: one forward pass, no sampling, no gradient.
 
     Rows of similar length share a batch, padded on the right, of at most `tokens_per_batch` tokens with the padding
-    (always at least one row). The model runs in evaluation mode and is left as it was.
+    (always at least one row). The model runs in evaluation mode and is left as it was. Where hidden states and output
+    layer do not give the log-probabilities of its own logits ([`~trl_blend.models.own_logits.check_own_logits`]), a
+    warning says so, and rows go through its own forward one at a time.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `peft.PeftModel`):
@@ -86,8 +88,7 @@ def score_sequences(
         [`~trl_blend.errors.ConfigError`]: If a row is empty or longer than the model's context, or a setting is out
             of range.
         [`~trl_blend.errors.TokenizerMismatchError`]: If a token id is beyond the model's vocabulary.
-        [`~trl_blend.errors.UnsupportedError`]: If these would not be the log-probabilities of the model's own logits,
-            see [`~trl_blend.models.own_logits.check_own_logits`].
+        [`~trl_blend.errors.UnsupportedError`]: If the model is not causal.
     """
     inner: Any = innermost_model(model, "model")
     return _score_rows(inner, prompt_ids, completion_ids, top_k, tokens_per_batch, on_rows, vocab_size)
@@ -102,24 +103,40 @@ def _score_rows(
     on_rows: OnRows | None,
     vocab_size: int | None,
     *,
-    is_checked: bool = False,
+    fuses: bool | None = None,
 ) -> list[TokenScores]:
+    """[`score_sequences`]; `fuses` is what [`_can_fuse`] found for the model, where it was asked before."""
     _check_rows(inner, prompt_ids, completion_ids, vocab_size)
     if tokens_per_batch < 1:
         raise ConfigError(f"`tokens_per_batch={tokens_per_batch}` must be at least 1.")
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     scores: dict[int, TokenScores] = {}
-    plain = find_plain_outputs([inner], "model")
-    with torch.no_grad(), evaluation_mode(inner), plain_outputs(plain), _fused_head(inner):
-        if not is_checked:
-            check_own_logits(inner, "model", fused_log_probs(inner))
-        for batch in length_sorted_batches(lengths, tokens_per_batch):
-            rows = [[*prompt_ids[index], *completion_ids[index]] for index in batch]
-            starts = [len(prompt_ids[index]) for index in batch]
-            scores.update(zip(batch, _score_batch(inner, rows, starts, top_k, vocab_size), strict=True))
-            if on_rows is not None:
-                on_rows(len(batch))
+    with torch.no_grad(), evaluation_mode(inner):
+        fuses = _can_fuse(inner) if fuses is None else fuses
+        with _fused_head(inner) if fuses else nullcontext():
+            for batch in length_sorted_batches(lengths, tokens_per_batch if fuses else 1):
+                rows = [[*prompt_ids[index], *completion_ids[index]] for index in batch]
+                starts = [len(prompt_ids[index]) for index in batch]
+                score = _score_batch if fuses else _score_own_logits
+                scores.update(zip(batch, score(inner, rows, starts, top_k, vocab_size), strict=True))
+                if on_rows is not None:
+                    on_rows(len(batch))
     return [scores[index] for index in range(len(lengths))]
+
+
+def _can_fuse(model: Any) -> bool:
+    """Whether batches of hidden states and the output layer give the model's own log-probabilities."""
+    with _fused_head(model):
+        try:
+            check_own_logits(model, "model", fused_log_probs(model))
+        except UnsupportedError as error:
+            check_causal(model, "model")
+            logger.warning(
+                f"{error} Scores are read from its own logits here, one row at a time: slower, and with all logits of "
+                "a row in memory."
+            )
+            return False
+    return True
 
 
 def length_sorted_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -169,13 +186,28 @@ def _score_batch(
     return [TokenScores(*parts) for parts in zip(*split, strict=True)]
 
 
+def _score_own_logits(
+    model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int], top_k: int | None, vocab_size: int | None
+) -> list[TokenScores]:
+    """Scores of rows from the model's own forward, one by one and without padding: right for any causal model."""
+    device, found = model.get_input_embeddings().weight.device, []
+    for row, start in zip(rows, starts, strict=True):
+        ids = torch.tensor([row], device=device)
+        logits = model(input_ids=ids).logits[0, start - 1 : -1]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        scored = score_logits(logits, ids[0, start:], top_k, vocab_size=vocab_size)
+        found.append(TokenScores(*(None if column is None else column.cpu().numpy() for column in scored)))
+    return found
+
+
 @contextmanager
 def _fused_head(model: Any) -> Iterator[None]:
     """TRL's fused head on `model`, taken off on exit: a caller's model is left as it was."""
     own = model.__dict__.get("forward")
     _compat.add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False)
     try:
-        yield
+        with plain_outputs(find_plain_outputs([model], "model")):
+            yield
     finally:
         del model.forward
         if own is not None:
@@ -254,7 +286,7 @@ class LocalEngine:
         """Load the model, whole on one device."""
         loaded = load_model(self._source, self._argument, self._options, device)
         self.model: Any = innermost_model(loaded, self._argument)
-        self._is_checked = False
+        self._fuses: bool | None = None
         if sampling is None:
             return
         self.sampling = sampling
@@ -279,12 +311,13 @@ class LocalEngine:
         vocab_size: int | None = None,
     ) -> list[TokenScores]:
         """Scores of the rows, in order, over the first `vocab_size` rows of the vocabulary."""
-        budget, is_checked = self._args.tokens_per_batch, self._is_checked
-        scores = _score_rows(
-            self.model, prompt_ids, completion_ids, top_k, budget, on_rows, vocab_size, is_checked=is_checked
+        if self._fuses is None:
+            with torch.no_grad(), evaluation_mode(self.model):
+                self._fuses = _can_fuse(self.model)
+        budget = self._args.tokens_per_batch
+        return _score_rows(
+            self.model, prompt_ids, completion_ids, top_k, budget, on_rows, vocab_size, fuses=self._fuses
         )
-        self._is_checked = True
-        return scores
 
     def sample(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
