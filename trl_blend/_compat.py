@@ -3,8 +3,9 @@ Every private or unstable symbol of TRL, transformers and accelerate that this p
 upstream reference and the condition under which the shim goes. `tests/contract/` freezes what is assumed here.
 """
 
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,9 @@ from unittest.mock import patch
 
 import torch
 import transformers.trainer as hf_trainer
+import trl.generation.vllm_generation as trl_vllm
 import trl.trainer.distillation_trainer as trl_distillation
+import trl.trainer.grpo_trainer as trl_grpo
 import trl.trainer.utils as trl_utils
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -231,6 +234,40 @@ def load_replicated(model_id: str, **kwargs) -> PreTrainedModel:
 def create_model_from_path(model_id: str, **kwargs) -> PreTrainedModel:
     """Upstream: `trl.trainer.utils.create_model_from_path`. Removal: it becomes public."""
     return trl_utils.create_model_from_path(model_id, **kwargs)
+
+
+@contextmanager
+def vllm_generation(build: Callable[..., Any]) -> Iterator[None]:
+    """
+    Let a `GRPOTrainer` or `DistillationTrainer` that is built inside the context make its engine with `build`.
+
+    Upstream: both modules look up `VLLMGeneration` in the constructor. Removal: the trainers accept an engine.
+    """
+    with patch.object(trl_grpo, "VLLMGeneration", build), patch.object(trl_distillation, "VLLMGeneration", build):
+        yield
+
+
+@contextmanager
+def engine_arguments(**arguments: Any) -> Iterator[None]:
+    """
+    Let `VLLMGeneration._init_vllm` inside the context start its engine with further arguments of `vllm.LLM`.
+
+    Upstream: `_init_vllm` looks up `trl.generation.vllm_generation.LLM` and passes a fixed set. Removal: it passes the
+    caller's on.
+    """
+    with patch.object(trl_vllm, "LLM", functools.partial(trl_vllm.LLM, **arguments)):
+        yield
+
+
+def call_server(client: Any, method: str, args: Sequence[Any]) -> list[Any]:
+    """
+    Results of a method of every worker of a vLLM server.
+
+    Upstream: `VLLMClient._post`, which retries and reads errors. Removal: `VLLMClient` has a call for
+    `/collective_rpc`.
+    """
+    url = f"{client.base_url}/collective_rpc"
+    return client._post(url, json={"method": method, "args": list(args)})["results"]
 
 
 def get_callable_name(function: Callable) -> str:

@@ -70,6 +70,9 @@ SEAMS = {
     ),
     "trl.generation.vllm_generation.VLLMGeneration.generate": "self, prompts, images, num_generations, profiler=",
     "trl.generation.vllm_generation.VLLMGeneration.sync_weights": "self",
+    "trl.generation.vllm_generation.VLLMGeneration._init_vllm": "self",
+    "trl.generation.vllm_client.VLLMClient._post": "self, url, **kwargs",
+    "trl.generation.vllm_client.VLLMClient.reset_prefix_cache": "self",
     "trl.SFTTrainer.__init__": (
         "self, model, args=, data_collator=, train_dataset=, eval_dataset=, processing_class=, compute_loss_func=,"
         " compute_metrics=, callbacks=, optimizers=, optimizer_cls_and_kwargs=, preprocess_logits_for_metrics=, "
@@ -156,8 +159,9 @@ SEAMS = {
 }
 
 GRPO_ATTRIBUTES = (
-    "_dist _is_vlm _metrics _pending_extra_logs _pending_metrics epsilon_high epsilon_low generation_config "
-    "generation_kwargs importance_sampling_level model_wrapped ref_model reward_weights temperature"
+    "_dist _is_vlm _metrics _pending_extra_logs _pending_metrics eos_token_ids epsilon_high epsilon_low "
+    "generation_config generation_kwargs importance_sampling_level model_wrapped ref_model reward_weights temperature"
+    " vllm_importance_sampling_correction"
 ).split()
 """Attributes of a `GRPOTrainer` instance that this package reads or replaces."""
 

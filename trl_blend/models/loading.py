@@ -368,6 +368,12 @@ def _vocabulary_rows(name: str, argument: str, options: dict[str, Any], config: 
     return max(max(trained) + 1, 0 if tokenizer is None else len(tokenizer))
 
 
+def base_of_adapter(name: str, argument: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    """Name and options of the model that an adapter is put on; those given for a model that is none."""
+    *_, base = _places(name, argument, options)
+    return base
+
+
 def _places(name: str, argument: str, options: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where a model's files are looked for, and with which options: its own place; for an adapter, then its base's."""
     _check_place(name, argument, options)

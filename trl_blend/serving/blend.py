@@ -50,6 +50,8 @@ class Blend:
             engine divides by that of the request afterwards, so the two must agree.
         eos ([`~trl_blend.ops.EosMap`], *optional*):
             End-of-sequence tokens to merge into one, in every model.
+        vocab_size (`int`, *optional*):
+            Ids below it are tokens, and no other is drawn. An engine never draws what one of its models has no row for.
         stop_token_ids (`tuple[int, ...]`, *optional*, defaults to `()`):
             Tokens that end a completion. An engine may be one step ahead of the end of a completion; that step is
             left out of the statistics.
@@ -63,6 +65,7 @@ class Blend:
     rule: BlendRule | None = None
     temperature: float = 1.0
     eos: EosMap | None = None
+    vocab_size: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     records: bool = False
 
@@ -85,6 +88,7 @@ class Blend:
             "rule": None if rule is None else {"name": type(rule).__name__, **asdict(rule)},
             "temperature": self.temperature,
             "eos": None if self.eos is None else self.eos._asdict(),
+            "vocab_size": self.vocab_size,
             "stop_token_ids": list(self.stop_token_ids),
             "records": self.records,
         }

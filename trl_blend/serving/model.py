@@ -20,6 +20,7 @@ from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation.step import blend_step
 from trl_blend.ops.vocab import align_vocab
 from trl_blend.serving.blend import Blend, Partner
+from trl_blend.serving.folder import blend_of_folder
 from trl_blend.serving.statistics import RunningSums, row_statistics
 
 
@@ -36,7 +37,8 @@ class BlendForCausalLM(nn.Module):
     Args:
         vllm_config (`VllmConfig`):
             Settings of the engine, those of the student's tower. The partners and the first blend are in `trl_blend`
-            of the configuration, see [`~trl_blend.serving.arguments.engine_arguments`].
+            of the configuration, see [`~trl_blend.serving.arguments.engine_arguments`], else in the `mixing.json` of
+            an exported mixed policy.
         prefix (`str`, *optional*, defaults to `""`):
             Prefix of the names of the student's layers.
 
@@ -46,25 +48,25 @@ class BlendForCausalLM(nn.Module):
         sums ([`~trl_blend.serving.statistics.RunningSums`]): Statistics of what was drawn, where `blend.records`.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If the configuration names no partners.
+        [`~trl_blend.errors.ConfigError`]: If neither names any partners.
         [`~trl_blend.errors.UnsupportedError`]: With pipeline parallelism, and for a model with another input than
             tokens (images, prompt embeddings) or another state than a cache of keys and values.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        given = getattr(vllm_config.model_config.hf_config, "trl_blend", None)
+        model_config = vllm_config.model_config
+        given = getattr(model_config.hf_config, "trl_blend", None)
         if given is None:
-            raise ConfigError(
-                f"`hf_overrides` of {vllm_config.model_config.model!r} names no partners. Start the engine with what "
-                "`trl_blend.serving.arguments.engine_arguments` gives."
-            )
+            self.partners, self.blend = blend_of_folder(model_config.model, model_config.revision)
+        else:
+            self.partners = [Partner(**partner) for partner in given["partners"]]
+            self.blend = Blend.from_dict(given["blend"])
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise UnsupportedError(
                 f"`pipeline_parallel_size={vllm_config.parallel_config.pipeline_parallel_size}`: the stages of models "
                 "of different depths do not line up. Use `tensor_parallel_size`."
             )
-        self.partners = [Partner(**partner) for partner in given["partners"]]
         self._configs = [
             _partner_config(vllm_config, partner, f"partner_{index}") for index, partner in enumerate(self.partners)
         ]
@@ -87,7 +89,6 @@ class BlendForCausalLM(nn.Module):
         # Graphs are captured with every tower, whatever is blended at first
         self._runs_partners = True
         self.sums = RunningSums()
-        self.blend = Blend.from_dict(given["blend"])
 
     @property
     def _partner_towers(self) -> list[nn.Module]:
@@ -150,13 +151,14 @@ class BlendForCausalLM(nn.Module):
         )
         if student is None:
             return None
-        student = align_vocab(student, self._num_tokens)
-        if blend.rule is not None:
-            step, partners = blend_step(blend.rule, student, partners, temperature=blend.temperature, eos=blend.eos)
-            if blend.records:
-                self.sums.add(row_statistics(step, partners), ended.squeeze(-1) == 0)
-            student = step.logits * blend.temperature
-        return align_vocab(student, self._vocab_size)
+        tokens = self._num_tokens if blend.vocab_size is None else min(self._num_tokens, blend.vocab_size)
+        if blend.rule is None:
+            return align_vocab(align_vocab(student, tokens), self._vocab_size)
+        settings = {"temperature": blend.temperature, "eos": blend.eos, "vocab_size": tokens}
+        step, partners = blend_step(blend.rule, student, partners, **settings)
+        if blend.records:
+            self.sums.add(row_statistics(step, partners), ended.squeeze(-1) == 0)
+        return step.logits * blend.temperature
 
     def _logits(self, tower: nn.Module, index: int, hidden: Tensor) -> Tensor | None:
         logits = tower.compute_logits(hidden.to(self._dtypes[index]).contiguous())

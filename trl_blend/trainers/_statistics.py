@@ -23,11 +23,18 @@ class TokenMeans:
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add `values` where `mask` is true; both of one shape."""
         kept = values[mask].double().cpu()
-        self._local[name] = self._local[name] + torch.stack([kept.sum(), torch.tensor(float(kept.numel()))])
+        self.add_sum(name, kept.sum().item(), kept.numel())
 
     def add_max(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Keep the maximum of `values` where `mask` is true; both of one shape. Values are at least 0."""
-        largest = values.masked_fill(~mask, 0.0).max().item()
+        self.add_largest(name, values.masked_fill(~mask, 0.0).max().item())
+
+    def add_sum(self, name: str, total: float, count: int) -> None:
+        """Add values of which only their sum and number are known."""
+        self._local[name] = self._local[name] + torch.tensor([total, count], dtype=torch.float64)
+
+    def add_largest(self, name: str, largest: float) -> None:
+        """Keep a maximum that is known already, at least 0."""
         self._local_maxima[name] = max(self._local_maxima.get(name, 0.0), largest)
 
     def sync(self, accelerator: Accelerator) -> None:

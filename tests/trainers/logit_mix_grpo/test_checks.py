@@ -72,7 +72,6 @@ def test_the_differing_teacher_of_several_is_named(refuses, other_tokenizer):
 # Rollouts that are drawn without the teacher
 
 ROLLOUTS = {
-    "use_vllm": {"use_vllm": True},
     "use_transformers_continuous_batching": {"use_transformers_continuous_batching": True},
     "rollout_func": {"trainer_kwargs": {"rollout_func": lambda prompts, trainer: {}}},
 }

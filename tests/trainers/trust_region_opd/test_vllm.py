@@ -1,4 +1,4 @@
-"""Rollouts with `use_vllm=True`, of an engine that is not vLLM: blended ones are transformers', later ones its own."""
+"""Rollouts with `use_vllm=True`, of an engine that is not vLLM: it is told what to draw from, at every step."""
 
 import logging
 
@@ -6,33 +6,18 @@ import pytest
 import trl.trainer.distillation_trainer as trl_distillation
 
 from tests.trainers import forced, runs
+from tests.trainers.engines import COMPLETION, Engine, PlainEngine
 from tests.trainers.trust_region_opd import policies
 from trl_blend.errors import UnsupportedError
-from trl_blend.trainers.trust_region_opd import trainer as module
-
-
-COMPLETION = [7, 8, 9]
-
-
-class Engine:
-    """In the shape of `VLLMGeneration`: remembers its calls and completes every prompt with the same tokens."""
-
-    def __init__(self, **kwargs):
-        self.temperature, self.generation_kwargs = kwargs["temperature"], dict(kwargs["generation_kwargs"] or {})
-        self.calls, self.syncs = [], 0
-
-    def sync_weights(self):
-        self.syncs += 1
-
-    def generate(self, prompts, images, num_generations, profiler):
-        self.calls.append((len(prompts), num_generations, self.temperature))
-        return None, [list(COMPLETION) for _ in prompts], None, None
+from trl_blend.trainers import _engine
 
 
 @pytest.fixture
 def build_vllm(build_opd, monkeypatch):
     monkeypatch.setattr(trl_distillation, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(trl_distillation, "VLLMGeneration", Engine)
+    monkeypatch.setattr(trl_distillation, "VLLMGeneration", PlainEngine)  # what a run without a blend takes
+    monkeypatch.setattr(_engine, "BlendedVLLMGeneration", Engine)
+    monkeypatch.setattr(_engine, "partners_of", lambda teachers, args: list(teachers))
     return lambda **settings: build_opd(use_vllm=True, **settings)
 
 
@@ -41,49 +26,41 @@ def drawn_by_engine(call):
 
 
 @pytest.mark.parametrize("policy", ["trust_region", "fixed_weight", "speculative_kd"])
-def test_the_engine_takes_over_after_the_warmup(build_vllm, caplog, policy):
+def test_the_engine_draws_the_warmup_too(build_vllm, caplog, policy):
     trainer = build_vllm(rollout_policy=policy, blend_warmup_steps=2, max_steps=4)
-    rollouts = runs.record_opd_rollouts(trainer)
+    engine, rules = trainer.vllm_generation, [trainer.args.rule_at(step) for step in range(4)]
     with caplog.at_level(logging.WARNING):
         record = runs.train(trainer)
-    assert [drawn_by_engine(call) for call in record.calls] == [False, False, True, True]
-    assert [bool(rollout.records) for rollout in rollouts] == [True, True, False, False]
-    assert trainer.vllm_generation.calls == [(8, 1, 1.0)] * 2
-    assert trainer.vllm_generation.syncs == 2  # never while it is not used
-    (message,) = [text for text in caplog.messages if "warmup of" in text]
-    assert "with vLLM" in message
-    assert trainer.use_vllm is True
+    assert all(drawn_by_engine(call) for call in record.calls)
+    assert engine.rules == rules and None not in rules[:2] and rules[2:] == [None, None]
+    assert engine.calls == [(8, 1, 1.0)] * 4 and engine.syncs == 4
+    assert [given["records"] for given in engine.settings] == [True, True, False, False]
+    assert engine.blend.rule == rules[0] and engine.partners_stop
+    assert engine.sent == {}  # it was given by name
+    assert len([text for text in caplog.messages if "From here on rollouts are drawn from the student" in text]) == 1
 
 
-def test_blended_rollouts_are_those_without_the_engine(build_vllm, build_opd):
-    settings = {"kl_budget": 0.3, "blend_warmup_steps": 3, "max_steps": 2}
-    ours, plain = runs.train(build_vllm(**settings)), runs.train(build_opd(**settings))
-    runs.assert_same_run(ours, plain)
-    assert ours.trainer.vllm_generation.calls == []
+def test_the_statistics_are_the_engines(build_vllm):
+    trainer = build_vllm(kl_budget=0.3, blend_warmup_steps=2, max_steps=1)
+    runs.train(trainer)
+    (entry,) = [entry for entry in trainer.state.log_history if "blend/teacher_weight/mean" in entry]
+    expected = {"teacher_weight/mean": 0.25, "teacher_weight/max": 0.75, "kl_behavior_student": 0.5}
+    expected |= {"kl_behavior_teacher": 2.0, "teacher_logp": 0.75, "teacher_entropy": 0.875}
+    assert {name: entry[f"blend/{name}"] for name in expected} == expected
 
 
-@pytest.mark.parametrize("where", ["generate", "enter"])
-def test_the_flag_is_put_back_after_a_failure(build_vllm, monkeypatch, where):
-    class Failure(Exception):
-        pass
+def test_a_rule_without_a_divergence_from_the_teacher_has_the_engines(build_vllm):
+    trainer = build_vllm(rollout_policy="fixed_weight", max_steps=1)
+    runs.train(trainer)
+    (value,) = [e["blend/kl_behavior_teacher"] for e in trainer.state.log_history if "blend/kl_behavior_teacher" in e]
+    assert value == 0.625
+    assert not trainer.vllm_generation.partners_stop  # it blends to the end
 
-    seen = []
 
-    def fail(*args, **kwargs):
-        seen.append(trainer.use_vllm)
-        raise Failure
-
-    trainer = build_vllm(blend_warmup_steps=2, max_steps=1)
-    with monkeypatch.context() as patch:
-        if where == "generate":
-            patch.setattr(trainer.teacher_model.model, "forward", fail)
-        else:
-            patch.setattr(module, "blended_generation", fail)
-        with pytest.raises(Failure):
-            trainer.train()
-    assert seen == [False] and trainer.use_vllm is True
-    assert "generate" not in vars(trainer.model) and trainer.model.training
-    assert len(runs.train(trainer).calls) == 1
+def test_the_table_has_no_columns_that_only_transformers_knows(build_vllm):
+    trainer = build_vllm(kl_budget=0.3, blend_warmup_steps=2, max_steps=1, log_completions=True)
+    runs.train(trainer)
+    assert list(trainer._table._extra) == ["kl_budget"]
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -102,19 +79,32 @@ def test_a_temperature_warmup_is_the_engines_too(build_vllm, monkeypatch, failin
     assert engine.temperature == 1.0 and trainer.generation_kwargs["temperature"] == 1.0
 
 
-def test_evaluation_is_the_engines(build_vllm):
+def test_evaluation_is_the_students(build_vllm):
     trainer = build_vllm(blend_warmup_steps=5, trainer_kwargs={"eval_dataset": runs.dataset()})
     trainer.evaluate()
-    assert trainer.vllm_generation.calls == [(8, 1, 1.0)]
+    assert trainer.vllm_generation.calls == [(8, 1, 1.0)] and trainer.vllm_generation.rules == [None]
 
 
 def test_the_engine_stops_at_merged_tokens(build_vllm):
-    trainer = build_vllm(teacher_eos_token_id=[33])
-    assert set(trainer.vllm_generation.generation_kwargs["stop_token_ids"]) == {*runs.EOS_IDS, 33}
+    trainer = build_vllm(teacher_eos_token_id=[33], max_steps=1)
+    engine = trainer.vllm_generation
+    assert set(engine.generation_kwargs["stop_token_ids"]) == {*runs.EOS_IDS, 33}
+    runs.train(trainer)
+    assert engine.settings[0]["eos"] == trainer.eos and set(engine.settings[0]["stop_token_ids"]) == {
+        *runs.EOS_IDS,
+        33,
+    }
     assert "stop_token_ids" not in build_vllm().vllm_generation.generation_kwargs
 
 
+def test_without_a_blend_the_engine_is_the_parents(build_vllm):
+    trainer = build_vllm(rollout_policy="student")
+    assert type(trainer.vllm_generation) is PlainEngine and trainer.engine is None
+
+
 def test_an_engine_that_could_emit_padding_rows_is_refused(build_vllm):
-    with pytest.raises(UnsupportedError, match="8 vocabulary rows that the teacher lacks, and vLLM"):
-        build_vllm(**policies.padded_models(72, 64))
+    models = policies.padded_models(72, 64)
+    with pytest.raises(UnsupportedError, match="8 vocabulary rows that the teacher lacks, and an engine that holds"):
+        build_vllm(rollout_policy="student", **models)
+    assert len(build_vllm(**policies.padded_models(72, 64)).missing_token_ids) == 8  # a blend never draws them
     assert build_vllm(**policies.padded_models(64, 72)).missing_token_ids == []

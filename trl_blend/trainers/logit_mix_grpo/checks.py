@@ -35,7 +35,6 @@ def check_arguments(
     _partners.check_text_only(isinstance(processing_class, ProcessorMixin), "`teacher_weight=0`")
     _partners.check_adapters(model, teachers, peft_config, args, "`teacher_weight=0`")
     rollouts_without_teacher = {
-        "use_vllm": args.use_vllm,
         "use_transformers_continuous_batching": args.use_transformers_continuous_batching,
         "rollout_func": rollout_func is not None,
     }

@@ -5,7 +5,7 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ from trl_blend.ops.importance import (
     summarize_importance,
 )
 from trl_blend.ops.reduction import masked_mean
-from trl_blend.trainers import _cards, _partners
+from trl_blend.schedules import DECAYING_SCHEDULES
+from trl_blend.trainers import _cards, _engine, _partners
 from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
 from trl_blend.trainers._greedy import own_share
 from trl_blend.trainers._record import RunParts
@@ -103,9 +104,10 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     Every `loss_type` and `importance_sampling_level` of [`~trl.GRPOTrainer`] works: this class changes what
     log-probabilities are computed, not the loss. At weight 0 it is `GRPOTrainer`, bit for bit.
 
-    Left out on purpose: sampling with vLLM or continuous batching while the weight is positive, and vision-language
-    students, whose teacher would need the image features at each step. Both are refused. A teacher is held in full by
-    every process, also under FSDP2 and ZeRO-3.
+    With `use_vllm=True` the engine holds the teachers beside the student and draws the mixed rollouts. Left out on
+    purpose: continuous batching of transformers while the weight is positive, and vision-language students, whose
+    teacher would need the image features at each step. Both are refused. A teacher is held in full by every process,
+    also under FSDP2 and ZeRO-3.
 
     Example:
 
@@ -203,16 +205,18 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._latest_logps: Tensor | None = None
         self._importance_sums: ImportanceSums | None = None
         self._floored_batch: dict[str, Any] | None = None
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        stop = args.teacher_weight_schedule in DECAYING_SCHEDULES
+        with _engine.blended_engine(args, teachers, args.rule_at(0), blends=args.mixes, partners_stop=stop):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
         if not args.mixes:
             return
         checks.check_student(self.model, args, is_vision_language=self._is_vlm)
@@ -249,11 +253,18 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._num_tokens = _partners.num_tokens(self.model, self._tokenizer)
         if self.args.objective == "mixed":
             self._plain_outputs = find_plain_outputs(self.partners, "teacher_model")
-        if self.args.mixing_space == "probs":
+        if self.engine is not None:  # which never draws what a teacher could not read back
+            self.engine.send_partners(_engine.in_memory(self.model, teachers, self.partners))
+        elif self.args.mixing_space == "probs":
             missing = _partners.token_ids_without_partner(self.model, self.partners)
             if missing:  # a teacher could not read them back
                 missing += self.generation_kwargs.get("suppress_tokens") or []
                 self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = missing
+
+    @property
+    def engine(self) -> "_engine.BlendedVLLMGeneration | None":
+        """The engine of vLLM that draws the mixed rollouts; `None` where transformers does."""
+        return _engine.of_trainer(self)
 
     def current_weights(self) -> tuple[float, ...]:
         """Teacher weights of the next generation batch; of the best checkpoint, once that is loaded."""
@@ -290,7 +301,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             weights = (0.0,) * len(weights)
         for index, weight in enumerate(weights):
             self._log_completion_extra(f"teacher_weight{self._suffix(index)}", [weight] * len(inputs))
-        with self.policy(weights, generating=True):
+        with self.policy(weights, generating=True), self._engine_correction(weights):
             output = super()._generate_and_score_completions(inputs)
         output["teacher_weight"] = [weights] * len(inputs)
         if self.args.objective == "student" and any(weights):
@@ -313,6 +324,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         turn = (prompt_ids, images, multimodal_fields, num_generations)
+        if self.engine is not None:
+            return self._draw_with_engine(self.engine, *turn, **kwargs)
         if self._rule is None:
             return super()._generate_single_turn(*turn, **kwargs)
         student = self.accelerator.unwrap_model(self.model_wrapped)
@@ -330,6 +343,19 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         lengths = [len(ids) for ids in completion_ids]
         self._collect_rollout_means(record, lengths)
         return completion_ids, [row[:n] for row, n in zip(record.behavior_logps.tolist(), lengths, strict=True)]
+
+    def _draw_with_engine(self, engine: "_engine.BlendedVLLMGeneration", *turn: Any, **kwargs: Any) -> tuple:
+        tokens = None if self._rule is None else self._num_tokens
+        engine.set_rule(self._rule, self.eos_token_ids, vocab_size=tokens, records=self._recording)
+        drawn = super()._generate_single_turn(*turn, **kwargs)
+        if self._rule is None or not self._recording:
+            return drawn
+        sums = engine.take_statistics()
+        names = {"kl_behavior_student": "kl_behavior_student"}
+        names |= {f"teacher_logp_{i}": f"teacher_logp{self._suffix(i)}" for i in range(len(self.args.teacher_weight))}
+        for name, logged in names.items():
+            self._rollout_means.add_sum(logged, sums[name].total, sums[name].count)
+        return drawn
 
     def _collect_rollout_means(self, record: RolloutRecord, lengths: list[int]) -> None:
         mask = record.mask_of(lengths)
@@ -378,21 +404,45 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     @contextmanager
     def _decoding_greedily(self) -> Iterator[None]:
         """Greedy settings; logs and counters are put back on exit."""
-        saved_settings = self.generation_kwargs, self.generation_config
         saved_logs = self._metrics, self.state.num_input_tokens_seen
-        sampling = names_with(SAMPLES, CUTS)
-        settings = {key: value for key, value in self.generation_kwargs.items() if key not in sampling}
-        self.generation_kwargs = {**settings, "do_sample": False}
-        self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
         self._metrics = {mode: defaultdict(list) for mode in saved_logs[0]}
         try:
-            yield
+            with self._transformers_greedy() if self.engine is None else self.engine.greedy():
+                yield
         finally:
-            self.generation_kwargs, self.generation_config = saved_settings
             self._metrics, self.state.num_input_tokens_seen = saved_logs
             # Reward functions may have logged extra columns and metrics for rows that are not part of the run
             self._pending_extra_logs.clear()
             self._pending_metrics.clear()
+
+    @contextmanager
+    def _transformers_greedy(self) -> Iterator[None]:
+        saved = self.generation_kwargs, self.generation_config
+        sampling = names_with(SAMPLES, CUTS)
+        settings = {key: value for key, value in self.generation_kwargs.items() if key not in sampling}
+        self.generation_kwargs = {**settings, "do_sample": False}
+        self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
+        try:
+            yield
+        finally:
+            self.generation_kwargs, self.generation_config = saved
+
+    def _engine_correction(self, weights: tuple[float, ...]) -> AbstractContextManager[None]:
+        """
+        Leave out TRL's correction for the difference between engine and trainer where the ratio has the engine's own
+        probabilities in its denominator: `objective="student"`, while tokens come from the mixture.
+        """
+        corrects = self.engine is None or self.args.objective == "mixed" or not any(weights)
+        return nullcontext() if corrects else self._without_correction()
+
+    @contextmanager
+    def _without_correction(self) -> Iterator[None]:
+        saved = self.vllm_importance_sampling_correction
+        self.vllm_importance_sampling_correction = False
+        try:
+            yield
+        finally:
+            self.vllm_importance_sampling_correction = saved
 
     # Loss
 
@@ -441,7 +491,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             with self.policy(weights):
                 return super()._compute_loss(model, inputs)
         batch = copy.copy(inputs)
-        with self.policy(weights), self._importance_clip(batch):
+        with self.policy(weights), self._importance_clip(batch), self._engine_correction(weights):
             loss = super()._compute_loss(model, batch)
         self._log_importance(inputs)
         return loss

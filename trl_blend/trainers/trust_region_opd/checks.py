@@ -104,11 +104,11 @@ def check_loaded(
             "models whose vocabulary sizes or end-of-sequence tokens differ, or with ZeRO-3. Set `beta=1.0`, or "
             "make the models alike (`canonicalize_eos=False` leaves their end-of-sequence tokens as they are)."
         )
-    if args.use_vllm and missing_token_ids:
+    if args.use_vllm and not args.blends and missing_token_ids:
         raise UnsupportedError(
-            f"`use_vllm=True`: the student has {len(missing_token_ids)} vocabulary rows that the teacher "
-            "lacks, and vLLM cannot be told never to emit them. Set `use_vllm=False`, or resize the "
-            "student's embeddings."
+            f"`use_vllm=True`: the student has {len(missing_token_ids)} vocabulary rows that the teacher lacks, and "
+            "an engine that holds the student alone cannot be told never to emit them. Set `use_vllm=False`, or "
+            "resize the student's embeddings."
         )
 
 

@@ -55,8 +55,9 @@ class CompletionsTable:
     Columns beside `step`, `prompt` and `completion`, with `log_completions=True`:
 
     - `kl_budget` or the fixed `teacher_weight` that the completion was decoded with; `teacher_weight` (β*),
-      `kl_behavior_student` and `replaced_share`, means over the tokens that were drawn, by `rollout_policy`. All of
-      them are 0 for the student's own rollouts, after the warmup and in evaluation. Without blending there are none;
+      `kl_behavior_student` and `replaced_share`, means over the tokens that were drawn, by `rollout_policy` (not with
+      vLLM, which sums them over all completions). All of them are 0 for the student's own rollouts, after the warmup
+      and in evaluation. Without blending there are none;
     - the reward of each of `reward_funcs`, under its name.
 
     TRL's table has no place for further columns, so this one is written in its stead, in the same places. Without any
@@ -76,6 +77,8 @@ class CompletionsTable:
         self.reward_names = reward_names
         self.num_rows = num_rows
         self._statistics = (*_STATISTICS.get(args.rollout_policy, ()), "kl_behavior_student")
+        if args.use_vllm:
+            self._statistics = ()
         self._turns: list[_Completion] = []
         self._rewards: dict[str, deque[float]] = {}
         self._extra: dict[str, deque[float]] = {}

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.reverse_kl import support_statistics
 from trl_blend.ops.reduction import masked_mean
 from trl_blend.ops.vocab import EosMap
+from trl_blend.serving.statistics import Statistic
 from trl_blend.trainers._statistics import TokenMeans
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
@@ -86,6 +87,20 @@ class Diagnostics:
         if not self.measures_support("train"):
             means.add("teacher_logp", teacher_logps, mask & teacher_logps.isfinite())
             means.add("teacher_entropy", record.teacher_entropies[0], mask)
+
+    def collect_sums(self, sums: Mapping[str, Statistic]) -> None:
+        """Add what an engine has summed up of its draws, see [`~trl_blend.serving.statistics.row_statistics`]."""
+        means, own = self._rollout_means, {name: value for name, value in sums.items() if not name.endswith("_0")}
+        for name, (total, count, largest) in own.items():
+            if name == "teacher_weight":
+                means.add_sum("teacher_weight/mean", total, count)
+                means.add_largest("teacher_weight/max", largest)
+            else:
+                means.add_sum(name, total, count)
+        of_teacher = [] if "kl_behavior_teacher" in own else ["kl_behavior_teacher"]
+        of_teacher += [] if self.measures_support("train") else ["teacher_logp", "teacher_entropy"]
+        for name in of_teacher:
+            means.add_sum(name, sums[f"{name}_0"].total, sums[f"{name}_0"].count)
 
     def log_rollouts(self, mode: str, num_tokens: int, seconds: float) -> None:
         """End a generation batch: log its means, and what it took. Every rank must call it."""

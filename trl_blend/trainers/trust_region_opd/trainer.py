@@ -21,7 +21,7 @@ from trl_blend.models.own_logits import Fused, check_own_logits, head_log_probs
 from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.reverse_kl import reverse_kl
 from trl_blend.schedules import linear
-from trl_blend.trainers import _cards, _partners
+from trl_blend.trainers import _cards, _engine, _partners
 from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
 from trl_blend.trainers._record import RunParts
 from trl_blend.trainers._run import RunMixin, default_config
@@ -176,15 +176,17 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         reward_names = [_compat.get_callable_name(function) for function in self.reward_funcs]
         self._panels = report.panels(reward_names)
         self._rule: BlendRule | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        stop = args.blend_warmup_steps is not None
+        with _engine.blended_engine(args, teachers, args.rule_at(0), blends=args.blends, partners_stop=stop):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
         self._diagnostics = Diagnostics(args, reward_names, self.accelerator, self._log_metrics)
         self._table = CompletionsTable(args, reward_names, self._logs["prompt"].maxlen)
         self._veto_weight: Callable[[int], float] = lambda step: 0.0
@@ -213,6 +215,8 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         self._plain_outputs = find_plain_outputs(self.partners, "teacher_model")
         self._given_teachers = teachers
         self.teacher_model = self.partners[0] if self.partners else BaseTeacher(self.model)
+        if self.engine is not None:
+            self.engine.send_partners(_engine.in_memory(self.model, teachers, self.partners))
         self.eos = None
         if teachers:
             target = self._tokenizer.eos_token_id
@@ -226,6 +230,11 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         if self.missing_token_ids:  # the teacher could not read them back
             suppressed = self.missing_token_ids + (self.generation_kwargs.get("suppress_tokens") or [])
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
+
+    @property
+    def engine(self) -> "_engine.BlendedVLLMGeneration | None":
+        """The engine of vLLM that draws the blended rollouts; `None` where transformers does."""
+        return _engine.of_trainer(self)
 
     def _stop_at(self, token_ids: tuple[int, ...]) -> None:
         """End the student's own rollouts, and the trained model's generations, with these tokens too."""
@@ -273,10 +282,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         step, args = self.state.global_step, self.args
         rule = args.rule_at(step)
         if self._rule is not None and rule is None:
-            engine = "vLLM" if self.use_vllm else "transformers"
             logger.warning(
                 f"Step {step}: the warmup of `rollout_policy={args.rollout_policy!r}` is over. From here on "
-                f"rollouts are drawn from the student alone, with {engine}."
+                "rollouts are drawn from the student alone."
             )
         self._rule = rule
         if args.rollout_policy == "trust_region":
@@ -299,17 +307,19 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, has_tool_images=False):
         turn = (prompt_ids, images, multimodal_fields, has_tool_images)
         _partners.check_prompt_ids(prompt_ids, self.model, self.partners, self._tokenizer)
+        rule = self._rule if self.model.training else None
+        if self.engine is not None:
+            return self._draw_with_engine(self.engine, rule, *turn)
         if not self.model.training:
             return super()._generate_single_turn(*turn)
-        if self._rule is None:
+        if rule is None:
             with self._warmed_up_sampling():
                 return super()._generate_single_turn(*turn)
         student = self.accelerator.unwrap_model(self.model_wrapped)
         with (
             evaluation_mode(student),  # dropout would draw tokens from another policy than the one of the budget
-            self._decoding_with_transformers(),
             blended_generation(
-                student, self.partners or None, self._rule, eos=self.eos, vocab_size=self._num_tokens, record=True
+                student, self.partners or None, rule, eos=self.eos, vocab_size=self._num_tokens, record=True
             ) as session,
         ):
             completion_ids = super()._generate_single_turn(*turn)
@@ -318,13 +328,16 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         self._table.add_turn(record, prompt_ids, completion_ids)
         return completion_ids
 
-    @contextmanager
-    def _decoding_with_transformers(self) -> Iterator[None]:
-        use_vllm, self.use_vllm = self.use_vllm, False
-        try:
-            yield
-        finally:
-            self.use_vllm = use_vllm
+    def _draw_with_engine(
+        self, engine: "_engine.BlendedVLLMGeneration", rule: BlendRule | None, *turn: Any
+    ) -> list[list[int]]:
+        tokens = None if rule is None else self._num_tokens
+        blends = rule is not None
+        engine.set_rule(rule, self.eos_token_ids, eos=self.eos, vocab_size=tokens, records=blends)
+        completion_ids = super()._generate_single_turn(*turn)
+        if rule is not None:
+            self._diagnostics.collect_sums(engine.take_statistics())
+        return completion_ids
 
     def _sampling_temperature(self) -> float:
         """Temperature of the student's training rollouts at this step; the loss keeps its own."""

@@ -1,0 +1,36 @@
+"""An exported mixed policy is read as the blend that it is."""
+
+import pytest
+
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from trl_blend import LogitMixing, ProbabilityMixing, export_mixed_policy
+from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.serving.blend import Blend, Partner
+from trl_blend.serving.folder import blend_of_folder
+
+
+def export(folder, student, weight, **settings):
+    export_mixed_policy(student, tiny_model(seed=1), weight, folder, processing_class=tiny_tokenizer(), **settings)
+    return str(folder)
+
+
+def test_a_copied_reference(tmp_path):
+    folder = export(tmp_path / "mixed", tiny_model(), 0.3)
+    partner = Partner(str((tmp_path / "mixed" / "reference").resolve()))
+    assert blend_of_folder(folder) == ([partner], Blend(LogitMixing((0.3,))))
+    folder = export(tmp_path / "probs", tiny_model(), 0.4, mixing_space="probs")
+    assert blend_of_folder(folder)[1] == Blend(ProbabilityMixing((0.4,)))
+    assert blend_of_folder(export(tmp_path / "plain", tiny_model(), 0.0))[1] == Blend()
+
+
+def test_refusals(tmp_path):
+    student = tmp_path / "student"
+    tiny_model().save_pretrained(student)
+    tiny_tokenizer().save_pretrained(student)
+    with pytest.raises(ConfigError, match="holds no mixed policy: it has no mixing.json"):
+        blend_of_folder(str(student))
+    from transformers import AutoModelForCausalLM
+
+    adapted = tiny_lora(AutoModelForCausalLM.from_pretrained(student))
+    with pytest.raises(UnsupportedError, match="is an adapter, and an engine loads whole models. Merge it"):
+        blend_of_folder(export(tmp_path / "mixed", adapted, 0.3))

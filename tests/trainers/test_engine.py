@@ -1,0 +1,220 @@
+"""TRL's engine holding the teachers: what it is started with, and what it is told and sent, in which order."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import trl.generation.vllm_generation as trl_vllm
+from accelerate import Accelerator
+
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
+from tests.trainers import engines
+from trl_blend import LogitMixing, TrustRegion
+from trl_blend.errors import ConfigError, EngineError, UnsupportedError
+from trl_blend.serving.blend import Blend, Partner
+from trl_blend.trainers import _engine
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them: they go after the test
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(trl_vllm, "is_vllm_available", lambda *args, **kwargs: True)
+    monkeypatch.setattr(trl_vllm, "ensure_master_addr_port", lambda: None)
+    monkeypatch.setattr(trl_vllm, "empty_cache", lambda: None)
+    monkeypatch.setattr(trl_vllm, "LLM", engines.LLM, raising=False)
+    monkeypatch.setattr(trl_vllm, "SamplingParams", lambda **settings: settings, raising=False)
+    monkeypatch.setattr("trl_blend.serving.arguments.version", lambda name: "0.31.0")
+    return accelerator
+
+
+def start(folder, model=None, **given):
+    model = tiny_model() if model is None else model
+    model.name_or_path = folder
+    settings = {"partners": [Partner(folder)], "blend": Blend(LogitMixing(0.3)), "partners_stop": False, **given}
+    return _engine.BlendedVLLMGeneration(
+        model=model, accelerator=Accelerator(cpu=True), processing_class=tiny_tokenizer(), **settings
+    )
+
+
+def draw(engine):
+    engine.generate(prompts=[[5, 6], [7]], images=None, num_generations=1)
+    events, engine.llm.events = engine.llm.events, []
+    return [event for event in events if event[0] != "student"]
+
+
+def test_what_an_engine_is_started_with(vllm, folder):
+    given = start(folder).llm.started_with
+    assert given["model"] == folder and given["logprobs_mode"] == "processed_logprobs"
+    content = given["hf_overrides"]["trl_blend"]
+    assert content["partners"][0]["model"] == folder
+    assert Blend.from_dict(content["blend"]) == Blend(LogitMixing(0.3))
+    assert "sleep_preserve_parameter_names" not in given and "compilation_config" not in given
+    assert trl_vllm.LLM is engines.LLM  # put back
+    given = start(folder, partners=[None], partners_stop=True, enable_sleep_mode=True).llm.started_with
+    assert given["hf_overrides"]["trl_blend"]["partners"][0]["model"] == folder  # the student's own base
+    assert given["sleep_preserve_parameter_names"] == ["partner_0.*"]
+    assert given["compilation_config"] == {"cudagraph_mode": "PIECEWISE"}
+
+
+def test_an_engine_is_told_what_changes(vllm, folder):
+    engine = start(folder, temperature=0.7)
+    engine.set_rule(LogitMixing(0.3), [1], records=True)
+    told = Blend(LogitMixing(0.3), 0.7, stop_token_ids=(1,), records=True)
+    assert draw(engine) == [("set_blend", told.to_dict()), ("generate", 0.7)]
+    assert draw(engine) == [("generate", 0.7)]  # nothing new
+    engine.set_rule(None, [1])
+    assert [event[0] for event in draw(engine)] == ["set_blend", "generate"]
+    engine.set_rule(TrustRegion(0.1), [1])
+    # The teachers have not seen the prefixes of the last call
+    assert [event if event == "reset" else event[0] for event in draw(engine)] == ["reset", "set_blend", "generate"]
+    assert engine.take_statistics() == {"kl_behavior_student": (2.0, 4, 1.0)}
+
+
+def test_greedy_decoding_blends_at_temperature_one(vllm, folder):
+    engine = start(folder, temperature=0.7, top_p=0.9, generation_kwargs={"top_k": 5, "seed": 3, "temperature": 0.6})
+    engine.set_rule(LogitMixing(0.3), [1])
+    assert engine.blend.temperature == 0.6
+    with engine.greedy():
+        assert engine.generation_kwargs == {"seed": 3} and engine.top_p == 1.0
+        engine.set_rule(LogitMixing(0.3), [1])
+        assert engine.blend.temperature == 1.0 and draw(engine)[-1] == ("generate", 0.0)
+    assert (engine.temperature, engine.top_p, engine.generation_kwargs["top_k"]) == (0.7, 0.9, 5)
+
+
+def test_a_sleeping_engine_is_woken_before_it_is_told(vllm, folder):
+    engine = start(folder, enable_sleep_mode=True)
+    assert engine.llm.events == ["sleep"]
+    engine.llm.events = []
+    engine.send_partners({0: (tiny_model(seed=1), True)})
+    engine.set_rule(LogitMixing(0.5), [1])
+    events = [event if isinstance(event, str) else event[0] for event in draw(engine)]
+    assert events[0] == "wake weights" and events.index("partner_0") < events.index("set_blend")
+    assert events[-3:] == ["wake kv_cache", "generate", "sleep"]
+
+
+def test_a_teacher_in_memory_is_sent_once(vllm, folder):
+    engine, teacher = start(folder), tiny_model(seed=1)
+    engine.send_partners({0: (teacher, True)})
+    for expected in (dict(teacher.named_parameters()), {}):
+        engine.llm.events = []
+        engine.sync_weights()
+        sent = {name: tensor for kind, name, tensor in (e for e in engine.llm.events if e[0] == "partner_0")}
+        assert sent.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in sent.items())
+        assert any(event[0] == "student" for event in engine.llm.events)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_adapters_are_merged_or_left_out(vllm, folder, merged):
+    engine, model = start(folder), tiny_lora(tiny_model(seed=1))
+    expected = {name: tensor.clone() for name, tensor in tiny_model(seed=1).named_parameters()}
+    if merged:
+        expected = dict(tiny_lora(tiny_model(seed=1)).merge_and_unload().named_parameters())
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    engine.send_partners({0: (model, merged)})
+    engine.llm.events = []
+    engine.sync_weights()
+    sent = {name: tensor for kind, name, tensor in (e for e in engine.llm.events if e[0] == "partner_0")}
+    assert sent.keys() == expected.keys()
+    for name, tensor in sent.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=0)
+
+
+# A server
+
+
+class Client:
+    """In the shape of TRL's client of a server."""
+
+    def __init__(self, base_url, group_port, connection_timeout):
+        self.base_url, self.posts, self.partners = base_url, [], ["teacher"]
+
+    def init_communicator(self, device):
+        pass
+
+    def reset_prefix_cache(self):
+        self.posts.append("reset")
+
+    def _post(self, url, json):
+        if self.partners is None:
+            raise Exception("Request failed: 404")
+        self.posts.append((url, json["method"], *json["args"]))
+        answers = {
+            "describe_blend": {"partners": self.partners},
+            "take_blend_statistics": {"kl_behavior_student": [2.0, 4, 1.0]},
+        }
+        return {"results": [answers.get(json["method"])] * 2}
+
+
+def test_a_server_is_told_by_rpc(vllm, folder, monkeypatch):
+    monkeypatch.setattr(trl_vllm, "VLLMClient", Client)
+    engine = start(folder, mode="server", server_base_url="http://host:1", partners=[None])
+    url = "http://host:1/collective_rpc"
+    first = Blend(LogitMixing(0.3)).to_dict()
+    assert engine.vllm_client.posts == [(url, "describe_blend"), (url, "set_blend", first)]
+    assert engine.take_statistics() == {"kl_behavior_student": (2.0, 4, 1.0)}
+    with pytest.raises(ConfigError, match=r"The server holds 1 teacher\(s\), \['teacher'\], but the trainer has 2"):
+        start(folder, mode="server", server_base_url="http://host:1", partners=[None, None])
+    monkeypatch.setattr(Client, "_post", lambda self, url, json: 1 / 0)
+    with pytest.raises(EngineError, match="http://host:1 did not answer `describe_blend`"):
+        start(folder, mode="server", server_base_url="http://host:1", partners=[None])
+
+
+# Which teachers
+
+
+def config(**given):
+    settings = {"teacher_model_init_kwargs": None, "teacher_model_revision": None, "trust_remote_code": False}
+    return SimpleNamespace(**{"vllm_mode": "colocate", **settings, **given})
+
+
+def test_partners_of(vllm, folder, tmp_path):
+    teacher = tiny_model(seed=1)
+    teacher.name_or_path = folder
+    assert _engine.partners_of([], config()) == [None]
+    given = config(teacher_model_init_kwargs={"dtype": torch.bfloat16, "attn_implementation": "eager"})
+    assert _engine.partners_of([folder, teacher], given) == [Partner(folder, dtype="bfloat16")] * 2
+    given = config(teacher_model_init_kwargs={"dtype": "auto"}, trust_remote_code=True)
+    assert _engine.partners_of([folder], given) == [Partner(folder, trust_remote_code=True)]
+    assert _engine.partners_of([folder, folder], config(vllm_mode="server")) == [None, None]
+    adapted = tiny_lora(tiny_model())
+    adapted.peft_config["default"].base_model_name_or_path = folder
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert _engine.partners_of([str(tmp_path / "adapter")], config()) == [Partner(folder)]
+    assert _engine.in_memory(teacher, [folder, teacher, "adapter"], [teacher, teacher, adapted]) == {
+        1: (teacher, True),
+        2: (adapted, True),
+    }
+    assert _engine.in_memory(teacher, [], []) == {0: (teacher, False)}
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "subfolder", "gguf_file", "variant"])
+def test_weights_that_an_engine_is_not_told_of(vllm, folder, name):
+    with pytest.raises(UnsupportedError, match=f"`teacher_model_init_kwargs` has `{name}='x'`"):
+        _engine.partners_of([folder], config(teacher_model_init_kwargs={name: "x"}))
+
+
+def test_teachers_that_an_engine_cannot_load(vllm, folder):
+    with pytest.raises(UnsupportedError, match="`teacher_model` was built in memory.*Save it with its tokenizer"):
+        _engine.partners_of([tiny_model()], config())
+    teacher = tiny_model()
+    teacher.name_or_path, teacher.is_quantized = folder, True
+    with pytest.raises(UnsupportedError, match="`teacher_model` is a quantized model in memory"):
+        _engine.partners_of([teacher], config())
+
+
+def test_without_vllm(monkeypatch, folder):
+    monkeypatch.setattr("trl_blend.serving.arguments.version", lambda name: "0.30.0")
+    with pytest.raises(UnsupportedError, match="0.30.0 is installed"):
+        _engine.partners_of([folder], config())

@@ -1,0 +1,278 @@
+"""Training on rollouts that an engine draws from the blend: loss, statistics and weights are as with transformers."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from testbed import task
+from tests.vllm.engines import teacher_forced, worst_error
+from trl_blend import (
+    LogitMixGRPOConfig,
+    LogitMixGRPOTrainer,
+    LogitMixing,
+    TrustRegion,
+    TrustRegionOPDConfig,
+    TrustRegionOPDTrainer,
+)
+from trl_blend.serving.blend import Blend
+
+
+pytestmark = pytest.mark.vllm
+
+CHECKPOINTS = Path(task.__file__).resolve().parent / "checkpoints"
+STUDENT, TEACHER = str(CHECKPOINTS / "student"), str(CHECKPOINTS / "teacher")
+TOLERANCE = 5e-5
+
+
+def settings(folder, **given):
+    return {
+        "output_dir": str(folder),
+        "learning_rate": 1e-3,  # large, so that old weights would give other tokens
+        "per_device_train_batch_size": 16,
+        "max_completion_length": task.MAX_NEW_TOKENS,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 128,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_steps": 3,
+        **given,
+    }
+
+
+def grpo(folder, model=STUDENT, teacher=TEACHER, trainer=None, **given):
+    args = LogitMixGRPOConfig(**settings(folder, **{"num_generations": 4, "teacher_weight": 0.3, **given}))
+    return LogitMixGRPOTrainer(
+        model=model,
+        teacher_model=teacher,
+        reward_funcs=task.format_and_answer_reward,
+        args=args,
+        train_dataset=task.build_prompt_dataset("train", 64),
+        **(trainer or {}),
+    )
+
+
+def opd(folder, teacher=TEACHER, **given):
+    args = TrustRegionOPDConfig(**settings(folder, **{"kl_budget": 0.05, "blend_warmup_steps": 2, **given}))
+    dataset = task.build_prompt_dataset("train", 64)
+    return TrustRegionOPDTrainer(model=STUDENT, teacher_model=teacher, args=args, train_dataset=dataset)
+
+
+def tower(trainer, name):
+    (found,) = trainer.engine.llm.apply_model(lambda model: getattr(model, name))
+    return found
+
+
+def tensors(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def held_out(trainer, count=16):
+    return trainer._tokenize_prompts([row["prompt"] for row in task.build_prompt_dataset("test", count)])[0]
+
+
+def draw(trainer, rule):
+    """`(prompt, completion, log-probabilities)` of held-out prompts, with the weights of now."""
+    prompt_ids = held_out(trainer)
+    trainer._last_loaded_step, trainer._rule = -1, rule
+    if isinstance(trainer, LogitMixGRPOTrainer):
+        completion_ids, logps = trainer._generate_single_turn(prompt_ids, None, {}, 1)
+    else:
+        completion_ids = trainer._generate_single_turn(prompt_ids, None, {})
+        logps = [None] * len(completion_ids)
+    trainer._rule = None
+    return list(zip(prompt_ids, map(list, completion_ids), logps, strict=True))
+
+
+def assert_engine_has_the_weights_of(trainer, model):
+    """The engine's greedy tokens are those of the student that training ended with."""
+    with trainer.engine.greedy():
+        rows = draw(trainer, None)
+    for prompt, ids, _ in rows:
+        tokens = torch.tensor([[*prompt, *ids]])
+        with torch.no_grad():
+            assert ids == model(tokens).logits[0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def saved_student(trainer, folder):
+    trainer.save_model(str(folder))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+
+@pytest.fixture
+def teacher():
+    return AutoModelForCausalLM.from_pretrained(TEACHER, dtype="float32").eval()
+
+
+def test_weights_reach_the_student_and_nothing_else(cpu_engine, teacher, tmp_path):
+    trainer = grpo(tmp_path / "run", max_steps=10)
+    before = tensors(tower(trainer, "partner_0"))
+    start = tensors(tower(trainer, "student"))
+    trainer.train()
+    after = tensors(tower(trainer, "partner_0"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    student = saved_student(trainer, tmp_path / "saved")
+    assert_engine_has_the_weights_of(trainer, student)
+    moved = tensors(tower(trainer, "student"))
+    assert any(not torch.equal(start[name], moved[name]) for name in start)
+    # The correction compares the mixture of the engine with that of the trainer
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    assert all(abs(value - 1) < 1e-3 for value in logged(trainer, "sampling/importance_sampling_ratio/mean"))
+    # What is recorded is log μ of the last weights
+    rows = draw(trainer, LogitMixing(0.3))
+    assert worst_error([student, teacher], Blend(LogitMixing(0.3)), rows) < TOLERANCE
+
+
+def step_of(trainer, rollouts=None):
+    """Loss, gradients and rollouts of the first step; the rollouts given are used instead of drawing any."""
+    found = {}
+    generate, compute = trainer._generate_single_turn, trainer.compute_loss
+
+    def generate_or_repeat(*args, **kwargs):
+        found["rollouts"] = generate(*args, **kwargs) if rollouts is None else rollouts
+        return found["rollouts"]
+
+    def compute_and_keep(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        found["loss"] = loss.detach()
+        return loss
+
+    class Stop(Exception):
+        pass
+
+    def keep_gradients(*args, **kwargs):
+        parameters = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+        found["gradients"] = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+        raise Stop
+
+    trainer._generate_single_turn, trainer.compute_loss = generate_or_repeat, compute_and_keep
+    trainer.create_optimizer()
+    trainer.optimizer.step = keep_gradients
+    trainer.args.max_grad_norm = 0.0
+    with pytest.raises(Stop):
+        trainer.train()
+    return found
+
+
+def assert_same_step(one, other):
+    torch.testing.assert_close(one["loss"], other["loss"], atol=1e-5, rtol=1e-5)
+    assert one["gradients"].keys() == other["gradients"].keys()
+    largest = max(gradient.abs().max() for gradient in other["gradients"].values())
+    assert largest > 1e-3
+    for name, gradient in other["gradients"].items():
+        torch.testing.assert_close(one["gradients"][name], gradient, atol=1e-5 * max(largest.item(), 1.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["mixed", "student"])
+def test_the_loss_of_given_rollouts(cpu_engine, tmp_path, objective):
+    engine = step_of(grpo(tmp_path / "engine", objective=objective))
+    plain = step_of(grpo(tmp_path / "plain", objective=objective, use_vllm=False), engine["rollouts"])
+    assert_same_step(engine, plain)
+
+
+def test_the_loss_of_given_rollouts_opd(cpu_engine, tmp_path):
+    engine = step_of(opd(tmp_path / "engine"))
+    assert_same_step(engine, step_of(opd(tmp_path / "plain", use_vllm=False), engine["rollouts"]))
+
+
+def test_trust_region_with_its_warmup(cpu_engine, tmp_path):
+    trainer = opd(tmp_path / "run", max_steps=4, log_completions=False)
+    before = tensors(tower(trainer, "partner_0"))
+    calls = []
+    handle = tower(trainer, "partner_0").register_forward_hook(lambda *_: calls.append(trainer.state.global_step))
+    trainer.train()
+    handle.remove()
+    assert set(calls) == {0, 1}  # the teacher does not run once the warmup is over
+    after = tensors(tower(trainer, "partner_0"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert logged(trainer, "blend/kl_budget") == [0.05, 0.025, 0.0, 0.0]
+    for step, budget in enumerate([0.05, 0.025]):
+        assert logged(trainer, "blend/kl_behavior_student")[step] <= budget * 1.001
+        assert (
+            0.0
+            < logged(trainer, "blend/teacher_weight/mean")[step]
+            <= logged(trainer, "blend/teacher_weight/max")[step]
+            <= 1.0
+        )
+    assert len(logged(trainer, "blend/teacher_logp")) == 2 and len(logged(trainer, "blend/teacher_entropy")) == 2
+    assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
+
+
+def test_statistics_are_those_of_the_rollouts(cpu_engine, teacher, tmp_path):
+    trainer, drawn = opd(tmp_path / "run", max_steps=1, learning_rate=0.0), []
+    generate = trainer._generate_single_turn
+
+    def generate_and_keep(prompt_ids, *args, **kwargs):
+        drawn.extend(zip(prompt_ids, generate(prompt_ids, *args, **kwargs), strict=True))
+        return [ids for _, ids in drawn]
+
+    trainer._generate_single_turn = generate_and_keep
+    trainer.train()
+    student = AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").eval()
+    blend = Blend(TrustRegion(0.05))
+    rows = [teacher_forced([student, teacher], blend, prompt, list(ids)) for prompt, ids in drawn]
+    expected = {
+        name: torch.cat([step.statistics[name] for _, step, _ in rows]).mean().item()
+        for name in ("teacher_weight", "teacher_feasible", "kl_behavior_student", "kl_behavior_teacher")
+    }
+    teachers = torch.cat([partner[0].log_softmax(-1) for _, _, partner in rows])
+    expected["teacher_logp"] = (torch.cat([policy.exp() for policy, _, _ in rows]) * teachers).sum(-1).mean().item()
+    expected["teacher_entropy"] = -(teachers.exp() * teachers).sum(-1).mean().item()
+    expected["teacher_weight/mean"] = expected.pop("teacher_weight")
+    for name, value in expected.items():
+        assert logged(trainer, f"blend/{name}") == [pytest.approx(value, rel=2e-3, abs=1e-5)], name
+
+
+def test_a_student_with_adapters_and_its_own_base(cpu_engine, tmp_path):
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = grpo(tmp_path / "run", teacher=None, trainer={"peft_config": adapter}, max_steps=2)
+    base = AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").eval()
+    trainer.train()
+    student = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).merge_and_unload().eval()
+    rows = draw(trainer, LogitMixing(0.3))
+    assert worst_error([student, base], Blend(LogitMixing(0.3)), rows) < TOLERANCE
+    assert worst_error([base, base], Blend(LogitMixing(0.3)), rows) > 100 * TOLERANCE
+
+
+def test_a_teacher_in_memory_is_sent_as_it_is(cpu_engine, teacher, tmp_path):
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(1.5)
+    trainer = grpo(tmp_path / "run", teacher=teacher, max_steps=1)
+    trainer.train()
+    student = trainer.accelerator.unwrap_model(trainer.model).eval()
+    rows = draw(trainer, LogitMixing(0.3))
+    assert worst_error([student, teacher], Blend(LogitMixing(0.3)), rows) < TOLERANCE
+
+
+def test_greedy_decodes_and_evaluation_are_the_engines(cpu_engine, tmp_path):
+    dataset = task.build_prompt_dataset("test", 16)
+    trainer = grpo(
+        tmp_path / "engine",
+        teacher_weight_schedule="adaptive",
+        adaptive_num_prompts=16,
+        eval_policy="both",
+        per_device_eval_batch_size=16,
+        num_generations_eval=1,
+        max_steps=1,
+        trainer={"eval_dataset": dataset},
+    )
+    plain = grpo(tmp_path / "plain", use_vllm=False)
+    for weights in [(0.0,), (0.3,), (1.0,)]:
+        one, other = trainer.greedy_rewards(list(dataset), weights), plain.greedy_rewards(list(dataset), weights)
+        assert torch.equal(one.rewards, other.rewards) and one.num_tokens == other.num_tokens
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {"eval_mixed/reward", "eval_student/reward"} <= metrics.keys()
+    assert 0.0 < logged(trainer, "adaptive/next_teacher_weight")[0] < 1.0

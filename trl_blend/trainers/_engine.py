@@ -1,0 +1,297 @@
+"""
+The engine of vLLM that draws blended rollouts: TRL's own, which holds the teachers too and is told what to draw from.
+
+Shared by the trainers. A trainer builds itself inside [`blended_engine`], hands its loaded teachers over, and sets
+`blend` before it generates.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, is_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.generation.vllm_generation import VLLMGeneration
+
+from trl_blend import _compat
+from trl_blend.errors import ConfigError, EngineError, UnsupportedError
+from trl_blend.generation.rules import BlendRule
+from trl_blend.generation.settings import CUTS, SAMPLES, names_with
+from trl_blend.models.loading import base_of_adapter
+from trl_blend.serving.arguments import check_version, engine_arguments
+from trl_blend.serving.blend import Blend, Partner
+from trl_blend.serving.statistics import Statistic
+
+
+# Of `teacher_model_init_kwargs`: they say which weights are meant, in a way that an engine is not told
+_OTHER_WEIGHTS = ("quantization_config", "subfolder", "gguf_file", "variant")
+_NOT_IN_ENGINE = "With `use_vllm=True` the engine loads the teacher from its files"
+
+
+class BlendedVLLMGeneration(VLLMGeneration):
+    """
+    TRL's engine, which draws from a blend of the student with teachers that it holds beside it.
+
+    Weights that the trainer sends reach the student only; a sleeping engine keeps the teachers.
+
+    Args:
+        *args, **kwargs:
+            Of [`~trl.generation.vllm_generation.VLLMGeneration`].
+        partners (`Sequence[Partner | None]`):
+            Teachers of a colocated engine. `None`: the base of the student, which has adapters. A server holds its
+            own, and their number is compared.
+        blend ([`~trl_blend.serving.blend.Blend`]):
+            What to draw from at first.
+        partners_stop (`bool`):
+            Whether the teachers leave the rollouts at some step. CUDA graphs are then captured in pieces, which
+            leave them out; a graph of the whole model would run them.
+
+    Attributes:
+        blend ([`~trl_blend.serving.blend.Blend`]): What the next call of `generate` draws from.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a server holds another number of teachers, or blends nothing.
+    """
+
+    def __init__(
+        self, *args: Any, partners: Sequence[Partner | None], blend: Blend, partners_stop: bool, **kwargs: Any
+    ) -> None:
+        self._partners, self._partners_stop = partners, partners_stop
+        self.blend = self._told = blend
+        self._unsent: dict[int, tuple[PreTrainedModel, bool]] = {}
+        super().__init__(*args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        if self.mode == "server":
+            super()._init_vllm()
+            self._check_server()
+            return
+        partners = [Partner(self.model.name_or_path) if one is None else one for one in self._partners]
+        arguments = engine_arguments(partners, self.blend)
+        if not self.enable_sleep_mode:
+            del arguments["sleep_preserve_parameter_names"]
+        if self._partners_stop:
+            arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+        with _compat.engine_arguments(**arguments):
+            super()._init_vllm()
+
+    def _check_server(self) -> None:
+        found = self._call("describe_blend")
+        if self.accelerator.is_main_process and len(found["partners"]) != len(self._partners):
+            raise ConfigError(
+                f"The server holds {len(found['partners'])} teacher(s), {found['partners']}, but the trainer has "
+                f"{len(self._partners)}. Serve the same ones."
+            )
+        self._tell()
+
+    def send_partners(self, partners: Mapping[int, tuple[PreTrainedModel, bool]]) -> None:
+        """
+        Send teachers that are in memory to a colocated engine, together with the next weights of the student.
+
+        Args:
+            partners (`Mapping[int, tuple[PreTrainedModel, bool]]`):
+                By index, a model and whether its adapters are part of it.
+        """
+        self._unsent = dict(partners) if self.mode == "colocate" else {}
+
+    def sync_weights(self) -> None:
+        """Send the weights of the student, see [`~trl.generation.vllm_generation.VLLMGeneration.sync_weights`]."""
+        super().sync_weights()
+        while self._unsent:
+            index, (model, adapters) = self._unsent.popitem()
+            for weight in _parameters(model, adapters, self._dist.gather_params):
+                self.llm.apply_model(partial(_load_partner, index=index, weight=weight))
+
+    def generate(self, *args: Any, **kwargs: Any) -> tuple:
+        """Draw from `blend`, see [`~trl.generation.vllm_generation.VLLMGeneration.generate`]."""
+        if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:
+            self.sync_weights()  # an engine that sleeps has no memory to be told anything
+        if self.blend != self._told:
+            self._tell()
+        return super().generate(*args, **kwargs)
+
+    def set_rule(self, rule: BlendRule | None, stop_token_ids: Sequence[int], **settings: Any) -> None:
+        """
+        Say what the next call of `generate` draws from, at the temperature that it samples at.
+
+        Args:
+            rule ([`~trl_blend.generation.rules.BlendRule`], *optional*):
+                `None`: the student alone.
+            stop_token_ids (`Sequence[int]`):
+                Tokens that end a completion.
+            **settings:
+                Further fields of [`~trl_blend.serving.blend.Blend`].
+        """
+        temperature = self.generation_kwargs.get("temperature", self.temperature) or 1.0
+        self.blend = Blend(rule, temperature, stop_token_ids=tuple(stop_token_ids), **settings)
+
+    def _tell(self) -> None:
+        if self._told.rule is None and self.blend.rule is not None:
+            self._reset_prefix_cache()  # the teachers have not seen what is in it
+        self._call("set_blend", self.blend.to_dict())
+        self._told = self.blend
+
+    def _reset_prefix_cache(self) -> None:
+        if self.mode == "colocate":
+            self.llm.reset_prefix_cache()
+        elif self.accelerator.is_main_process:
+            self.vllm_client.reset_prefix_cache()
+
+    def take_statistics(self) -> dict[str, Statistic]:
+        """
+        What was drawn since the last call, see [`~trl_blend.serving.statistics.row_statistics`]. Every rank must call
+        it; what a server has drawn is that of the main process, and nothing on the others.
+        """
+        if self.mode == "colocate":
+            return {name: Statistic(*sums) for name, sums in self._call("take_blend_statistics").items()}
+        (sums,) = broadcast_object_list([self._call("take_blend_statistics")])
+        own = self.accelerator.is_main_process
+        return {name: Statistic(*values) if own else Statistic(0.0, 0, 0.0) for name, values in sums.items()}
+
+    def _call(self, method: str, *args: Any) -> Any:
+        """Result of a method of [`~trl_blend.serving.worker.BlendWorkerExtension`] on the first worker."""
+        if self.mode == "colocate":
+            return self.llm.collective_rpc(method, args=args)[0]
+        if not self.accelerator.is_main_process:
+            return None
+        try:
+            return _compat.call_server(self.vllm_client, method, args)[0]
+        except Exception as error:
+            raise EngineError(
+                f"The vLLM server at {self.vllm_client.base_url} did not answer `{method}`. Serve an exported mixed "
+                f"policy with `VLLM_SERVER_DEV_MODE=1`, as the trainer's page says. {error}"
+            ) from error
+
+    @contextmanager
+    def greedy(self) -> Iterator[None]:
+        """Decode greedily inside the context."""
+        plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        sampling = names_with(SAMPLES, CUTS)
+        settings = {name: value for name, value in self.generation_kwargs.items() if name not in sampling}
+        changed = {**plain, "generation_kwargs": settings}
+        saved = {name: getattr(self, name) for name in changed}
+        vars(self).update(changed)
+        try:
+            yield
+        finally:
+            vars(self).update(saved)
+
+
+def _load_partner(model: Any, index: int, weight: tuple[str, Tensor]) -> None:
+    model.load_partner_weights(index, [weight])
+
+
+@torch.no_grad()
+def _parameters(model: Any, adapters: bool, gather: Any) -> Iterator[tuple[str, Tensor]]:
+    """Weights of a model under the names of its checkpoint, one by one, with its adapters merged or without them."""
+    if not is_peft_model(model):
+        yield from ((name, parameter.data) for name, parameter in model.named_parameters())
+        return
+    parameters = dict(model.named_parameters())
+    with nullcontext() if adapters else gather(list(parameters.values())):  # a student may be sharded, no teacher is
+        if adapters:
+            model.merge_adapter()
+        for name, parameter in parameters.items():
+            if model.prefix not in name and "modules_to_save" not in name:
+                name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                yield name.replace(".original_module", ""), parameter.data
+        if adapters:
+            model.unmerge_adapter()
+
+
+def blended_engine(
+    args: Any,
+    teachers: Sequence[str | PreTrainedModel],
+    rule: BlendRule | None,
+    *,
+    blends: bool,
+    partners_stop: bool,
+) -> AbstractContextManager[None]:
+    """
+    Let a trainer that is built inside the context draw with a [`BlendedVLLMGeneration`], if it uses vLLM and blends.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration of the trainer.
+        teachers (`Sequence[str | PreTrainedModel]`):
+            Its teachers as they were given; none for the student's own base.
+        rule ([`~trl_blend.generation.rules.BlendRule`], *optional*):
+            Rule of the first step.
+        blends (`bool`):
+            Whether any step uses a teacher.
+        partners_stop (`bool`):
+            See [`BlendedVLLMGeneration`].
+    """
+    if not (args.use_vllm and blends):
+        return nullcontext()
+    temperature = (args.generation_kwargs or {}).get("temperature", args.temperature) or 1.0
+    blend = Blend(rule, temperature, records=True)
+    build = partial(
+        BlendedVLLMGeneration, partners=partners_of(teachers, args), blend=blend, partners_stop=partners_stop
+    )
+    return _compat.vllm_generation(build)
+
+
+def of_trainer(trainer: Any) -> BlendedVLLMGeneration | None:
+    """The engine that draws a trainer's blended rollouts; `None` where transformers does."""
+    engine = getattr(trainer, "vllm_generation", None)
+    return engine if isinstance(engine, BlendedVLLMGeneration) else None
+
+
+def partners_of(teachers: Sequence[str | PreTrainedModel], args: Any) -> list[Partner | None]:
+    """
+    The teachers as an engine is told of them; `[None]`, the student's base, where there are none.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If vLLM is not installed.
+        [`~trl_blend.errors.UnsupportedError`]: If an engine cannot load a teacher, or vLLM is too old.
+    """
+    check_version()
+    settings = dict(args.teacher_model_init_kwargs or {})
+    for name in _OTHER_WEIGHTS:
+        if settings.get(name) is not None:
+            raise UnsupportedError(
+                f"`teacher_model_init_kwargs` has `{name}={settings[name]!r}`. {_NOT_IN_ENGINE}, which this does not "
+                "reach. Name a folder or repository that holds the weights as they are to be used, or set "
+                "`use_vllm=False`."
+            )
+    if args.vllm_mode == "server":
+        return [None] * max(len(teachers), 1)
+    if not teachers:
+        return [None]
+    dtype = settings.get("dtype")
+    dtype = str(dtype).removeprefix("torch.") if dtype not in (None, "auto") else None
+    return [_partner(teacher, args, settings.get("revision"), dtype) for teacher in teachers]
+
+
+def _partner(teacher: str | PreTrainedModel, args: Any, revision: str | None, dtype: str | None) -> Partner:
+    trust = args.trust_remote_code
+    if isinstance(teacher, str):
+        options = {"revision": args.teacher_model_revision or revision, "trust_remote_code": trust or None}
+        options = {name: value for name, value in options.items() if value is not None}
+        name, options = base_of_adapter(teacher, "teacher_model", **options)
+        return Partner(name, options.get("revision"), dtype, trust)
+    if getattr(teacher, "is_quantized", False):
+        raise UnsupportedError(
+            f"`teacher_model` is a quantized model in memory. {_NOT_IN_ENGINE}. Pass the name of a quantized "
+            "checkpoint, or set `use_vllm=False`."
+        )
+    if not teacher.name_or_path:
+        raise UnsupportedError(
+            f"`teacher_model` was built in memory. {_NOT_IN_ENGINE}. Save it with its tokenizer and pass the folder, "
+            "or set `use_vllm=False`."
+        )
+    return Partner(teacher.name_or_path, None, dtype, trust)
+
+
+def in_memory(
+    student: PreTrainedModel, given: Sequence[str | PreTrainedModel], loaded: Sequence[PreTrainedModel]
+) -> dict[int, tuple[PreTrainedModel, bool]]:
+    """The teachers whose weights are not, or not all, in the files that an engine loads, see `send_partners`."""
+    if not given:
+        return {0: (student, False)}
+    pairs = enumerate(zip(given, loaded, strict=True))
+    return {index: (model, True) for index, (one, model) in pairs if not isinstance(one, str) or is_peft_model(model)}
