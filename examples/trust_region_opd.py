@@ -19,6 +19,7 @@ The baselines of the paper are settings of the same trainer, one flag each (`--r
 """
 
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -75,6 +76,10 @@ def main(script_args, training_args, model_args, dataset_args):
     def score():
         if not rows:
             return {}
+        if trainer.engine is not None:  # it holds both
+            if not frozen:
+                frozen["teacher"] = greedy(partial(trainer.decode_greedily, teacher=True), "teacher")
+            return {"student": greedy(trainer.decode_greedily, "student"), **frozen}
         if not frozen:
             frozen["teacher"] = greedy(nullcontext(trainer.teacher_model), "teacher")
         student = generating_model(

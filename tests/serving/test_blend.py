@@ -7,6 +7,7 @@ import pytest
 
 from trl_blend import LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
 from trl_blend.errors import ConfigError
+from trl_blend.generation.rules import ChernoffBlend, ContrastiveDecoding, LogitArithmetic
 from trl_blend.ops.vocab import EosMap
 from trl_blend.serving.blend import Blend
 
@@ -21,6 +22,9 @@ from trl_blend.serving.blend import Blend
         TrustRegion(0.01),
         TrustRegion(math.inf, rtol=1e-4),
         SpeculativeKD(15, 0.2),
+        ChernoffBlend(0.5),
+        ContrastiveDecoding(0.2, 0.4),
+        LogitArithmetic(1.0, (1.0, -1.0)),
     ],
 )
 def test_a_blend_survives_json(rule):

@@ -6,21 +6,24 @@ import pytest
 import torch
 
 
-@pytest.fixture
-def cpu_engine(monkeypatch):
-    """
-    Lets the colocated engine take new weights on a CPU, where vLLM otherwise packs them and drops the originals; what
-    the engine has set up for all processes together is gone after the test.
-    """
+def keep_weights_on_the_cpu(patch):
+    """Lets a colocated engine take new weights on a CPU, where vLLM otherwise packs them and drops the originals."""
     from trl.generation import vllm_generation
-    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.layers import utils
 
     def keep_weight(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
 
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weight)
+    patch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weight)
     engine = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
-    monkeypatch.setattr(vllm_generation, "LLM", engine)
+    patch.setattr(vllm_generation, "LLM", engine)
+
+
+@pytest.fixture
+def cpu_engine(monkeypatch):
+    """Trainers may be built; what their engine has set up for all processes together is gone after the test."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    keep_weights_on_the_cpu(monkeypatch)
     yield
     cleanup_dist_env_and_memory()

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.vllm.engines import generate, prompts, running, saved, set_blend, teacher_forced, worst_error
 from trl_blend import LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
 from trl_blend.errors import ConfigError
+from trl_blend.generation.rules import ChernoffBlend, ContrastiveDecoding, LogitArithmetic
 from trl_blend.ops.vocab import EosMap
 from trl_blend.serving.blend import Blend
 
@@ -22,9 +23,16 @@ ONE_PARTNER = {
     "probabilities": ProbabilityMixing((0.4,)),
     "trust_region": TrustRegion(0.05),
     "skd": SpeculativeKD(5, 0.6),
+    "chernoff": ChernoffBlend(0.8),
+    "contrastive": ContrastiveDecoding(0.1, 0.5),
+    "arithmetic": LogitArithmetic(1.2, (-0.4,)),
     "teacher_only": LogitMixing((1.0,)),
 }
-TWO_PARTNERS = {"logits": LogitMixing((0.3, 0.2)), "probabilities": ProbabilityMixing((0.1, 0.5))}
+TWO_PARTNERS = {
+    "logits": LogitMixing((0.3, 0.2)),
+    "probabilities": ProbabilityMixing((0.1, 0.5)),
+    "arithmetic": LogitArithmetic(1.0, (0.7, -0.7)),
+}
 # Student and partners: an architecture, or one with its settings
 PAIRS = {
     "deeper": ["qwen3", ("qwen3", {"num_hidden_layers": 3})],
@@ -115,6 +123,12 @@ def test_merged_ends_of_sequence(simple, name):
     assert not {9, 17} & {token for _, ids, _ in rows for token in ids}
 
 
+def test_only_tokens_are_drawn(simple):
+    for rule in (ONE_PARTNER["probabilities"], ONE_PARTNER["contrastive"]):
+        rows = check(simple, Blend(rule, vocab_size=30), 1.0)
+        assert max(token for _, ids, _ in rows for token in ids) < 30
+
+
 def test_without_a_rule_the_partners_do_not_run(simple):
     llm, models, _ = simple
     (tower,) = llm.apply_model(lambda model: model.partner_0)
@@ -153,6 +167,12 @@ def test_statistics_are_those_of_the_drawn_tokens(simple):
     assert sums["teacher_logp_0"][0] == pytest.approx((behavior.exp() * teacher).sum().item(), rel=1e-3)
     assert sums["teacher_entropy_0"][0] == pytest.approx(-(teacher.exp() * teacher).sum().item(), rel=1e-3)
     assert llm.collective_rpc("take_blend_statistics") == [{}]
+    generate(llm, prompts(2), 0.7)
+    set_blend(llm, Blend(ONE_PARTNER["logits"], records=True))  # whose statistics are others
+    rows = generate(llm, prompts(2))
+    (sums,) = llm.collective_rpc("take_blend_statistics")
+    assert "teacher_weight" not in sums
+    assert sums["kl_behavior_student"][1] >= sum(len(ids) for _, ids, _ in rows)
 
 
 def test_another_number_of_weights_is_refused(simple):

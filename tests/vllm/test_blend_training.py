@@ -1,6 +1,9 @@
 """Training on rollouts that an engine draws from the blend: loss, statistics and weights are as with transformers."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -276,3 +279,19 @@ def test_greedy_decodes_and_evaluation_are_the_engines(cpu_engine, tmp_path):
     metrics = trainer.evaluate()
     assert {"eval_mixed/reward", "eval_student/reward"} <= metrics.keys()
     assert 0.0 < logged(trainer, "adaptive/next_teacher_weight")[0] < 1.0
+
+
+def test_two_processes(tmp_path):
+    """Each has an engine of its own, which holds the student after the steps that both have taken together."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.vllm.two_processes"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'examples'}"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("divergences 2") == 1 and done.stdout.count("error") == 2

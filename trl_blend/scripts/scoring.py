@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_blend.errors import ConfigError
 from trl_blend.reports.cards import Score, shown_score
-from trl_blend.trainers._greedy import generating_model, greedy_rewards
+from trl_blend.trainers._greedy import Decoder, generating_model, greedy_rewards
 from trl_blend.trainers.trust_region_opd.rewards import rollout_rewards
 
 
@@ -20,7 +20,7 @@ __all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table
 
 
 def greedy_scores(
-    model: AbstractContextManager[PreTrainedModel],
+    model: AbstractContextManager[PreTrainedModel] | Decoder,
     rows: Sequence[dict[str, Any]],
     reward_funcs: Sequence[Callable[..., Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -31,8 +31,9 @@ def greedy_scores(
     Decode the prompts of `rows` greedily and average what each reward function says of the completions.
 
     Args:
-        model (context manager of a [`~transformers.PreTrainedModel`]):
-            `generating_model(trainer.model_wrapped, trainer.accelerator)`, or `contextlib.nullcontext(teacher)`.
+        model (context manager of a [`~transformers.PreTrainedModel`], or [`~trl_blend.trainers._greedy.Decoder`]):
+            `generating_model(trainer.model_wrapped, trainer.accelerator)`, or `contextlib.nullcontext(teacher)`; with
+            an engine, `trainer.decode_greedily`.
         rows, reward_funcs, tokenizer, trainer_state:
             Rows of a dataset, the same on every process, and what rewards their completions, as in
             [`~trl.GRPOTrainer`]. The tokenizer may be that of a processor.

@@ -5,12 +5,30 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trl_blend.errors import ConfigError
-from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
+from trl_blend.generation.rules import (
+    BlendRule,
+    ChernoffBlend,
+    ContrastiveDecoding,
+    LogitArithmetic,
+    LogitMixing,
+    ProbabilityMixing,
+    SpeculativeKD,
+    TrustRegion,
+)
 from trl_blend.ops.vocab import EosMap
 
 
 RULES: dict[str, type[Any]] = {
-    rule.__name__: rule for rule in (LogitMixing, ProbabilityMixing, TrustRegion, SpeculativeKD)
+    rule.__name__: rule
+    for rule in (
+        LogitMixing,
+        ProbabilityMixing,
+        TrustRegion,
+        SpeculativeKD,
+        ChernoffBlend,
+        ContrastiveDecoding,
+        LogitArithmetic,
+    )
 }
 """Rules that an engine knows by name."""
 
@@ -51,7 +69,7 @@ class Blend:
         eos ([`~trl_blend.ops.EosMap`], *optional*):
             End-of-sequence tokens to merge into one, in every model.
         vocab_size (`int`, *optional*):
-            Ids below it are tokens, and no other is drawn. An engine never draws what one of its models has no row for.
+            Ids below it are tokens, and no other is drawn. What one of its models has no row for is never drawn.
         stop_token_ids (`tuple[int, ...]`, *optional*, defaults to `()`):
             Tokens that end a completion. An engine may be one step ahead of the end of a completion; that step is
             left out of the statistics.

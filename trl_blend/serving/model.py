@@ -98,7 +98,7 @@ class BlendForCausalLM(nn.Module):
         """
         Draw from another blend from here on. Without a rule the partners do not run, where no captured CUDA graph of
         the whole model runs them; what they have not seen is missing in their caches, so that prefixes must not be
-        reused when a rule comes back.
+        reused when a rule comes back. Statistics begin anew.
 
         Raises:
             [`~trl_blend.errors.ConfigError`]: If the rule has weights for another number of partners.
@@ -110,6 +110,7 @@ class BlendForCausalLM(nn.Module):
                 "weight per partner."
             )
         self.blend, self._runs_partners = blend, blend.rule is not None
+        self.sums = RunningSums()  # another rule has other statistics
         self._stops.zero_()
         if stops := [token for token in blend.stop_token_ids if token < self._vocab_size]:
             self._stops[torch.tensor(stops, device=self._stops.device)] = True

@@ -26,7 +26,7 @@ class BlendWorkerExtension:
         return {"partners": [partner.model for partner in model.partners], "blend": model.blend.to_dict()}
 
     def take_blend_statistics(self) -> dict[str, list[float]]:
-        """Total, count and largest value of each statistic since the last call."""
+        """Total, count and largest value of each statistic since the last call or the last [`set_blend`]."""
         return {name: list(sums) for name, sums in self._blend_model().sums.pop().items()}
 
     def _blend_model(self) -> Any:

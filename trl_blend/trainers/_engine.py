@@ -142,8 +142,8 @@ class BlendedVLLMGeneration(VLLMGeneration):
 
     def take_statistics(self) -> dict[str, Statistic]:
         """
-        What was drawn since the last call, see [`~trl_blend.serving.statistics.row_statistics`]. Every rank must call
-        it; what a server has drawn is that of the main process, and nothing on the others.
+        What the last blend has drawn since the last call, see [`~trl_blend.serving.statistics.row_statistics`]. Every
+        rank must call it; what a server has drawn is that of the main process, and nothing on the others.
         """
         if self.mode == "colocate":
             return {name: Statistic(*sums) for name, sums in self._call("take_blend_statistics").items()}

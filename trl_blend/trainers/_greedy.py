@@ -16,8 +16,12 @@ from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.wrappers import evaluation_mode
 
 
+Decoder = Callable[[list[list[int]]], list[list[int]]]
+"""Token ids of prompts -> token ids of their completions."""
+
+
 def greedy_rewards(
-    model: AbstractContextManager[PreTrainedModel],
+    model: AbstractContextManager[PreTrainedModel] | Decoder,
     rows: Sequence[dict[str, Any]],
     reward: Callable[[list[dict[str, Any]], list[list[int]]], Tensor],
     *,
@@ -34,8 +38,9 @@ def greedy_rewards(
     The rows are split over the processes. Nothing is drawn from the random generators, nothing is logged.
 
     Args:
-        model (context manager of a [`~transformers.PreTrainedModel`]):
-            What to decode with, see [`generating_model`]; `contextlib.nullcontext(teacher)` for one that is whole.
+        model (context manager of a [`~transformers.PreTrainedModel`], or [`Decoder`]):
+            What to decode with, see [`generating_model`]; `contextlib.nullcontext(teacher)` for one that is whole. A
+            function that decodes greedily by itself, such as that of an engine, reads none of the settings below.
         rows (`Sequence[dict]`):
             Rows of a dataset with a `prompt`, a conversation or a text; the same on every process.
         reward (`Callable`):
@@ -60,9 +65,12 @@ def greedy_rewards(
     """
     mine = own_share(rows, accelerator)
     prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in mine], chat_template_kwargs)
-    with model as decoding:
-        settings = greedy_settings(generation_kwargs, tokenizer, eos_token_ids(decoding))
-        completion_ids = decode(decoding, prompt_ids, settings, batch_size, progress)
+    if isinstance(model, AbstractContextManager):
+        with model as decoding:
+            settings = greedy_settings(generation_kwargs, tokenizer, eos_token_ids(decoding))
+            completion_ids = decode(decoding, prompt_ids, settings, batch_size, progress)
+    else:
+        completion_ids = model(prompt_ids)
     rewards = reward(mine, completion_ids)
     return accelerator.gather(rewards.to(accelerator.device))[: len(rows)].cpu()
 

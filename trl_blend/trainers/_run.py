@@ -217,6 +217,10 @@ class RunMixin(CardMixin):
             former_export.clear(Path(output_dir or self.args.output_dir))
         super().save_model(output_dir, _internal_call)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self._last_loaded_step = -1  # an engine has the weights of the last step
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:

@@ -42,7 +42,8 @@ def test_the_engine_is_told_the_weight_of_each_step(build_vllm, space):
     rule = LogitMixing if space == "logits" else ProbabilityMixing
     assert trainer.engine.rules == [rule((0.4,)), rule((0.2,)), None]
     assert trainer.engine.partners_stop and trainer.engine.syncs == 3
-    assert trainer.engine.settings[0] == {"stop_token_ids": trainer.eos_token_ids, "records": True}
+    settings = {"stop_token_ids": trainer.eos_token_ids, "vocab_size": trainer._num_tokens, "records": True}
+    assert trainer.engine.settings[0] == settings
     (first, *_) = [entry for entry in trainer.state.log_history if "mixing/kl_behavior_student" in entry]
     assert first["mixing/kl_behavior_student"] == 0.5 and first["mixing/teacher_logp"] == 0.75
 

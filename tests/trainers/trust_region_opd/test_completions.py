@@ -177,6 +177,7 @@ class Args:
     """What the table reads of a configuration."""
 
     log_completions, blends, rollout_policy, max_completion_length = True, True, "trust_region", 6
+    use_vllm = False
 
 
 def record_of(weights):

@@ -3,12 +3,14 @@
 import logging
 
 import pytest
+import transformers
 import trl.trainer.distillation_trainer as trl_distillation
 
 from tests.trainers import forced, runs
 from tests.trainers.engines import COMPLETION, Engine, PlainEngine
 from tests.trainers.trust_region_opd import policies
-from trl_blend.errors import UnsupportedError
+from trl_blend import LogitMixing
+from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.trainers import _engine
 
 
@@ -95,6 +97,27 @@ def test_the_engine_stops_at_merged_tokens(build_vllm):
         33,
     }
     assert "stop_token_ids" not in build_vllm().vllm_generation.generation_kwargs
+
+
+def test_greedy_decodes_are_the_engines(build_vllm, build_opd):
+    trainer = build_vllm(teacher_eos_token_id=[33])
+    engine = trainer.vllm_generation
+    assert trainer.decode_greedily([[5, 6]]) == [COMPLETION] == trainer.decode_greedily([[5, 6]], teacher=True)
+    assert (
+        engine.rules == [None, LogitMixing(1.0)] and [temperature for _, _, temperature in engine.calls] == [0.0] * 2
+    )
+    assert engine.settings[1]["eos"] == trainer.eos and engine.temperature == 1.0
+    with pytest.raises(ConfigError, match="No engine draws blended rollouts here"):
+        build_opd().decode_greedily([[5, 6]])
+
+
+def test_the_best_weights_reach_the_engine(build_vllm, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "_load_best_model", lambda self: None)
+    trainer = build_vllm(max_steps=1)
+    runs.train(trainer)
+    assert trainer._last_loaded_step == 0
+    trainer._load_best_model()
+    assert trainer._last_loaded_step == -1
 
 
 def test_without_a_blend_the_engine_is_the_parents(build_vllm):

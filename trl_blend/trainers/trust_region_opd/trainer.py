@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import DistillationTrainer
 
 from trl_blend import _compat
+from trl_blend.errors import ConfigError
 from trl_blend.generation.hooks import blended_generation
-from trl_blend.generation.rules import BlendRule
+from trl_blend.generation.rules import BlendRule, LogitMixing
 from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
 from trl_blend.models.own_logits import Fused, check_own_logits, head_log_probs
@@ -331,13 +332,35 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     def _draw_with_engine(
         self, engine: "_engine.BlendedVLLMGeneration", rule: BlendRule | None, *turn: Any
     ) -> list[list[int]]:
-        tokens = None if rule is None else self._num_tokens
         blends = rule is not None
+        tokens = self._num_tokens if blends else None
         engine.set_rule(rule, self.eos_token_ids, eos=self.eos, vocab_size=tokens, records=blends)
         completion_ids = super()._generate_single_turn(*turn)
         if rule is not None:
             self._diagnostics.collect_sums(engine.take_statistics())
         return completion_ids
+
+    def decode_greedily(self, prompt_ids: list[list[int]], *, teacher: bool = False) -> list[list[int]]:
+        """
+        Greedy completions by the engine that draws the rollouts. Use it for a table of accuracy around a run.
+
+        Args:
+            prompt_ids (`list[list[int]]`):
+                Token ids of the prompts of this process.
+            teacher (`bool`, *optional*, defaults to `False`):
+                Whether the teacher decodes, instead of the student.
+
+        Returns:
+            `list[list[int]]`: Token ids of the completions.
+
+        Raises:
+            [`~trl_blend.errors.ConfigError`]: Without such an engine.
+        """
+        if self.engine is None:
+            raise ConfigError("No engine draws blended rollouts here. Decode with the model, or set `use_vllm=True`.")
+        with self.engine.greedy():
+            self.engine.set_rule(LogitMixing(1.0) if teacher else None, self.eos_token_ids, eos=self.eos)
+            return super()._generate_single_turn(prompt_ids, None, {})
 
     def _sampling_temperature(self) -> float:
         """Temperature of the student's training rollouts at this step; the loss keeps its own."""
