@@ -57,7 +57,8 @@ def test_mixing_metrics(build, teachers, weights, space, temperature, objective)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(("mode", "cap"), [("max", 1.2), ("floor", 1.2), ("ppo", 1.6), ("none", None)])
 def test_importance_metrics(build, level, mode, cap):
-    settings = {"is_clip_mode": mode, "is_clip_max": 1.2, "epsilon": 0.05, "epsilon_high": 0.6}
+    clipped = {"ppo": {"epsilon": 0.05, "epsilon_high": 0.6}, "none": {}}.get(mode, {"is_clip_max": cap})
+    settings = {"is_clip_mode": mode, **clipped}
     settings["importance_sampling_level"] = level
     record = runs.train(build(objective="student", teacher_weight=0.4, **settings))
     (call,) = record.calls

@@ -24,7 +24,10 @@ PARTNERS = {
 }
 
 
-@pytest.mark.parametrize("objective", ["mixed", "student"])
+OBJECTIVES = {"mixed": {"objective": "mixed"}, "student": {"objective": "student", "is_clip_mode": "none"}}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("partner", PARTNERS)
 def test_loss_with_another_model_as_partner(build, tmp_path, partner, objective):
     partner = PARTNERS[partner]()
@@ -32,20 +35,20 @@ def test_loss_with_another_model_as_partner(build, tmp_path, partner, objective)
     load = {"attn_implementation": partner.config._attn_implementation}
     partner.save_pretrained(tmp_path / "partner")
     tiny_tokenizer().save_pretrained(tmp_path / "partner")
-    settings = {"objective": objective, "teacher_weight": WEIGHT, "loss_type": "grpo", "is_clip_mode": "none"}
+    settings = {"teacher_weight": WEIGHT, "loss_type": "grpo", **OBJECTIVES[objective]}
     record = runs.train(build(teacher=str(tmp_path / "partner"), teacher_model_init_kwargs=load, **settings))
     (call,) = record.calls
     assert_loss(record, call, forced.student_at(call.parameters), partner.double(), objective, 64)
 
 
-@pytest.mark.parametrize("objective", ["mixed", "student"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_student_with_unused_rows(build, tmp_path, objective):
     """Rows of the student that are no tokens get nothing from the teacher; the mixture leaves them out."""
     student = tiny_model(seed=5, vocab_size=72)
     student.generation_config.eos_token_id = list(runs.EOS_IDS)
     student.save_pretrained(tmp_path / "student")
     tiny_tokenizer().save_pretrained(tmp_path / "student")
-    settings = {"objective": objective, "teacher_weight": WEIGHT, "loss_type": "grpo", "is_clip_mode": "none"}
+    settings = {"teacher_weight": WEIGHT, "loss_type": "grpo", **OBJECTIVES[objective]}
     record = runs.train(build(student=str(tmp_path / "student"), **settings))
     (call,) = record.calls
     assert max(max(row) for row in forced.tokens(call.inputs)) < 64
