@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+FLOOR_VENV ?= .venv-floor
+LATEST_VENV ?= .venv-latest
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev
 WORKERS ?= 2
@@ -11,7 +13,8 @@ DEMO_CONFIG ?= examples/configs/grpo_mix_testbed.yaml
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q
+PIP := python -m pip install --disable-pip-version-check -q
+PIP_INSTALL := $(BIN)/$(PIP)
 CHECKED := trl_blend examples tests
 
 # No test or example may reach for the network or print what it cannot change.
@@ -21,7 +24,7 @@ export TRL_EXPERIMENTAL_SILENCE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-offline test test-slow test-vllm lint format check fresh wheel-test export-test benchmarks reproduce clean
+.PHONY: help install demo demo-offline test test-slow test-vllm test-floor test-latest lint format check fresh wheel-test export-test benchmarks reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +67,28 @@ test: install  ## run the test suite without the tests marked slow
 
 test-slow: install  ## run the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+# The two ends of the ranges in pyproject.toml, each in an environment of its own, torch first. Where the index has no CPU
+# build of these releases, torch brings gigabytes of CUDA libraries.
+$(FLOOR_VENV)/.installed: pyproject.toml tests/lower_bounds.py
+	@$(PYTHON) -m venv $(FLOOR_VENV)
+	@$(PYTHON) tests/lower_bounds.py > $(FLOOR_VENV)/lower_bounds.txt
+	@echo "installing the oldest releases into $(FLOOR_VENV)"
+	@$(FLOOR_VENV)/bin/$(PIP) "$$(grep ^torch== $(FLOOR_VENV)/lower_bounds.txt)"
+	@$(FLOOR_VENV)/bin/$(PIP) -c $(FLOOR_VENV)/lower_bounds.txt -e ".[test]"
+	@touch $@
+
+$(LATEST_VENV)/.installed: pyproject.toml
+	@$(PYTHON) -m venv $(LATEST_VENV)
+	@echo "installing the newest releases into $(LATEST_VENV)"
+	@$(LATEST_VENV)/bin/$(PIP) --upgrade --upgrade-strategy eager -e ".[test]"
+	@touch $@
+
+test-floor: $(FLOOR_VENV)/.installed  ## run the test suite with the oldest releases that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(FLOOR_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-latest: $(LATEST_VENV)/.installed  ## run the test suite with the newest releases that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(LATEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 # An environment of its own: vLLM pins many packages that nothing else here needs.
 $(VLLM_VENV)/.installed: tests/vllm/install_cpu.sh
@@ -118,5 +143,5 @@ reproduce: install  ## repeat the comparisons of the papers (examples/reproduce;
 	$(BIN)/python examples/reproduce/metric_ranges.py
 
 clean:  ## remove the environment, caches and build results
-	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(FLOOR_VENV) $(LATEST_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 	find trl_blend examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

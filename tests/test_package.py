@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import trl_blend
+from tests.lower_bounds import lower_bounds
 from trl_blend._resources import model_card_template
 
 
@@ -135,6 +136,20 @@ def test_every_direct_requirement_has_a_tested_version():
         for requirement in requirements
     }
     assert wanted - pinned - {"trl-blend"} == set()
+
+
+def test_the_oldest_releases_are_read_from_the_ranges():
+    bounds = lower_bounds(PROJECT)
+    assert bounds["transformers"] == "5.10.1" and bounds["peft"] == "0.19.0" and "pytest" not in bounds
+    assert {normalized(name) for name in bounds} >= REQUIRED
+    with pytest.raises(SystemExit, match="no lower bound for .'numpy'"):
+        lower_bounds({**PROJECT, "dependencies": ["numpy"]})
+
+
+def test_an_export_needs_the_oldest_transformers_that_the_package_takes():
+    oldest = lower_bounds(PROJECT)["transformers"]
+    source = (ROOT / "trl_blend/export/custom_generate/generate.py").read_text()
+    assert f"TRANSFORMERS = ({', '.join(oldest.split('.')[:2])})" in source
 
 
 # -------------------- wheel and resources

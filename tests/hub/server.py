@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
@@ -224,7 +225,7 @@ def point_client_at(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     import datasets
     import huggingface_hub
     import transformers
-    from huggingface_hub import constants
+    from huggingface_hub import constants, repocard
 
     settings = {
         "ENDPOINT": url,
@@ -239,6 +240,10 @@ def point_client_at(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
+    # Older clients have cards validated at an address of their own
+    session = repocard.get_session
+    post = lambda address, **rest: session().post(address.replace("https://huggingface.co", url), **rest)  # noqa: E731
+    monkeypatch.setattr(repocard, "get_session", lambda: SimpleNamespace(post=post))
     # Clients made at import, or kept: they hold the address that they were made with
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
