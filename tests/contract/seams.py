@@ -82,6 +82,7 @@ SEAMS = {
     "trl.SFTTrainer._set_signature_columns_if_needed": "self",
     "trl.SFTTrainer._get_num_items_in_batch": "self, batch_samples, device",
     "trl.SFTTrainer.evaluate": "self, eval_dataset=, ignore_keys=, metric_key_prefix=",
+    "trl.SFTTrainer.predict": "self, test_dataset, ignore_keys=, metric_key_prefix=",
     "trl.SFTTrainer.compute_loss": "self, model, inputs, return_outputs=, num_items_in_batch=",
     "trl.SFTTrainer.training_step": "self, *args, **kwargs",
     "trl.SFTTrainer.log": "self, logs, start_time=",

@@ -5,10 +5,13 @@ changes sides unseen.
 """
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.models.architectures import tiny_architecture
 from trl_blend.errors import UnsupportedError
@@ -56,6 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "logits_soft_cap": 5.0},
 }
 
+_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+PINNED = re.search(r"^transformers==(.+)$", _CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE).group(1)
 OWN, COUNTED, ROWS, REFUSED = "own", "own, with positions from the mask", "own, one row at a time", "refused"
 # Scored; in the left-padded rows of a trainer; packed
 _ALL = (OWN, OWN, OWN)
@@ -102,6 +107,8 @@ EXPECTED = {
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_log_probabilities_are_the_models_own_or_refused(name, caplog):
     model_type = {"falcon_alibi": "falcon", "mpt_scaled": "mpt"}.get(name, name)
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
     model = tiny_architecture(model_type, **SETTINGS.get(name, {}))
     rows = [[*prompt, *completion] for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
     whole = copy.deepcopy(model)
@@ -114,7 +121,10 @@ def test_log_probabilities_are_the_models_own_or_refused(name, caplog):
         left_padded(model, rows, reference),
         packed(model, rows, reference),
     )
-    assert found == EXPECTED[name]
+    if transformers.__version__ == PINNED:
+        assert found == EXPECTED[name]
+    else:  # another release may mend what is refused here, or the other way round; none may be wrong
+        assert set(found) <= {OWN, COUNTED, ROWS, REFUSED}
 
 
 def scored(model, rows, reference, caplog):

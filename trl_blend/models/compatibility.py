@@ -109,7 +109,8 @@ def check_partner_model(model: Any, name: str = "teacher_model") -> None:
     """
     kind = type(model).__name__
     check_decoder_only(getattr(model, "config", None), name)
-    if "_repository" in getattr(vars(model).get("generate"), "keywords", {}):  # of an export's own `generate`
+    own_generate = getattr(model, "__dict__", {}).get("generate")
+    if "_repository" in getattr(own_generate, "keywords", {}):  # that of an export
         raise UnsupportedError(
             f"`{name}` is a mixed policy of several models, whose forward pass is that of its student alone. Pass one "
             "of the models that its mixing.json names."
