@@ -6,7 +6,7 @@ from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend import LogitMixing, ProbabilityMixing, export_mixed_policy
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.serving.blend import Blend, Partner
-from trl_blend.serving.folder import blend_of_folder
+from trl_blend.serving.folder import blend_of_folder, student_of_folder
 
 
 def export(folder, student, weight, **settings):
@@ -21,6 +21,15 @@ def test_a_copied_reference(tmp_path):
     folder = export(tmp_path / "probs", tiny_model(), 0.4, mixing_space="probs")
     assert blend_of_folder(folder)[1] == Blend(ProbabilityMixing((0.4,)))
     assert blend_of_folder(export(tmp_path / "plain", tiny_model(), 0.0))[1] == Blend()
+
+
+def test_the_student_of_a_folder(tmp_path):
+    folder = export(tmp_path / "mixed", tiny_model(), 0.3)
+    found, expected = student_of_folder(folder), tiny_model().config
+    assert (type(found), found.hidden_size, found.vocab_size) == (type(expected), expected.hidden_size, 64)
+    assert found.architectures == ["Qwen3ForCausalLM"]
+    with pytest.raises(ConfigError, match="holds no mixed policy. Serve a folder that `trl-blend export` wrote"):
+        student_of_folder(f"{folder}/reference")
 
 
 def test_refusals(tmp_path):

@@ -24,6 +24,9 @@ def cpu_engine(monkeypatch):
     """Trainers may be built; what their engine has set up for all processes together is gone after the test."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them: they go after the test
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
     keep_weights_on_the_cpu(monkeypatch)
     yield
     cleanup_dist_env_and_memory()

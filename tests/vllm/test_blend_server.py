@@ -13,7 +13,7 @@ from tests.vllm.engines import SHAPE, generate, prompts, running, saved, worst_e
 from tests.vllm.test_offline_rollouts import serving
 from trl_blend import LogitMixing, ProbabilityMixing, TrustRegion, export_mixed_policy
 from trl_blend.serving.blend import Blend
-from trl_blend.serving.plugin import ARCHITECTURE
+from trl_blend.serving.plugin import ARCHITECTURE, CONFIG_FORMAT
 from trl_blend.serving.worker import EXTENSION
 
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.vllm
 
 TOLERANCE = 5e-5
 OVERRIDES = {"architectures": [ARCHITECTURE]}
+EXPORTED = {"hf_overrides": OVERRIDES, "config_format": CONFIG_FORMAT, "worker_extension_cls": EXTENSION}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,14 @@ def draw(url, model, temperature=1.0):
 def test_a_server_of_an_exported_policy(mixed, monkeypatch):
     folder, models = mixed
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    options = ["--hf-overrides", json.dumps(OVERRIDES), "--worker-extension-cls", EXTENSION]
+    options = [
+        "--config-format",
+        CONFIG_FORMAT,
+        "--hf-overrides",
+        json.dumps(OVERRIDES),
+        "--worker-extension-cls",
+        EXTENSION,
+    ]
     with serving("--logprobs-mode", "processed_logprobs", *options, model=folder) as url:
         (found,) = call(url, "describe_blend")
         blend = Blend.from_dict(found["blend"])
@@ -85,7 +93,7 @@ def reload(model, weights, config):
 def test_weights_that_a_server_takes_reach_the_student_only(mixed, cpu_engine, tmp_path):
     folder, models = mixed
     trained = tiny_model(seed=5, **SHAPE)
-    with running(folder, hf_overrides=OVERRIDES, worker_extension_cls=EXTENSION) as llm:
+    with running(folder, **EXPORTED) as llm:
         (tower,) = llm.apply_model(lambda model: model.partner_0)
         before = {name: tensor.clone() for name, tensor in tower.named_parameters()}
         config, weights = llm.llm_engine.model_config, list(trained.named_parameters())
@@ -114,14 +122,8 @@ def test_wrong_folders(tmp_path):
 def test_the_policy_is_decoded_as_by_transformers(mixed):
     """The same folder, greedily, by the code in it."""
     folder, _ = mixed
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    with running(folder, hf_overrides=OVERRIDES, worker_extension_cls=EXTENSION) as llm:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=True).eval()
+    with running(folder, **EXPORTED) as llm:
         for prompt, ids, _ in generate(llm, prompts(4), temperature=0.0, max_tokens=8):
-            output = model.generate(
-                torch.tensor([prompt]),
-                custom_generate=folder,
-                trust_remote_code=True,
-                do_sample=False,
-                max_new_tokens=8,
-            )
+            output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)
             assert output[0, len(prompt) :].tolist() == ids

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM
 
 from testbed import task
@@ -111,7 +112,9 @@ def logged(trainer, name):
 
 def saved_student(trainer, folder):
     trainer.save_model(str(folder))
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype="float32").eval()
+    load_model(model, folder / "model.safetensors")
+    return model
 
 
 @pytest.fixture

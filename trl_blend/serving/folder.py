@@ -1,6 +1,9 @@
 """What an exported mixed policy is a blend of, as an engine reads it."""
 
+from typing import Any
+
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.export.model_files import holds_policy, student_config
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 from trl_blend.generation.rules import LogitMixing, ProbabilityMixing
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
@@ -32,6 +35,26 @@ def blend_of_folder(name: str, revision: str | None = None) -> tuple[list[Partne
     partners = [_partner(source, checkpoint) for source in spec.references]
     rule = LogitMixing if spec.space == "logits" else ProbabilityMixing
     return partners, Blend(rule(spec.weights) if any(spec.weights) else None)
+
+
+def student_of_folder(name: str, revision: str | None = None) -> Any:
+    """
+    Configuration of the student of a mixed policy.
+
+    Args:
+        name, revision:
+            See [`blend_of_folder`].
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If it holds no mixed policy.
+    """
+    folder = find_checkpoint(name, revision).folder
+    if not holds_policy(folder):
+        raise ConfigError(
+            f"{name!r} holds no mixed policy. Serve a folder that `trl-blend export` wrote, or leave `config_format` "
+            "out."
+        )
+    return student_config(folder)
 
 
 def _partner(source: ModelSource, student: Checkpoint) -> Partner:

@@ -283,9 +283,10 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         step, args = self.state.global_step, self.args
         rule = args.rule_at(step)
         if self._rule is not None and rule is None:
+            engine = "vLLM" if self.use_vllm else "transformers"
             logger.warning(
                 f"Step {step}: the warmup of `rollout_policy={args.rollout_policy!r}` is over. From here on "
-                "rollouts are drawn from the student alone."
+                f"rollouts are drawn from the student alone, with {engine}."
             )
         self._rule = rule
         if args.rollout_policy == "trust_region":
