@@ -18,6 +18,8 @@ from trl_blend.serving.blend import Blend
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 5e-5
+# The rule finds its weight to 1e-4, wherever rounding leads it; these models differ by up to 20 nats at a token
+CHERNOFF_TOLERANCE = 1e-4 * 20
 ONE_PARTNER = {
     "logits": LogitMixing(0.3),
     "probabilities": ProbabilityMixing((0.4,)),
@@ -73,7 +75,8 @@ def check(pair, blend, temperature, **settings):
     set_blend(llm, blend)
     rows = generate(llm, prompts(), temperature, **settings)
     assert sum(len(ids) for _, ids, _ in rows) > 20
-    assert worst_error(models, blend, rows) < TOLERANCE
+    tolerance = CHERNOFF_TOLERANCE if isinstance(blend.rule, ChernoffBlend) else TOLERANCE
+    assert worst_error(models, blend, rows) < tolerance
     return rows
 
 
