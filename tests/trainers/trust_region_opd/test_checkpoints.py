@@ -31,6 +31,8 @@ def test_a_checkpoint_has_the_settings_of_the_method_beside_the_model(checkpoint
         "teacher_weight": None,
         "skd_top_k": None,
         "skd_teacher_temperature": None,
+        "contrastive_alpha": None,
+        "contrastive_beta": None,
         "temperature_warmup_start": None,
         "temperature_warmup_steps": None,
         "num_rollouts_per_prompt": 1,
