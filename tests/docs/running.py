@@ -54,6 +54,8 @@ CONFIGS = {
 }
 # Of a script or a command, where it has the option and the page does not give it
 SMALL_OPTIONS = {**SMALL_CONFIG, "max_steps": 1, "num_test_prompts": 2, "num_generations": 4}
+# And where the page gives what the option is read with
+READ_WITH = {"offline_opd": dict.fromkeys(("num_test_prompts", "max_completion_length"), "test_dataset_name")}
 SMALL_CALLS = {
     "RolloutConfig": {"max_completion_length": 12, "dtype": "float32"},
     "ScoringConfig": {"dtype": "float32"},
@@ -196,7 +198,9 @@ def run_script(module: Any, words: list[str], execute: bool) -> None:
     """Parse the arguments of an example script as it does, cut what is not given, and run it."""
     parser = module.make_parser()
     given = {word.removeprefix("--") for word in words if word.startswith("--")}
-    known = {action.dest for action in parser._actions}
+    read_with = READ_WITH.get(module.__name__.rsplit(".", 1)[-1], {})
+    unread = {name for name, other in read_with.items() if other not in given}
+    known = {action.dest for action in parser._actions} - unread
     cut = [
         word
         for name, value in SMALL_OPTIONS.items()

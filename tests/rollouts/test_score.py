@@ -11,7 +11,7 @@ from tests.rollouts.collecting import collect, rows_of, save_model, save_prompts
 from tests.rollouts.engines.test_local_scores import forced_logprobs
 from tests.rollouts.vllm_fake import FakeVllm, serving
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
-from trl_blend.errors import ConfigError, EngineError, StoreError, TokenizerMismatchError
+from trl_blend.errors import ConfigError, EngineError, StoreError, TokenizerMismatchError, UnsupportedError
 from trl_blend.rollouts.checks import check_rows
 from trl_blend.rollouts.engines import base
 from trl_blend.rollouts.engines import local as local_engine
@@ -290,7 +290,7 @@ def test_a_teacher_without_numbers_is_said(rollouts, tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
-    with pytest.raises(StoreError, match="'teacher_logps' has log-prob nan, not a finite number .*row 0 .key"):
+    with pytest.raises(UnsupportedError, match="logits are not numbers .*checkpoint is whole"):
         score(rollouts, model, tmp_path / "store", identify=False, **SCORE)
 
 

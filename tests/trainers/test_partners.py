@@ -31,6 +31,7 @@ def loads(monkeypatch):
         return tiny_model(seed=1).requires_grad_(False).eval()
 
     monkeypatch.setattr(_partners, "load_frozen", load)
+    monkeypatch.setattr(_partners, "find_config", lambda *args, **kwargs: tiny_model(seed=1).config)
     return calls
 
 

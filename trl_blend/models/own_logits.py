@@ -296,6 +296,11 @@ def _own_logits(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Tenso
             f"{name} returns no logits of shape `(B, T, V)`, so there is nothing that its log-probabilities could be "
             "computed from. Use a causal language model."
         )
+    if logits.isnan().any():
+        raise UnsupportedError(
+            f"{name}: its logits are not numbers (NaN). Check that its checkpoint is whole, and load it in bfloat16 "
+            "or float32."
+        )
     return logits[0]
 
 

@@ -62,7 +62,10 @@ def check_version() -> None:
     try:
         installed = version("vllm")
     except PackageNotFoundError:
-        raise ConfigError("vLLM is not installed. Run `pip install trl_blend[vllm]`.") from None
+        raise ConfigError(
+            "vLLM, which draws blended rollouts with `use_vllm=True`, is not installed. Run `pip install "
+            "trl_blend[vllm]`, or set `use_vllm=False`."
+        ) from None
     if Version(installed) < Version(OLDEST_VLLM):
         raise UnsupportedError(
             f"Blended decoding needs vLLM {OLDEST_VLLM} or newer, and {installed} is installed. Upgrade it, or decode "
