@@ -65,7 +65,7 @@ def test_without_vllm(monkeypatch, dense):
         raise arguments.PackageNotFoundError
 
     monkeypatch.setattr(arguments, "version", missing)
-    with pytest.raises(ConfigError, match="vLLM is not installed"):
+    with pytest.raises(ConfigError, match="vLLM.*is not installed"):
         engine_arguments([Partner(dense)], Blend())
 
 
