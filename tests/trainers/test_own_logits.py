@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MptConfig, MptForCausalLM
 
 from tests import reference, reference_divergences
 from tests.models.architectures import tiny_architecture
@@ -122,7 +122,7 @@ def test_at_weight_zero_nothing_is_compared(build):
 
 
 CONFIG = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
-FALCON = FalconConfig(**CONFIG, num_attention_heads=4, bos_token_id=2, eos_token_id=1)
+MPT = MptConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, max_seq_len=128)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ FALCON = FalconConfig(**CONFIG, num_attention_heads=4, bos_token_id=2, eos_token
 @pytest.mark.parametrize(
     "student",
     [
-        lambda: FalconForCausalLM(FALCON),
+        lambda: MptForCausalLM(MPT),
         lambda: MambaForCausalLM(MambaConfig(**CONFIG, state_size=4, pad_token_id=0, eos_token_id=1)),
     ],
-    ids=["falcon", "mamba"],
+    ids=["mpt", "mamba"],
 )
 def test_rows_that_are_not_kept_apart_are_not_packed(models, tmp_path, student, option):
     rows = scored.scored_rollouts(scored.load(models, "student"), scored.load(models, "teacher"), num_rows=4)
