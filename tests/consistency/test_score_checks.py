@@ -110,7 +110,7 @@ def test_a_live_teacher_that_cannot_score_the_rows(world, monkeypatch):
     def unsupported(*args, **kwargs):
         raise UnsupportedError("an architecture that is not causal")
 
-    monkeypatch.setattr("trl_blend.consistency.check.score_sequences", unsupported)
+    monkeypatch.setattr("trl_blend.rollouts.engines.local.score_sequences", unsupported)
     finding = check_teacher_consistency(world.student, world.scored, world.teacher_model)["rescored"]
     assert finding.severity == "warning"  # a limit of this package, not of the data
 
