@@ -22,12 +22,18 @@ def check(model, layout="left_padded", **settings):
     check_own_logits(model, "model", fused_log_probs(model), layout=layout, **settings)
 
 
+# Gemma 2's mask has no float64: the model itself gives NaN
+TAKEN = [
+    (arch, dtype)
+    for arch in ARCHITECTURES
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if arch != "gpt2" and (arch, dtype) != ("gemma2", torch.float64)
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "gpt2"])
+@pytest.mark.parametrize(("arch", "dtype"), TAKEN)
 def test_every_precision_is_taken(arch, dtype, layout):
-    if (arch, dtype) == ("gemma2", torch.float64):
-        pytest.skip("its mask has no float64: the model itself gives NaN")
     check(with_fused_head(tiny_model(arch).to(dtype)), layout)
 
 
