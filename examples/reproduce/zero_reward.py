@@ -1,10 +1,11 @@
 """
 A student that gets no reward at the start: what helps? `base` of the test-bed adds but never writes the required box,
-so that plain GRPO has nothing to learn from. All arms have equal steps, prompts and rollouts; mixing costs more time.
+so that plain GRPO has nothing to learn from. All arms have equal steps, prompts and rollouts; mixing costs more time, so
+three arms go on: GRPO until it has had the time of the others, two that mix after their teacher has gone.
 
 ```sh
-python examples/reproduce/zero_reward.py --workers 2    # all arms, 5 seeds, then the report
-python examples/reproduce/zero_reward.py --report       # only rebuild the report from the finished runs
+python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report
+python examples/reproduce/zero_reward.py --report                         # only rebuild it from the finished runs
 ```
 
 A finished run is in `results/zero_reward_runs.json` and not repeated: after an interruption, start the command again.
@@ -30,49 +31,65 @@ import numpy as np
 from benchmarks._report import machine
 from reproduce import logit_mixing
 from reproduce.logit_mixing import KINDS
+from reproduce import trust_region
 from reproduce.trust_region import BATCH, ROLLOUTS_PER_PROMPT, supervise, training_prompts
+from testbed.evaluate import CHECKPOINTS
 from testbed.task import build_prompt_dataset
 
 
-DECAY, SFT = 0.7, 1 / 3  # shares of the steps
+# Shares of the steps: until the teacher's weight is 0, of a first stage, and of an arm that goes on
+DECAY, FIRST_STAGE, LONGER = 0.7, 1 / 3, 1.6
+REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
 METRICS = (
     "reward",
     "mixing/teacher_weight",
-    "mixing/rewarded_prompts",
+    REWARDED,
     "importance/ratio_mean",
     "importance/effective_sample_size",
-    "importance/suppressed_share",
+    SUPPRESSED,
 )
 
 
 @dataclass(frozen=True)
 class Arm(logit_mixing.Arm):
-    """An arm of `logit_mixing`, from `base`; `sft_steps` are supervised steps on the teacher's rollouts before it."""
+    """
+    An arm of `logit_mixing`, from `base`.
+
+    Args:
+        first_stage (`str`, *optional*):
+            What takes the place of the first steps: `"sft"` on the teacher's rollouts, or `"trust_region"` distillation.
+        goes_on (`bool`, *optional*, defaults to `False`):
+            Whether it is trained for `LONGER` times the steps.
+    """
 
     student: str = "base"
-    sft_steps: int = 0
+    first_stage: str | None = None
+    goes_on: bool = False
 
 
 def make_arms(steps: int) -> dict[str, Arm]:
     """All arms. `teacher` solves the task; `student` is an SFT version of `base` that knows the format."""
     decay = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": max(1, round(DECAY * steps))}
 
-    def annealed(label: str, style: study.Style, reference: str = "teacher", **settings: Any) -> Arm:
-        return Arm(label, style, {"teacher_weight": 0.5, **decay, **settings}, reference=reference)
+    annealed = {"teacher_weight": 0.5, **decay}
 
-    def fusion(label: str, style: study.Style, mode: str, reference: str = "teacher", **settings: Any) -> Arm:
-        return annealed(label, style, reference, objective="student", is_clip_mode=mode, **settings)
+    def fusion(label: str, style: study.Style, mode: str, settings: dict[str, Any] | None = None, **others: Any) -> Arm:
+        return Arm(
+            label, style, {**annealed, "objective": "student", "is_clip_mode": mode, **(settings or {})}, **others
+        )
 
     sequence = {"importance_sampling_level": "sequence"}
+    mixed = "mixed objective, 0.5 to 0"
     return {
-        "grpo": Arm("GRPO", (study.BLACK, "o", "-"), {"teacher_weight": 0.0}),
+        "grpo": Arm("GRPO", (study.BLACK, "o", "-"), {"teacher_weight": 0.0}, goes_on=True),
         "grpo_kl": Arm("GRPO + KL (0.04)", (study.GRAY, "v", "--"), {"teacher_weight": 0.0, "beta": 0.04}),
         "fusion_token": fusion("logit fusion, token ratios (cap 3)", (study.RED, "X", "--"), "max"),
-        "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", **sequence),
-        "floor": fusion("floor", (study.BLUE, "D", "-"), "floor"),
-        "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", "student"),
-        "mixed": annealed("mixed objective, 0.5 to 0", (study.GREEN, "P", "-")),
-        "mixed_sft": annealed("mixed objective, 0.5 to 0, SFT reference", (study.YELLOW, "^", "-"), "student"),
+        "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", sequence),
+        "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=True),
+        "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
+        "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=True),
+        "mixed_sft": Arm(f"{mixed}, SFT reference", (study.YELLOW, "^", "-"), annealed, reference="student"),
+        "mixed_kept": Arm("mixed objective, 0.5 throughout", (study.GREEN, "p", ":"), {"teacher_weight": 0.5}),
         "adaptive": Arm(
             "mixed objective, adaptive weight",
             (study.GRAY, "*", "-."),
@@ -82,9 +99,32 @@ def make_arms(steps: int) -> dict[str, Arm]:
             "SFT on the teacher's rollouts, then GRPO",
             (study.PURPLE, "h", "-."),
             {"teacher_weight": 0.0},
-            sft_steps=round(SFT * steps),
+            first_stage="sft",
+        ),
+        "trb_grpo": Arm(
+            "trust-region distillation (0.05), then GRPO",
+            (study.PURPLE, "d", ":"),
+            {"teacher_weight": 0.0},
+            first_stage="trust_region",
         ),
     }
+
+
+def first_stage(arm: Arm, seed: int, steps: int, folder: str) -> float:
+    """Train `base` in the place of `steps` steps of GRPO, with as many rollouts, into a folder; returns CPU seconds."""
+    steps *= 128 // BATCH
+    prompts = training_prompts(seed, steps)
+    clock = study.Curve(lambda model, step: None, steps + 1, steps + 1)
+    if arm.first_stage == "sft":
+        supervise(prompts, seed, steps, clock, folder, model=arm.student)
+        return clock.cpu
+    settings = {"rollout_policy": "trust_region", "kl_budget": 0.05, "blend_warmup_steps": steps // 2}
+    distilled = trust_region.Arm(arm.label, arm.style, settings)
+    trainer = trust_region.make_trainer(distilled, CHECKPOINTS / arm.student, prompts, seed, steps, folder)
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.save_model(folder)
+    return clock.cpu
 
 
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
@@ -93,20 +133,20 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     if name == study.START:
         return run_start(rows, scratch)
     arm = make_arms(steps)[name]
+    last = round(LONGER * steps) if arm.goes_on else steps
+    done, earlier_seconds = 0, 0.0
+    if arm.first_stage:
+        folder, done = f"{scratch}/first", round(FIRST_STAGE * steps)
+        earlier_seconds = first_stage(arm, seed, done, folder)
+        arm = replace(arm, student=folder)
+    trainer = logit_mixing.make_trainer(arm, seed, last - done, scratch)
 
-    def measure(trainer: Any) -> dict[str, Any]:
-        return logit_mixing.measure(trainer, arm, rows)
+    def measure(model: Any, step: int) -> dict[str, Any]:
+        seconds = round(curve.cpu + earlier_seconds, 1)
+        return logit_mixing.measure(trainer, arm, rows) | {"cpu_seconds": seconds}
 
-    sft_seconds = 0.0
-    if arm.sft_steps:
-        folder, nothing = f"{scratch}/sft", study.Curve(lambda model, step: None, steps + 1, steps + 1)
-        # Prompts and rollouts per step as in GRPO, which takes 128 where the distillation study takes BATCH
-        prompts = training_prompts(seed, 2 * arm.sft_steps)
-        supervise(prompts, seed, 2 * arm.sft_steps, nothing, folder, model=arm.student)
-        arm, sft_seconds = replace(arm, student=folder), nothing.cpu
-    trainer = logit_mixing.make_trainer(arm, seed, steps - arm.sft_steps, scratch)
-    curve = study.Curve(lambda model, step: measure(trainer), settings["eval_interval"], steps)
-    curve.first = arm.sft_steps
+    curve = study.Curve(measure, settings["eval_interval"], last)
+    curve.first = done
     trainer.add_callback(curve)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
@@ -114,9 +154,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
         "arm": name,
         "seed": seed,
         **{option: settings[option] for option in ("steps", "n_test", "eval_interval")},
-        "train_seconds": round(curve.wall, 1),
-        "cpu_seconds": round(curve.cpu + sft_seconds, 1),
-        "rollout_tokens": round(sum(entry["completions/mean_length"] for entry in history) * 2 * BATCH),
+        "rollout_tokens": round(sum(entry["completions/mean_length"] for entry in history[: steps - done]) * 2 * BATCH),
         "machine": machine(),
         "metrics": {key: [study.rounded(entry.get(key)) for entry in history] for key in METRICS},
         "curve": curve.points,
@@ -142,14 +180,15 @@ class Results:
             raise SystemExit(f"No finished runs of an arm in {runs.path}.")
         self.first = runs.of(self.names[0])[0]
         self.steps = self.first["steps"]
+        self.later = round(LONGER * self.steps)
         self.arms = make_arms(self.steps)
 
     def scores(self, name: str, policy: str = "student", kind: str = "solve", step: int | None = None) -> np.ndarray:
         at = str(self.steps if step is None else step)
         return np.stack([study.as_rates(run["curve"][at][policy][kind]) for run in self.runs.of(name)])
 
-    def rate(self, name: str, policy: str = "student", kind: str = "solve") -> Estimate:
-        return over_seeds(self.scores(name, policy, kind).mean(axis=1))
+    def rate(self, name: str, policy: str = "student", kind: str = "solve", step: int | None = None) -> Estimate:
+        return over_seeds(self.scores(name, policy, kind, step).mean(axis=1))
 
     def curve(self, name: str) -> tuple[list[int], np.ndarray]:
         """Steps, and the solve rates of the student alone, of shape `(S, points)`."""
@@ -166,28 +205,46 @@ class Results:
         part = slice(0, round(DECAY * self.steps / 2))
         return float(np.nanmean(np.array([run["metrics"][key][part] for run in self.runs.of(name)], dtype=float)))
 
+    def seconds(self, name: str, step: int) -> float:
+        """CPU seconds of training up to a step, mean over seeds."""
+        return float(np.mean([run["curve"][str(step)]["cpu_seconds"] for run in self.runs.of(name)]))
 
-# (claim, arm, rival): the student alone after the last step
+
+# (claim, arm, rival): the student alone after the steps of all
 _ABOVE = (
     ("Logit fusion as published (token ratios, capped) learns what GRPO cannot.", "fusion_token", "grpo"),
     ("Sequence-level ratios do.", "fusion_sequence", "grpo"),
     ("The floor does.", "floor", "grpo"),
     ("The floor is above logit fusion as published.", "floor", "fusion_token"),
     ("The floor is above sequence-level ratios.", "floor", "fusion_sequence"),
+    ("The floor with the SFT reference learns what GRPO cannot.", "floor_sft", "grpo"),
     ("The mixed objective with a weight that ends at 0 learns what GRPO cannot.", "mixed", "grpo"),
+    ("With the SFT reference it does.", "mixed_sft", "grpo"),
     ("The floor is above the mixed objective.", "floor", "mixed"),
+    ("The mixed objective at a fixed weight teaches the student alone.", "mixed_kept", "grpo"),
+    ("The adaptive weight teaches the student.", "adaptive", "grpo"),
     ("The floor is above SFT on the teacher's rollouts, then GRPO.", "floor", "sft_grpo"),
     ("The mixed objective is above SFT on the teacher's rollouts, then GRPO.", "mixed", "sft_grpo"),
-    ("The adaptive weight teaches the student.", "adaptive", "grpo"),
+    ("The floor is above trust-region distillation, then GRPO.", "floor", "trb_grpo"),
+    ("The mixed objective is above trust-region distillation, then GRPO.", "mixed", "trb_grpo"),
 )
 
 
 def claims(found: Results) -> Iterator[Claim]:
     """Claims whose arms have no finished run are left out."""
-    for claim, name, rival in _ABOVE:
-        if found.runs.has(name, rival):
-            gap = difference(found.scores(name), found.scores(rival))
-            yield claim, verdict(gap), f"{found.rate(name)} against {found.rate(rival)} ({gap.signed()})."
+    steps, later = found.steps, found.later
+    compared = [(*row, steps, steps) for row in _ABOVE]
+    for arm, label in (("floor", "floor"), ("mixed", "mixed objective")):
+        compared += [
+            (f"The {label} is above GRPO with {later} steps.", arm, "grpo", steps, later),
+            (f"After the hand-over the student of the {label} goes on rising.", arm, arm, later, steps),
+        ]
+    for claim, arm, rival, at, rival_at in compared:
+        if found.runs.has(arm, rival):
+            gap = difference(found.scores(arm, step=at), found.scores(rival, step=rival_at))
+            rates = f"{found.rate(arm, step=at)} against {found.rate(rival, step=rival_at)}"
+            cost = f"{found.seconds(arm, at):.0f} and {found.seconds(rival, rival_at):.0f} CPU seconds"
+            yield claim, verdict(gap), f"{rates} ({gap.signed()}); {cost}."
 
 
 def report(runs: Runs, folder: Path) -> str:
@@ -200,24 +257,35 @@ def report(runs: Runs, folder: Path) -> str:
         for kind in KINDS:
             estimate = found.rate(name, kind=kind)
             row |= {kind: estimate.value, f"{kind}_se": estimate.error}
-        row |= {key: round(runs.cost(name, key), 1) for key in ("rollout_tokens", "cpu_seconds")}
+        row |= {
+            "rollout_tokens": runs.cost(name, "rollout_tokens"),
+            "cpu_seconds": round(found.seconds(name, found.steps), 1),
+        }
         rows.append(row)
-        mixture = found.rate(name, "mixed") if mixes else "—"
-        suppressed = f"{found.metric(name, METRICS[-1]):.3f}" if _has(found, name, METRICS[-1]) else "—"
-        rewarded = f"{found.metric(name, METRICS[2]):.2f}" if _has(found, name, METRICS[2]) else "—"
-        scores = [found.rate(name, kind=kind) for kind in KINDS]
-        cells.append([found.arms[name].label, *scores, mixture, rewarded, suppressed, f"{row['cpu_seconds']:.0f}"])
+        cells.append([
+            found.arms[name].label,
+            *(found.rate(name, kind=kind) for kind in KINDS),
+            found.rate(name, "mixed") if mixes else "—",
+            found.rate(name, step=found.later) if found.arms[name].goes_on else "—",
+            _metric(found, name, REWARDED, 2),
+            _metric(found, name, SUPPRESSED, 3),
+            f"{row['rollout_tokens'] / 1000:.0f}k",
+            f"{row['cpu_seconds']:.0f}",
+        ])  # fmt: skip
     study.write_csv(folder / "zero_reward.csv", rows)
     _plot(found, folder / "zero_reward.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
+    stage = round(FIRST_STAGE * found.steps)
     header = [
         "arm",
         "student alone: solved",
         "answer",
         "format",
         "mixture",
+        f"student alone, {found.later} steps",
         "prompts with reward",
         "suppressed",
+        "tokens",
         "CPU s",
     ]
     start = ", ".join(f"`{policy}` {found.start(policy):.3f}" for policy in ("base", "student", "teacher"))
@@ -230,10 +298,10 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         f"{found.steps} steps of 128 rollouts (16 prompts), learning rate 3e-5, {' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5 to 0 over "
-        f"{round(DECAY * found.steps)} steps; *SFT* takes the place of the first {round(SFT * found.steps)} steps, "
-        f"with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *rewarded* and *suppressed* are means over the "
-        "first half of the decay: `mixing/rewarded_prompts` and `importance/suppressed_share`. CPU seconds are "
-        "without evaluation.",
+        f"{round(DECAY * found.steps)} steps; a first stage takes the place of the first {stage} steps, with as many "
+        f"rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* and *suppressed* are means over the first "
+        f"half of the decay: `{REWARDED}` and `{SUPPRESSED}`. Tokens and CPU seconds are those of {found.steps} "
+        "steps, without evaluation.",
         "",
         study.markdown_table(header, cells),
         "",
@@ -248,8 +316,9 @@ def report(runs: Runs, folder: Path) -> str:
     ])  # fmt: skip
 
 
-def _has(found: Results, name: str, key: str) -> bool:
-    return any(value is not None for run in found.runs.of(name) for value in run["metrics"][key])
+def _metric(found: Results, name: str, key: str, digits: int) -> str:
+    logged = any(value is not None for run in found.runs.of(name) for value in run["metrics"][key])
+    return f"{found.metric(name, key):.{digits}f}" if logged else "—"
 
 
 def _plot(found: Results, path: Path) -> None:
@@ -259,7 +328,7 @@ def _plot(found: Results, path: Path) -> None:
     axis.axvspan(0, DECAY * found.steps, color=study.GRAY, alpha=0.08, linewidth=0)
     axis.set(
         title="A student without reward at the start, decoded alone",
-        xlabel="optimizer step (shaded: the teacher's weight is above 0)",
+        xlabel="optimizer step (shaded: the teacher's weight falls)",
         ylabel=f"solved, of {found.runs.start['n_test']} test prompts (band: ±1 SE)",
     )
     study.save(figure, path, legend_of=axis, columns=2)
@@ -267,7 +336,7 @@ def _plot(found: Results, path: Path) -> None:
 
 STUDY = study.Study(
     name="zero_reward",
-    options={"steps": 60, "eval_interval": 10, "n_test": 300},
+    options={"steps": 60, "eval_interval": 20, "n_test": 300},
     arms=lambda settings: make_arms(settings["steps"]),
     work=work,
     report=report,
