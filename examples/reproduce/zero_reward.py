@@ -1,7 +1,7 @@
 """
 A student that gets no reward at the start: what helps? `base` of the test-bed adds but never writes the required box,
-so that plain GRPO has nothing to learn from. All arms have equal steps, prompts and rollouts; mixing costs more time, so
-three arms go on: GRPO until it has had the time of the others, two that mix after their teacher has gone.
+so that plain GRPO has nothing to learn from. All arms have equal steps, prompts and rollouts. Three go on: GRPO, since
+mixing costs more time, and two that mix, after their teacher has gone.
 
 ```sh
 python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report
@@ -29,9 +29,8 @@ from reproduce.study import Claim, Estimate, Runs, difference, over_seeds, verdi
 import numpy as np
 
 from benchmarks._report import machine
-from reproduce import logit_mixing
+from reproduce import logit_mixing, trust_region
 from reproduce.logit_mixing import KINDS
-from reproduce import trust_region
 from reproduce.trust_region import BATCH, ROLLOUTS_PER_PROMPT, supervise, training_prompts
 from testbed.evaluate import CHECKPOINTS
 from testbed.task import build_prompt_dataset
@@ -39,6 +38,7 @@ from testbed.task import build_prompt_dataset
 
 # Shares of the steps: until the teacher's weight is 0, of a first stage, and of an arm that goes on
 DECAY, FIRST_STAGE, LONGER = 0.7, 1 / 3, 1.6
+ROLLOUTS = 128  # of a step
 REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
 METRICS = (
     "reward",
@@ -57,7 +57,8 @@ class Arm(logit_mixing.Arm):
 
     Args:
         first_stage (`str`, *optional*):
-            What takes the place of the first steps: `"sft"` on the teacher's rollouts, or `"trust_region"` distillation.
+            What takes the place of the first steps: `"sft"` on the teacher's rollouts, or distillation from a
+            `"trust_region"`.
         goes_on (`bool`, *optional*, defaults to `False`):
             Whether it is trained for `LONGER` times the steps.
     """
@@ -73,18 +74,16 @@ def make_arms(steps: int) -> dict[str, Arm]:
 
     annealed = {"teacher_weight": 0.5, **decay}
 
-    def fusion(label: str, style: study.Style, mode: str, settings: dict[str, Any] | None = None, **others: Any) -> Arm:
-        return Arm(
-            label, style, {**annealed, "objective": "student", "is_clip_mode": mode, **(settings or {})}, **others
-        )
+    def fusion(label: str, style: study.Style, mode: str, level: str = "token", **others: Any) -> Arm:
+        settings = {"objective": "student", "is_clip_mode": mode, "importance_sampling_level": level}
+        return Arm(label, style, annealed | settings, **others)
 
-    sequence = {"importance_sampling_level": "sequence"}
     mixed = "mixed objective, 0.5 to 0"
     return {
         "grpo": Arm("GRPO", (study.BLACK, "o", "-"), {"teacher_weight": 0.0}, goes_on=True),
         "grpo_kl": Arm("GRPO + KL (0.04)", (study.GRAY, "v", "--"), {"teacher_weight": 0.0, "beta": 0.04}),
         "fusion_token": fusion("logit fusion, token ratios (cap 3)", (study.RED, "X", "--"), "max"),
-        "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", sequence),
+        "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", "sequence"),
         "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=True),
         "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
         "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=True),
@@ -111,8 +110,8 @@ def make_arms(steps: int) -> dict[str, Arm]:
 
 
 def first_stage(arm: Arm, seed: int, steps: int, folder: str) -> float:
-    """Train `base` in the place of `steps` steps of GRPO, with as many rollouts, into a folder; returns CPU seconds."""
-    steps *= 128 // BATCH
+    """Train `base` into a folder with the rollouts of `steps` steps of GRPO; returns CPU seconds."""
+    steps *= ROLLOUTS // BATCH
     prompts = training_prompts(seed, steps)
     clock = study.Curve(lambda model, step: None, steps + 1, steps + 1)
     if arm.first_stage == "sft":
@@ -150,11 +149,12 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     trainer.add_callback(curve)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
+    lengths = [entry["completions/mean_length"] for entry in history]
     return {
         "arm": name,
         "seed": seed,
         **{option: settings[option] for option in ("steps", "n_test", "eval_interval")},
-        "rollout_tokens": round(sum(entry["completions/mean_length"] for entry in history[: steps - done]) * 2 * BATCH),
+        "rollout_tokens": round(sum(lengths[: steps - done]) * ROLLOUTS),
         "machine": machine(),
         "metrics": {key: [study.rounded(entry.get(key)) for entry in history] for key in METRICS},
         "curve": curve.points,
@@ -296,11 +296,12 @@ def report(runs: Runs, folder: Path) -> str:
         f"never writes the box. Solved before training, greedy: {start}; mixture of `base` and `teacher` at 0.5 "
         f"{found.start('mixed'):.3f}. {study.machine_text(found.first['machine'])}",
         "",
-        f"{found.steps} steps of 128 rollouts (16 prompts), learning rate 3e-5, {' or '.join(map(str, seeds))} seeds, "
+        f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate 3e-5, "
+        f"{' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5 to 0 over "
-        f"{round(DECAY * found.steps)} steps; a first stage takes the place of the first {stage} steps, with as many "
-        f"rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* and *suppressed* are means over the first "
-        f"half of the decay: `{REWARDED}` and `{SUPPRESSED}`. Tokens and CPU seconds are those of {found.steps} "
+        f"{round(DECAY * found.steps)} steps; a first stage takes the place of the first {stage} steps, with as "
+        f"many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* and *suppressed* are means over the "
+        f"first half of the decay: `{REWARDED}` and `{SUPPRESSED}`. Tokens and CPU seconds are those of {found.steps} "
         "steps, without evaluation.",
         "",
         study.markdown_table(header, cells),

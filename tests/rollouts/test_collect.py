@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from functools import partial
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_the_manifest_says_what_was_sampled(student, prompts, finished):
         "eos_token_ids": [EOS_ID],
         "vocab_size": 64,
     }
-    assert manifest.engine["name"] == "transformers" and manifest.engine["torch"] == torch.__version__
+    assert manifest.engine["name"] == "transformers" and manifest.engine["torch"] == version("torch")
     assert manifest.student["name"] == student and manifest.student["weights"]["sha256"]
     assert manifest.source["prompts"] == prompts and manifest.source["num_prompts"] == 11
 

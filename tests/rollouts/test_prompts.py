@@ -99,7 +99,7 @@ def test_text_for_a_model_with_a_chat_template_is_said(caplog):
 
 
 TOOLS_TEMPLATE = (
-    "{%- for tool in tools or [] %}{{ '<system>' + tool.function.name + tool.function.keys() | join }}{%- endfor %}"
+    "{%- for tool in tools or [] %}{{ '<system>' + tool.function.name + tool.function.keys() | sort | join }}{%- endfor %}"
     "{%- for m in messages %}{{ '<' + m.role + '>' + m.content + (m.keys() | list | length | string) }}{%- endfor %}"
     "{%- if enable_thinking is defined and not enable_thinking %}{{ '()' }}{%- endif %}"
 )
@@ -120,7 +120,7 @@ def test_columns_of_the_conversational_format(as_json):
     # Neither the description nor the name that other rows have
     first, second, third = (
         "<system>addname<user>1+12()",
-        "<system>mulnamedescription<system>addname<user>1+13",
+        "<system>muldescriptionname<system>addname<user>1+13",
         "<user>1+12",
     )
     assert texts_of(rows, tokenizer) == [first, second, third]

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 import wandb
+from wandb.sdk.wandb_run import Run
 
 from tests import reference
 from tests.trainers import forced, runs
@@ -149,13 +150,13 @@ def test_wandb(build, tmp_path, monkeypatch):
         max_steps=2,
         run_name="tiny",
     )
-    log = wandb.Run.log
+    log = Run.log
 
     def recording(run, data, *args, **kwargs):
         rows.append(dict(data))
         return log(run, data, *args, **kwargs)
 
-    monkeypatch.setattr(wandb.Run, "log", recording)
+    monkeypatch.setattr(Run, "log", recording)
     try:
         trainer.train()
     finally:
