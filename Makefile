@@ -24,7 +24,7 @@ export TRL_EXPERIMENTAL_SILENCE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo demo-offline test test-slow test-vllm test-floor test-latest lint format check fresh wheel-test export-test benchmarks reproduce clean
+.PHONY: help install demo demo-offline test test-slow test-vllm test-floor test-latest lint format check fresh wheel-test export-test benchmarks gpu-check reproduce clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -135,7 +135,12 @@ export-test: install  ## decode an exported mixed policy in a new environment th
 benchmarks: install  ## measure cost against TRL (examples/benchmarks, ratios within one run)
 	@for script in examples/benchmarks/[a-z]*.py; do echo "== $$script" && $(BIN)/python "$$script" || exit 1; done
 
+gpu-check: install  ## a few steps of each trainer at real shapes on one GPU (minutes): peak memory, tokens per second
+	$(BIN)/python examples/benchmarks/gpu_check.py
+
 reproduce: install  ## repeat the comparisons of the papers (examples/reproduce; hours)
+	$(BIN)/python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4
+	$(BIN)/python examples/reproduce/importance_ratios.py --seeds 0 1 2 3 4
 	$(BIN)/python examples/reproduce/weight_sweep.py
 	$(BIN)/python examples/reproduce/logit_mixing.py
 	$(BIN)/python examples/reproduce/trust_region.py
