@@ -1,7 +1,7 @@
 """
 One check of everything on one GPU, in bfloat16 and in minutes: a few steps of each trainer at real shapes (Qwen3-0.6B
 from Qwen3-1.7B, random weights), drawn by transformers and, where it is installed, by vLLM; then a short run on the
-test-bed. Nothing is downloaded. Prints peak memory and tokens per second (prompts included), and writes them to a JSON file.
+test-bed. Nothing is downloaded. Prints peak memory and tokens per second (prompts included), writes them to a file.
 
 ```sh
 make gpu-check
