@@ -35,11 +35,41 @@ def veto_target(teacher_logprobs: Tensor, student_logprobs: Tensor, veto_weight:
     return log_softmax(torch.stack(products))
 
 
+def interpolated_target(teacher_logprobs: Tensor, reference_logprobs: Tensor, teacher_weight: float) -> Tensor:
+    """
+    `log Q = a log p_T + (1 - a) log p_ref - log Z`. What is impossible for one is impossible for `Q`, but for
+    `p^0 = 1`.
+    """
+    products = []
+    for teacher, reference in zip(teacher_logprobs, reference_logprobs, strict=True):
+        terms = [(teacher_weight, teacher), (1.0 - teacher_weight, reference)]
+        terms = [(weight, logprob) for weight, logprob in terms if weight != 0.0]
+        impossible = any(logprob.item() == -math.inf for _, logprob in terms)
+        products.append(
+            torch.tensor(-math.inf, dtype=torch.float64)
+            if impossible
+            else torch.stack([weight * logprob for weight, logprob in terms]).sum()
+        )
+    return log_softmax(torch.stack(products))
+
+
+def forward_kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """`KL(p_T‖p_S) = Σ p_T (log p_T - log p_S)`."""
+    total = torch.zeros((), dtype=torch.float64)
+    for student, teacher in zip(student_logprobs, teacher_logprobs, strict=True):
+        if teacher.item() > -math.inf:
+            total = total + torch.exp(teacher) * (teacher - student)
+    return total
+
+
 def reverse_kl_loss(
     student: Tensor,
     teacher: Tensor,
     frozen: Tensor,
     *,
+    reference: Tensor | None = None,
+    target_weight: float = 1.0,
+    forward_kl_entropy: float | None = None,
     temperature: float = 1.0,
     veto_weight: float = 0.0,
     top_k: int | None = None,
@@ -48,13 +78,21 @@ def reverse_kl_loss(
     """Loss, entropy of `p_S` and the divergence to read, of one token. Rows have the common vocabulary already."""
     student_logprobs = canonical_logprobs(student, temperature, eos)
     fixed = canonical_logprobs(frozen.detach(), temperature, eos)
-    target = veto_target(canonical_logprobs(teacher.detach(), temperature, eos), fixed, veto_weight)
+    of_teacher = canonical_logprobs(teacher.detach(), temperature, eos)
+    if reference is not None:
+        of_teacher = interpolated_target(
+            of_teacher, canonical_logprobs(reference.detach(), temperature, eos), target_weight
+        )
+    target = veto_target(of_teacher, fixed, veto_weight)
     if top_k is None:
         loss = torch.zeros((), dtype=torch.float64)
         for v in range(len(fixed)):
             if fixed[v].item() > -math.inf:
                 loss = loss + torch.exp(student_logprobs[v]) * (student_logprobs[v] - target[v])
-        return loss, entropy(student_logprobs), loss
+        divergence = loss
+        if forward_kl_entropy is not None and entropy(of_teacher).item() > forward_kl_entropy:
+            loss = loss + forward_kl(student_logprobs, of_teacher)
+        return loss, entropy(student_logprobs), divergence
     support = sorted(range(len(fixed)), key=lambda v: -fixed[v].item())[:top_k]
     support = [v for v in support if fixed[v].item() > -math.inf]
     mass = sum(torch.exp(fixed[v]) for v in support)

@@ -50,10 +50,23 @@ def mixed(space: str) -> Function:
 
 def divergence(**settings) -> Function:
     def call(student, teacher, **options):
-        return tuple(reverse_kl(student, teacher, temperature=0.9, **settings, **options))
+        return tuple(reverse_kl(student, teacher, temperature=0.9, **settings, **options))[:3]
 
     def expected(student, teacher):
         return expected_reverse_kl(student, teacher, temperature=0.9, **settings)
+
+    return Function(call, expected, 1, random_head, False)
+
+
+def interpolated(**settings) -> Function:
+    """With the student itself as the reference: it has another student's gradient, not its own."""
+
+    def call(student, teacher, **options):
+        arguments = {"reference": student, "target_weight": 0.6, "temperature": 0.9}
+        return tuple(reverse_kl(student, teacher, **arguments, **settings, **options))[:3]
+
+    def expected(student, teacher):
+        return expected_reverse_kl(student, teacher, reference=student, target_weight=0.6, temperature=0.9, **settings)
 
     return Function(call, expected, 1, random_head, False)
 
@@ -73,8 +86,10 @@ FUNCTIONS = {
     "mixed probs": mixed("probs"),
     "reverse kl": divergence(),
     "reverse kl, veto, eos": divergence(veto_weight=0.4, eos=EOS),
+    "reverse kl, forward kl, eos": divergence(forward_kl_entropy=1.5, eos=EOS),
     "reverse kl, top-k": divergence(top_k=TOP_K),
     "reverse kl, top-k, veto, eos": divergence(top_k=TOP_K, veto_weight=0.4, eos=EOS),
+    "reverse kl, interpolated, eos": interpolated(eos=EOS),
     "stored, reverse": from_store("reverse"),
     "stored, forward": from_store("forward"),
 }

@@ -1,7 +1,7 @@
 """Random output layers, and what the functions of `ops.head` should make of them, from the float64 reference."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,25 +81,26 @@ def expected_reverse_kl(
     student: LMHead,
     teacher: LMHead,
     *,
-    temperature: float = 1.0,
-    veto_weight: float = 0.0,
-    top_k: int | None = None,
+    reference: LMHead | None = None,
     eos: EosMap | None = None,
     vocab_size: int | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, ...]:
     """Loss, entropy and reverse KL, token by token."""
     size = min(student.weight.shape[0], teacher.weight.shape[0]) if vocab_size is None else vocab_size
+    references = [None] * len(student.hidden) if reference is None else logit_rows(reference, size)
     tokens = [
         reference_divergences.reverse_kl_loss(
             row,
             teacher_row,
             row,
-            temperature=temperature,
-            veto_weight=veto_weight,
-            top_k=top_k,
+            reference=reference_row,
             eos=None if eos is None else (eos.target, list(eos.merged)),
+            **settings,
         )
-        for row, teacher_row in zip(logit_rows(student, size), logit_rows(teacher, size), strict=True)
+        for row, teacher_row, reference_row in zip(
+            logit_rows(student, size), logit_rows(teacher, size), references, strict=True
+        )
     ]
     return tuple(torch.stack(values) for values in zip(*tokens, strict=True))
 

@@ -54,6 +54,13 @@ def divergence(**settings):
     return lambda student, teacher: reverse_kl(student, teacher, **settings).loss.sum()
 
 
+def interpolated(**settings):
+    def loss(student, teacher):
+        return reverse_kl(student, teacher, reference=teacher, target_weight=0.4, **settings).loss.sum()
+
+    return loss
+
+
 # Projections per tile in the forward and in the backward, and buffers of the size of a tile in the backward. Without a
 # student there is nothing to do in the backward.
 PASSES = {
@@ -69,14 +76,18 @@ PASSES = {
     "probs, partner alone": (mixed("probs", weight=1.0), 1, None, 0),
     "full": (divergence(), 2, 2, 3),
     "veto, eos": (divergence(veto_weight=0.4, eos=EOS), 2, 2, 3),
+    "forward kl, eos": (divergence(forward_kl_entropy=1.0, eos=EOS), 2, 2, 3),
+    "interpolated, eos": (interpolated(eos=EOS), 3, 3, 4),
+    "interpolated on the top-k": (interpolated(top_k=8), 3, 1, 1),
     # The top-k needs the student alone
     "top-k": (divergence(top_k=8), 2, 1, 1),
     "veto on the top-k, eos": (divergence(veto_weight=0.4, top_k=8, eos=EOS), 2, 1, 1),
 }
 
 
-@pytest.mark.parametrize(("loss", "in_forward", "in_backward", "buffers"), PASSES.values(), ids=PASSES)
-def test_number_of_projections_and_buffers(loss, in_forward, in_backward, buffers):
+@pytest.mark.parametrize("name", PASSES)
+def test_number_of_projections_and_buffers(name):
+    loss, in_forward, in_backward, buffers = PASSES[name]
     student, partner = random_head(N, H, V, requires_grad=True), random_head(N, H, V)
     forward, backward = record(lambda: loss(student, partner))
     assert forward.projections == in_forward * TILES
@@ -84,7 +95,8 @@ def test_number_of_projections_and_buffers(loss, in_forward, in_backward, buffer
     assert backward.projections == (0 if in_backward is None else (in_backward + 2) * TILES)
     assert sum(size == TILE for size in backward.sizes) == buffers
     # At most the logits of both models, or a sum and a term of it, and their exponentials
-    assert sum(size == TILE for size in forward.sizes) <= 3
+    most = 3 + (name.startswith(("interpolated", "forward")))  # the reference's logits, or the difference of both
+    assert sum(size == TILE for size in forward.sizes) <= most
 
 
 @pytest.mark.parametrize("loss", [mixed("logits"), mixed("probs"), divergence()], ids=["logits", "probs", "reverse"])

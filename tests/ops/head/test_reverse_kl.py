@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import reference, reference_divergences
-from tests.ops.head.heads import expected_reverse_kl, gradients, leaves, logit_rows, random_head
+from tests.ops.head.heads import expected_reverse_kl, gradients, leaves, logit_rows, random_head, with_leaves
 from trl_blend.errors import ConfigError
 from trl_blend.ops import EosMap, LMHead, mixed_log_probs, reverse_kl, support_statistics
 
@@ -45,7 +45,7 @@ def build(case, requires_grad=True, tokens=N, dtype=torch.float64):
 def assert_matches(student, teacher, arguments):
     result = reverse_kl(student, teacher, **arguments)
     expected = expected_reverse_kl(student, teacher, **arguments)
-    torch.testing.assert_close(tuple(result), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tuple(result)[:3], expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn(len(result.loss), dtype=torch.float64)
     grads = gradients([result.loss], leaves(student), [direction])
     wanted = gradients(expected[:1], leaves(student), [direction])
@@ -200,15 +200,175 @@ def test_tokens_excluded_by_infinite_biases(support, eos, small_tiles):
     result = reverse_kl(student, teacher, eos=eos, **support)
     if support is FULL:
         expected = expected_reverse_kl(student, teacher, eos=eos)
-        torch.testing.assert_close(tuple(result), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(tuple(result)[:3], expected, rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad(result.loss.sum(), leaves(student))
-    assert all(torch.isfinite(tensor).all() for tensor in (*result, *grads))
+    assert all(torch.isfinite(tensor).all() for tensor in (*result[:3], *grads))
     assert (grads[2][[0, 2, 3, 8, 10]] == 0).all()
     teacher.bias[5] = -math.inf
     result = reverse_kl(student, teacher, eos=eos, **support)
     grads = torch.autograd.grad(result.loss.sum(), leaves(student))
     assert (result.reverse_kl > 1e20).all()
-    assert all(torch.isfinite(tensor).all() for tensor in (*result, *grads))
+    assert all(torch.isfinite(tensor).all() for tensor in (*result[:3], *grads))
+
+
+# ---------------------------------------------------------------- towards a mixture of reference and teacher
+
+
+def build_three(case):
+    student, teacher, arguments = build(case)
+    _, options = CASES[case][0]
+    return student, teacher, random_head(N, 5, student.weight.shape[0], **options), arguments
+
+
+@with_and_without_eos
+@pytest.mark.parametrize("target_weight", [0.0, 0.3, 1.8])
+@every_support
+@pytest.mark.parametrize("case", CASES)
+def test_an_interpolated_target_matches_the_reference(case, support, target_weight, eos, tiles):
+    student, teacher, reference, arguments = build_three(case)
+    arguments = {**arguments, **support, "reference": reference, "target_weight": target_weight, "eos": eos}
+    result, grads = assert_matches(student, teacher, arguments)
+    assert all(grad.abs().max() > 1e-3 for grad in grads)
+    other = expected_reverse_kl(student, teacher, **{**arguments, "reference": None})
+    assert not torch.allclose(result.reverse_kl, other[2])
+
+
+@with_and_without_eos
+@every_support
+def test_an_interpolated_veto_target_matches_the_reference(support, eos, small_tiles):
+    student, teacher, reference, arguments = build_three("all options")
+    arguments = {**arguments, **support, "reference": reference, "target_weight": 0.3, "veto_weight": 0.4, "eos": eos}
+    assert_matches(student, teacher, arguments)
+
+
+@with_and_without_eos
+@every_support
+def test_all_weight_on_the_teacher_is_the_teacher_bit_for_bit(support, eos):
+    student, teacher, reference, arguments = build_three("all options")
+    values = []
+    for target in ({}, {"reference": reference, "target_weight": 1.0}):
+        result = reverse_kl(student, teacher, eos=eos, **arguments, **support, **target)
+        values.append([*result[:3], *gradients([result.loss], leaves(student), [torch.ones(N)])])
+    assert all(torch.equal(one, other) for one, other in zip(*values, strict=True))
+
+
+@with_and_without_eos
+@every_support
+def test_no_weight_on_the_teacher_leaves_the_reference_alone(support, eos):
+    """A student that is the reference has no loss and no gradient, whatever the teacher excludes."""
+    student, teacher = random_head(N, 4, V, bias=True, requires_grad=True), random_head(N, 5, V, bias=True)
+    teacher.bias[[2, 6]] = -math.inf
+    reference = with_leaves(student, lambda tensor: tensor.detach().clone())
+    result = reverse_kl(student, teacher, reference=reference, target_weight=0.0, eos=eos, **support)
+    assert (result.reverse_kl == 0).all()
+    for grad in torch.autograd.grad(result.loss.sum(), leaves(student)):
+        assert grad.abs().max() < 1e-14
+
+
+def test_the_mixture_of_two_heads_is_one_head_on_concatenated_features():
+    student, teacher, reference, _ = build_three("plain")
+    joined = LMHead(
+        torch.cat([0.3 * teacher.hidden, 0.7 * reference.hidden], dim=1).detach(),
+        torch.cat([teacher.weight, reference.weight], dim=1).detach(),
+    )
+    mixed = reverse_kl(student, teacher, reference=reference, target_weight=0.3)
+    torch.testing.assert_close(mixed.loss, reverse_kl(student, joined).loss, rtol=1e-12, atol=1e-12)
+
+
+def test_above_one_it_is_reward_extrapolation():
+    """`E_{p_S}[λ (log p_T - log p_ref) - (log p_S - log p_ref)]` is `-KL(p_S‖Q)` up to what no student changes."""
+    weight = 2.5
+    student, teacher, reference, _ = build_three("plain")
+    other, *_ = build_three("plain")
+
+    def reward(head):
+        values = []
+        for rows in zip(*(logit_rows(one, V) for one in (head, teacher, reference)), strict=True):
+            s, t, r = (reference_divergences.canonical_logprobs(row, 1.0, None) for row in rows)
+            values.append((s.exp() * (weight * (t - r) - (s - r))).sum())
+        return torch.stack(values)
+
+    loss, others = (
+        reverse_kl(head, teacher, reference=reference, target_weight=weight).loss for head in (student, other)
+    )
+    torch.testing.assert_close(loss - others, reward(other) - reward(student), rtol=1e-11, atol=1e-11)
+    found, wanted = (gradients([value], leaves(student), [torch.ones(N)]) for value in (loss, -reward(student)))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("target_weight", [0.4, 1.8])
+@with_and_without_eos
+def test_tokens_that_the_reference_excludes(target_weight, eos, small_tiles):
+    """Student and reference are one architecture: what one excludes, the other does. A whole tile, and one token."""
+    student, teacher, reference = (random_head(N, 4, V, bias=True) for _ in range(3))
+    for head in (student, reference):
+        head.bias[[0, 1, 2, 3, 8]] = -math.inf
+    for tensor in leaves(student):
+        tensor.requires_grad_()
+    _, grads = assert_matches(student, teacher, {"reference": reference, "target_weight": target_weight, "eos": eos})
+    assert (grads[2][[0, 2, 3, 8]] == 0).all()
+
+
+# ---------------------------------------------------------------- the forward KL of uncertain teachers
+
+# Below, among and above the entropies of the rows
+ENTROPIES = [0.0, 1.2, 9.0]
+
+
+def has_forward_kl(teacher, entropy, temperature=1.0, eos=None, vocab=V):
+    pair = None if eos is None else (eos.target, list(eos.merged))
+    rows = [reference_divergences.canonical_logprobs(row, temperature, pair) for row in logit_rows(teacher, vocab)]
+    return [reference.entropy(row).item() > entropy for row in rows]
+
+
+@with_and_without_eos
+@pytest.mark.parametrize("entropy", ENTROPIES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_forward_kl_matches_the_reference(case, entropy, eos, tiles):
+    student, teacher, arguments = build(case)
+    result, grads = assert_matches(student, teacher, {**arguments, "forward_kl_entropy": entropy, "eos": eos})
+    assert result.has_forward_kl.tolist() == has_forward_kl(teacher, entropy, arguments.get("temperature", 1.0), eos)
+    assert not result.has_forward_kl.requires_grad
+    plain = reverse_kl(student, teacher, **arguments, eos=eos)
+    torch.testing.assert_close(result.reverse_kl, plain.reverse_kl, rtol=1e-13, atol=1e-13)
+    assert torch.equal(result.loss > plain.loss, result.has_forward_kl)
+    assert plain.has_forward_kl is None
+
+
+def test_the_thresholds_above_sort_the_teachers():
+    teacher = random_head(40, 4, V)
+    assert [set(has_forward_kl(teacher, entropy)) for entropy in ENTROPIES] == [{True}, {False, True}, {False}]
+
+
+def test_no_teacher_is_uncertain_enough(small_tiles):
+    student, teacher, arguments = build("all options")
+    values = []
+    for entropy in (None, math.log(V)):
+        result = reverse_kl(student, teacher, eos=EOS, forward_kl_entropy=entropy, **arguments)
+        values.append((result.loss, gradients([result.loss], leaves(student), [torch.ones(N)])))
+    torch.testing.assert_close(*values, rtol=1e-13, atol=1e-13)
+
+
+@with_and_without_eos
+def test_gradcheck_of_the_forward_kl(eos, small_tiles):
+    student, teacher, arguments = build("all options", tokens=2)
+
+    def loss(hidden, weight, bias):
+        head = student._replace(hidden=hidden, weight=weight, bias=bias)
+        return reverse_kl(head, teacher, eos=eos, forward_kl_entropy=0.0, **arguments).loss
+
+    assert torch.autograd.gradcheck(loss, leaves(student))
+
+
+@with_and_without_eos
+def test_the_forward_kl_where_a_model_excludes_tokens(eos, small_tiles):
+    student, teacher = random_head(N, 4, V, bias=True), random_head(N, 5, V, bias=True)
+    student.bias[[0, 1, 2, 3]] = -math.inf
+    teacher.bias[[0, 1, 2, 3, 8, 10]] = -math.inf
+    student.bias.requires_grad_()
+    result = reverse_kl(student, teacher, eos=eos, forward_kl_entropy=0.0)
+    (grad,) = torch.autograd.grad(result.loss.sum(), student.bias)
+    assert result.loss.isfinite().all() and grad.isfinite().all() and (grad[[0, 2, 3]] == 0).all()
 
 
 # ---------------------------------------------------------------- support_statistics
@@ -260,6 +420,17 @@ def test_targets_outside_the_vocabulary_have_probability_0(target, small_tiles):
         ({"veto_weight": 1.0}, "`veto_weight` is 1.0. Set it to at least 0 and below 1"),
         ({"veto_weight": -0.1}, "`veto_weight` is -0.1"),
         ({"veto_weight": math.nan}, "`veto_weight` is nan"),
+        ({"target_weight": -0.1, "reference": random_head(N, 4, V)}, "`target_weight` is -0.1"),
+        ({"target_weight": math.inf, "reference": random_head(N, 4, V)}, "`target_weight` is inf"),
+        ({"target_weight": 0.5}, "`target_weight` is 0.5, which needs a `reference`"),
+        ({"target_weight": 0.5, "reference": random_head(N, 4, V - 1)}, f"`reference` has {V - 1} logits, but {V} "),
+        ({"target_weight": 0.5, "reference": random_head(N - 1, 4, V)}, r"student and \(4, 4\) in the reference"),
+        ({"forward_kl_entropy": 1.0, "top_k": 3}, "`forward_kl_entropy` is 1.0, which is defined for the whole"),
+        ({"forward_kl_entropy": 1.0, "veto_weight": 0.1}, "`forward_kl_entropy` is 1.0"),
+        (
+            {"forward_kl_entropy": 1.0, "target_weight": 0.5, "reference": random_head(N, 4, V)},
+            "`forward_kl_entropy` is 1.0",
+        ),
         ({"top_k": V + 1}, f"`top_k` is {V + 1} and the vocabulary has {V} entries"),
         ({"top_k": V, "vocab_size": V - 1}, f"`top_k` is {V} and the vocabulary has {V - 1} entries"),
         ({"top_k": 0}, "`top_k` is 0"),
@@ -276,7 +447,7 @@ def test_invalid_arguments_are_refused(changes, message):
     arguments = {"student": random_head(N, 4, V), "teacher": random_head(N, 4, V + 2), **changes}
     with pytest.raises(ConfigError, match=message):
         reverse_kl(**arguments)
-    if not {"veto_weight", "top_k"} & set(changes):
+    if not {"veto_weight", "top_k", "target_weight"} & set(changes):
         with pytest.raises(ConfigError):
             support_statistics(**arguments, targets=torch.zeros(N, dtype=torch.long))
 

@@ -58,7 +58,9 @@ def vocabulary(head: LMHead, vocab_size: int | None) -> int:
 
 
 def parameters_of(models: Sequence[TiledModel]) -> list[Tensor]:
-    return [tensor for model in models for tensor in (model.weight, model.bias) if tensor is not None]
+    """Each once: a model may be there with and without its adapters, which share an output layer."""
+    found = [tensor for model in models for tensor in (model.weight, model.bias) if tensor is not None]
+    return list({id(tensor): tensor for tensor in found}.values())
 
 
 @dataclass
