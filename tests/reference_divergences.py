@@ -103,6 +103,25 @@ def reverse_kl_loss(
     return loss, entropy(student_logprobs), total
 
 
+def quantile(values: list[float], share: float) -> float:
+    """Between the two values that are nearest to that share of all, linearly."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def tip_kept(
+    entropies: list[float], divergences: list[float], entropy_quantile: float, divergence_quantile: float
+) -> list[bool]:
+    """Positions with a high entropy of the student; with a low one, those of the highest divergence."""
+    threshold = quantile(entropies, entropy_quantile)
+    sure = [n for n, entropy in enumerate(entropies) if entropy < threshold]
+    bound = quantile([divergences[n] for n in sure], divergence_quantile) if sure else math.inf
+    return [n not in sure or divergences[n] >= bound for n in range(len(entropies))]
+
+
 def truncated_sum(student: Tensor, teacher: Tensor, support: list[int]) -> Tensor:
     """`Σ_{v in S} p_S (log p_S - log p_T)` without renormalisation: what must not be differentiated."""
     student_logprobs, teacher_logprobs = log_softmax(student), log_softmax(teacher)

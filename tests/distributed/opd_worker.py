@@ -19,6 +19,7 @@ from trl_blend.errors import UnsupportedError
 
 
 TRUST_REGION = {"kl_budget": 0.3, "blend_warmup_steps": 4}
+STUDENT = {"rollout_policy": "student"}
 OTHER_EOS = [20, 33]
 UPDATES: dict[str, dict[str, Any]] = {
     "student": {**SGD, "rollout_policy": "student", "gradient_accumulation_steps": 2, "log_teacher_statistics": True},
@@ -31,6 +32,16 @@ UPDATES: dict[str, dict[str, Any]] = {
         "kl_support": "student_top_k",
         "distillation_target": "veto",
     },
+    "interpolated": {
+        **SGD,
+        **STUDENT,
+        "gradient_accumulation_steps": 2,
+        "distillation_target": "interpolated",
+        "log_teacher_statistics": True,
+    },
+    "lora_interpolated": {**SGD, **STUDENT, "distillation_target": "interpolated", "log_teacher_statistics": True},
+    # Positions are chosen among those of a micro-batch of all processes, so there is one per step
+    "tip": {**SGD, **STUDENT, "token_selection": "tip", "forward_kl_entropy": 2.2, "log_teacher_statistics": True},
 }
 PEFT_UPDATES: dict[str, dict[str, Any]] = {
     "peft_trust_region": {**SGD, **TRUST_REGION, "log_teacher_statistics": True},
@@ -69,7 +80,10 @@ class OPDWorker(worker.Worker):
         elif "trust_region" in name:
             trainer_kwargs["processing_class"] = tiny_tokenizer()
             arguments["teacher"] = tiny_model(seed=1, vocab_size=72)
-        self.update(name, settings, call_around_wrapper if around_wrapper else None, arguments)
+        elif "lora" in name:
+            trainer_kwargs["peft_config"] = worker.lora()
+        prepare = call_around_wrapper if around_wrapper else widen if name == "tip" else None
+        self.update(name, settings, prepare, arguments)
 
     def opd_sample(self, name: str, settings: dict[str, Any]) -> None:
         """Train with sampled rollouts: completions, prompts, this rank's sums, the log and the parameters."""
@@ -115,6 +129,19 @@ class OPDWorker(worker.Worker):
             except UnsupportedError as error:
                 self.found["peft_refused"] = str(error)
         torch.save(self.found, self.folder / self.launch / f"{self.rank}.pt")
+
+
+def widen(trainer: Any) -> None:
+    """Give the second process a column of padding more: rollouts of its own have a length of their own, too."""
+    compute_loss = trainer.compute_loss
+
+    def widened(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        right = (0, trainer.accelerator.process_index)
+        names = ("completion_ids", "completion_mask")
+        padded = {name: torch.nn.functional.pad(inputs[name], right) for name in names}
+        return compute_loss(model, {**inputs, **padded}, *args, **kwargs)
+
+    trainer.compute_loss = widened
 
 
 def record_statistics(trainer: Any) -> list[dict[str, tuple[float, int, float]]]:

@@ -76,6 +76,9 @@ def trainers(models: Path, folder: Path) -> dict[str, Any]:
             models, output, temperature_warmup_steps=2, **student
         ),
         "trust_region_opd_veto": lambda output: runs.build_opd(models, output, distillation_target="veto", **student),
+        "trust_region_opd_losses": lambda output: runs.build_opd(
+            models, output, token_selection="tip", forward_kl_entropy=1.0, **student
+        ),
         "trust_region_opd_skd": lambda output: runs.build_opd(models, output, rollout_policy="speculative_kd"),
     }
 

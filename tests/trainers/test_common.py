@@ -137,6 +137,9 @@ OTHER = [
     ("opd", {"kl_budget": 0.05, "blend_warmup_steps": 5}),
     ("opd", {**STUDENT, "kl_support": "student_top_k"}),
     ("opd", {**STUDENT, "distillation_target": "veto"}),
+    ("opd", {**STUDENT, "distillation_target": "interpolated"}),
+    ("opd", {**STUDENT, "token_selection": "tip"}),
+    ("opd", {**STUDENT, "forward_kl_entropy": 2.2}),
     ("opd", {**STUDENT, "temperature_warmup_start": 0.8}),
     ("opd", {**STUDENT, "num_rollouts_per_prompt": 4}),
 ]
@@ -248,6 +251,7 @@ RESUMED = [
     ("opd", {**OPD, **SPECULATIVE}, None),
     ("opd", {**OPD, **COLD}, "blend/temperature"),
     ("opd", {**OPD, **VETO}, "blend/veto_weight"),
+    ("opd", {**OPD, **STUDENT, "token_selection": "tip", "forward_kl_entropy": 2.2}, "blend/reverse_kl"),
     ("offline", OFFLINE, "offline/drift_kl"),
     ("offline", PACKED, "offline/drift_kl"),
 ]

@@ -18,6 +18,7 @@ from trl_blend.ops.importance import (
 from trl_blend.ops.losses import SampledTokenLoss, sampled_kl, sampled_token_loss, sequence_weights
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
 from trl_blend.ops.reduction import masked_mean, masked_sum
+from trl_blend.ops.selection import tip_selection
 from trl_blend.ops.trust_region import TrustRegionSolution, solve_trust_region
 from trl_blend.ops.vocab import EosMap, align_vocab, canonicalize_eos, eos_map
 
@@ -51,6 +52,7 @@ __all__ = [
     "solve_trust_region",
     "summarize_importance",
     "support_statistics",
+    "tip_selection",
     "top_k_divergence",
     "validate_weights",
 ]

@@ -5,6 +5,7 @@ Shared by the trainers. A partner is a causal language model with the student's 
 process (see [`~trl_blend.models.loading.load_frozen`]).
 """
 
+import copy
 import re
 from typing import Any
 
@@ -186,17 +187,29 @@ def load_student_adapter(
     The adapter `name` on its base, to be trained further, and its tokenizer. The settings of loading are those of a
     base that TRL loads by name.
     """
-    arguments = dict(args.model_init_kwargs or {})
+    arguments = _student_arguments(args)
     if quantization_config is not None:
         arguments["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        arguments["device_map"] = None
-    arguments.setdefault("trust_remote_code", args.trust_remote_code)
     model = load_trainable_adapter(name, "model", **arguments)
     if processing_class is None:
         of_files = {"revision": arguments.get("revision"), "trust_remote_code": arguments["trust_remote_code"]}
         processing_class = find_tokenizer(name, "model", required=True, **of_files, **tokenizer_options)
     return model, processing_class
+
+
+def copy_of_student(model: str | PreTrainedModel, loaded: PreTrainedModel, args: Any) -> PreTrainedModel:
+    """A frozen copy of a student that has not been trained yet, whole on every process: by name where there is one."""
+    if isinstance(model, str):
+        return load_frozen(model, "model", **_student_arguments(args))
+    return copy.deepcopy(loaded).requires_grad_(False).eval()
+
+
+def _student_arguments(args: Any) -> dict[str, Any]:
+    """With which TRL loads a student by name."""
+    arguments = dict(args.model_init_kwargs or {})
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        arguments["device_map"] = None
+    return {"trust_remote_code": args.trust_remote_code} | arguments
 
 
 def num_tokens(student: PreTrainedModel, tokenizer: Any) -> int | None:
@@ -303,17 +316,20 @@ def check_adapters(model: Any, teachers: list, peft_config: Any, args: Any, off:
     check_student_adapters(model, peft_config, args)
 
 
-def check_adapter_has_moved(model: Any, peft_config: Any) -> None:
-    """Refuse the student's own base as the target of a loss where the student starts as that base."""
+def has_new_adapter(model: Any, peft_config: Any) -> bool:
+    """Whether the student starts as the base of its adapter. That is never said of an adapter in files."""
     if peft_config is not None:
         initial = {value for name, value in vars(peft_config).items() if re.fullmatch(r"init_(\w+_)?weights", name)}
-        is_new = False not in initial
-    elif not isinstance(model, str) and is_peft_model(model):
-        factors = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
-        is_new = bool(factors) and not any(factor.any() for factor in factors)
-    else:
-        return
-    if is_new:
+        return False not in initial
+    if isinstance(model, str) or not is_peft_model(model):
+        return False
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    return bool(factors) and not any(factor.any() for factor in factors)
+
+
+def check_adapter_has_moved(model: Any, peft_config: Any) -> None:
+    """Refuse the student's own base as the target of a loss where the student starts as that base."""
+    if has_new_adapter(model, peft_config):
         raise ConfigError(
             "`teacher_model=None` means the student's own base, from which a new adapter does not differ: the loss is "
             "0 and nothing is trained. Pass `teacher_model`, or a PEFT model whose adapter has been trained."

@@ -44,6 +44,7 @@ def test_inherited_settings_keep_their_defaults(tmp_path):
 
 FILLED = {name: value for settings in METHODS.values() for name, value in settings.items()}
 FILLED |= {"veto_weight_start": 0.4, "veto_warmup_steps": 50}
+FILLED |= {"target_weight": 0.5, "tip_entropy_quantile": 0.5, "tip_divergence_quantile": 0.9}
 FILLED |= {"temperature_warmup_start": 0.9, "temperature_warmup_steps": 25}
 
 
@@ -92,6 +93,33 @@ def test_veto_settings_belong_to_the_veto_target(make, name, value):
     args = make(distillation_target="veto", **{name: value})
     expected = {"veto_weight_start": 0.4, "veto_warmup_steps": 50} | {name: value}
     assert {key: getattr(args, key) for key in expected} == expected
+
+
+LOSSES = [
+    ("target_weight", 0.2, "distillation_target", "interpolated"),
+    ("tip_entropy_quantile", 0.2, "token_selection", "tip"),
+    ("tip_divergence_quantile", 0.2, "token_selection", "tip"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "switch", "needed"), LOSSES)
+def test_settings_of_a_loss_belong_to_it(make, name, value, switch, needed):
+    was = "teacher" if switch == "distillation_target" else "all"
+    with pytest.raises(ConfigError, match=f"`{name}={value}` has no effect with `{switch}='{was}'`. Set `{switch}='"):
+        make(**{name: value})
+    assert getattr(make(**{switch: needed, name: value}), name) == value
+    assert getattr(make(**{switch: needed}), name) == FILLED[name]
+
+
+def test_the_forward_kl_is_that_of_the_whole_teacher(make):
+    for name, value in (
+        ("kl_support", "student_top_k"),
+        ("distillation_target", "veto"),
+        ("distillation_target", "interpolated"),
+    ):
+        with pytest.raises(ConfigError, match=f"`forward_kl_entropy=0.8` adds .*`{name}='{value}'` compares"):
+            make(forward_kl_entropy=0.8, **{name: value})
+    assert make(forward_kl_entropy=0.8, token_selection="tip").forward_kl_entropy == 0.8
 
 
 @pytest.mark.parametrize("policy", BLENDS)
@@ -149,6 +177,13 @@ OUT_OF_RANGE = [
     ({"distillation_target": "veto", "veto_weight_start": -0.1}, "veto_weight_start"),
     ({"distillation_target": "veto", "veto_weight_start": float("nan")}, "veto_weight_start"),
     ({"distillation_target": "veto", "veto_warmup_steps": 0}, "veto_warmup_steps"),
+    ({"distillation_target": "interpolated", "target_weight": -0.1}, "target_weight"),
+    ({"distillation_target": "interpolated", "target_weight": float("inf")}, "target_weight"),
+    ({"distillation_target": "interpolated", "target_weight": float("nan")}, "target_weight"),
+    ({"token_selection": "tip", "tip_entropy_quantile": 1.1}, "tip_entropy_quantile"),
+    ({"token_selection": "tip", "tip_divergence_quantile": -0.1}, "tip_divergence_quantile"),
+    ({"forward_kl_entropy": -0.1}, "forward_kl_entropy"),
+    ({"forward_kl_entropy": float("nan")}, "forward_kl_entropy"),
 ]
 
 
@@ -164,6 +199,10 @@ def test_values_at_the_ends_of_their_ranges(make):
     make(rollout_policy="fixed_weight", teacher_weight=1.0)
     make(rollout_policy="speculative_kd", skd_top_k=1)
     make(distillation_target="veto", veto_weight_start=0.0, veto_warmup_steps=1)
+    make(distillation_target="interpolated", target_weight=0.0)
+    make(distillation_target="interpolated", target_weight=2.5)
+    make(token_selection="tip", tip_entropy_quantile=0.0, tip_divergence_quantile=1.0)
+    make(forward_kl_entropy=0.0)
     make(rollout_policy="student", temperature=0.8, temperature_warmup_start=0.8, temperature_warmup_steps=1)
 
 
@@ -206,10 +245,18 @@ def test_one_temperature_is_warmed_up(make):
     make(**settings)
 
 
-@pytest.mark.parametrize("name", ["kl_support", "distillation_target"])
-def test_own_losses_are_those_of_the_reverse_kl(make, name):
-    value = {"kl_support": "student_top_k", "distillation_target": "veto"}[name]
-    with pytest.raises(ConfigError, match=f"`{name}='{value}'` is defined for the reverse KL.*`beta=0.5`"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kl_support", "student_top_k"),
+        ("distillation_target", "veto"),
+        ("distillation_target", "interpolated"),
+        ("token_selection", "tip"),
+        ("forward_kl_entropy", 0.8),
+    ],
+)
+def test_own_losses_are_those_of_the_reverse_kl(make, name, value):
+    with pytest.raises(ConfigError, match=f"`{name}={value!r}` is defined for the reverse KL.*`beta=0.5`"):
         make(beta=0.5, **{name: value})
     assert make(beta=0.5).beta == 0.5
 

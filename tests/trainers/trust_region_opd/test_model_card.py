@@ -168,6 +168,44 @@ def test_veto_and_top_k(build_opd, policy):
     assert "The number of steps of the Veto exponent is a choice of `trl_blend` or of its user" in card
 
 
+LOSSES = {
+    "interpolated": (
+        {"distillation_target": "interpolated", "target_weight": 0.3},
+        ("target", "the student at step 0 and the teacher, mixed log-linearly with weight 0.3 of the teacher"),
+        ("hubotter2026reinforcement",),
+    ),
+    "beyond": (
+        {"distillation_target": "interpolated", "target_weight": 1.5},
+        ("target", "the student at step 0 and the teacher, mixed log-linearly with weight 1.5 of the teacher"),
+        ("hubotter2026reinforcement", "yang2026learning"),
+    ),
+    "tip": (
+        {"token_selection": "tip"},
+        (
+            "token positions of the loss",
+            "student's entropy from its 0.5 quantile on; of the others, divergence from its 0.9 quantile on",
+        ),
+        ("xu2026tip",),
+    ),
+    "uncertain": (
+        {"forward_kl_entropy": 0.8},
+        ("forward KL", "added where the teacher's entropy is above 0.8 nats"),
+        ("jin2026entropy",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_the_paper_does_not_have(build_opd, name):
+    settings, (row, value), cited = LOSSES[name]
+    card = card_of(build_opd(rollout_policy="student", **settings))
+    assert rows_of(card)[row] == value
+    assert "The loss of this run is not the paper's" in card and BASELINE not in card
+    assert card.count("the paper has no such loss.") == 1
+    every = {key for _, _, keys in LOSSES.values() for key in keys}
+    assert {key for key in every if key in card} == set(cited)
+
+
 def test_merged_eos(build_opd):
     card = card_of(build_opd(teacher_eos_token_id=[20, 33]))
     assert rows_of(card)["end-of-sequence tokens"] == "merged into id 1 (20, 30, 40, 50, 33)"

@@ -11,6 +11,9 @@ from tests.trainers.trust_region_opd import policies
 SMALL = {"per_device_train_batch_size": 4, "max_completion_length": 5}
 TOP_K = {"kl_support": "student_top_k", "kl_top_k": 6}
 VETO = {"distillation_target": "veto", "veto_weight_start": 0.6, "veto_warmup_steps": 4}
+INTERPOLATED = {"distillation_target": "interpolated", "target_weight": 0.3}
+BEYOND = {"distillation_target": "interpolated", "target_weight": 1.7}
+UNCERTAIN = {"forward_kl_entropy": 2.2}
 BLEND = {"kl_budget": 0.5, "kl_budget_schedule": "constant"}
 STUDENT = {"rollout_policy": "student"}
 OTHER_EOS = [20, 33]
@@ -27,15 +30,24 @@ CASES = {
     "veto_eos_padded_student": (0.7, VETO, True, (72, 64)),
     "veto_top_k": (0.7, TOP_K | VETO, False, (64, 64)),
     "veto_top_k_eos_padded_teacher": (1.3, TOP_K | VETO, True, (64, 72)),
+    "interpolated": (0.7, INTERPOLATED, False, (64, 64)),
+    "interpolated_eos_padded_student": (1.3, INTERPOLATED, True, (72, 64)),
+    "interpolated_top_k_padded_teacher": (1.0, TOP_K | INTERPOLATED, False, (64, 72)),
+    "beyond": (1.0, BEYOND, False, (64, 64)),
+    "uncertain": (1.0, UNCERTAIN, False, (64, 64)),
+    "uncertain_eos_padded_student": (1.0, UNCERTAIN, True, (72, 64)),
 }
 
 
-def reference_losses(student, teacher, inputs, *, veto_weight=0.0, top_k=None, **settings):
+NEUTRAL = {"veto_weight": 0.0, "top_k": None, "eos": None, "target_weight": 1.0, "forward_kl_entropy": None}
+
+
+def reference_losses(student, teacher, inputs, *, reference=None, **settings):
     """Loss, entropy and divergence of every token, as lists."""
-    rows = zip(policies.token_logits(student, inputs), policies.token_logits(teacher, inputs), strict=True)
+    rows = zip(*(policies.token_logits(model, inputs) for model in (student, teacher, reference or teacher)))
     values = [
-        reference_divergences.reverse_kl_loss(s, t, s.detach(), veto_weight=veto_weight, top_k=top_k, **settings)
-        for s, t in rows
+        reference_divergences.reverse_kl_loss(s, t, s.detach(), reference=r if reference else None, **settings)
+        for s, t, r in rows
     ]
     return tuple(zip(*values, strict=True))
 
@@ -47,7 +59,10 @@ def settings_of(name):
     expected = {
         "temperature": temperature,
         "top_k": loss.get("kl_top_k"),
-        "veto_weight": 0.6 * 3 / 4 if "distillation_target" in loss else 0.0,
+        "veto_weight": 0.6 * 3 / 4 if "veto_weight_start" in loss else 0.0,
+        "target_weight": loss.get("target_weight", 1.0),
+        "reference": forced.frozen(0, vocab_size=sizes[0]) if "target_weight" in loss else None,
+        "forward_kl_entropy": loss.get("forward_kl_entropy"),
         "eos": policies.eos_pair(OTHER_EOS) if eos else None,
     }
     if eos:
@@ -78,7 +93,7 @@ def test_a_step(build_opd, name):
     if logged:
         assert logged[1] == pytest.approx(sum(divergences).item() / len(tokens), rel=1e-4)
     # Each setting matters on this batch
-    for key, value in {"veto_weight": 0.0, "top_k": None, "eos": None}.items():
+    for key, value in NEUTRAL.items():
         if expected[key] != value:
             others, _, _ = reference_losses(student, teacher, call.inputs, **{**expected, key: value})
             assert call.loss != pytest.approx((sum(others) / len(tokens)).item(), abs=1e-3), key

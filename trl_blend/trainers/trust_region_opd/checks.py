@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation.settings import distribution_warpers
 from trl_blend.models.loading import find_tokenizer
+from trl_blend.models.wrappers import what_changes_the_base
 from trl_blend.ops.vocab import EosMap, eos_map
 from trl_blend.trainers import _partners
 from trl_blend.trainers._options import is_default
@@ -45,6 +46,8 @@ def check_arguments(
             f"`teacher_eos_token_id={args.teacher_eos_token_id}` has no effect without `teacher_model`: the student's "
             "own base ends its sequences as the student does. Drop it."
         )
+    if args.uses_reference:
+        _check_reference(model, teachers, args, peft_config)
     if not teachers:
         _partners.check_adapter_has_moved(model, peft_config)
     if args.world_size > 1 and (args.teacher_model_init_kwargs or {}).get("device_map") is not None:
@@ -71,6 +74,34 @@ def check_arguments(
             raise ConfigError(
                 f"`{name}={value}` is more than the {rows} tokens that both models have. Set it to {rows} or less."
             )
+
+
+def _check_reference(model: Any, teachers: list, args: TrustRegionOPDConfig, peft_config: Any) -> None:
+    """Refuse an interpolated target where the student at step 0 is not there, or is the teacher."""
+    needs = (
+        f"`distillation_target='interpolated'` with `target_weight={args.target_weight}` needs the student at step 0"
+    )
+    if not teachers:
+        raise ConfigError(
+            f"{needs} beside a teacher, but `teacher_model=None` means its own base. Pass `teacher_model`."
+        )
+    adapters = _partners.adapters_of(model, peft_config, args)
+    for adapter in adapters:
+        changed_by = what_changes_the_base(adapter.to_dict())
+        if changed_by is not None:
+            raise UnsupportedError(
+                f"{needs}, which is the base with the adapters disabled, but the adapter has `{changed_by}`, which "
+                "changes the base's weights. Use another initialisation and no trained biases."
+            )
+    if adapters and not _partners.has_new_adapter(model, peft_config):
+        raise UnsupportedError(
+            f"{needs}, which is the base with the adapters disabled, but the adapter is not a new one. Merge it into "
+            "its base (`merge_and_unload`), and train a new one on that."
+        )
+    if not adapters and any(hasattr(parameter, "ds_id") for parameter in getattr(model, "parameters", list)()):
+        raise UnsupportedError(
+            f"{needs}, but ZeRO-3 has split the weights of `model`. Pass its name, so that each process can load it."
+        )
 
 
 def check_loaded(

@@ -17,7 +17,14 @@ from trl_blend.generation.rules import (
 )
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.schedules import make_schedule
-from trl_blend.trainers._options import check_choices, check_generation_kwargs, check_run, refuse_unread, with_help
+from trl_blend.trainers._options import (
+    check_choices,
+    check_generation_kwargs,
+    check_run,
+    is_default,
+    refuse_unread,
+    with_help,
+)
 from trl_blend.trainers._settings import TokensUnwritten
 
 
@@ -31,6 +38,9 @@ _READ_BY = {
     "contrastive_beta": ("rollout_policy", "contrastive", 0.5),
     "veto_weight_start": ("distillation_target", "veto", 0.4),
     "veto_warmup_steps": ("distillation_target", "veto", 50),
+    "target_weight": ("distillation_target", "interpolated", 0.5),
+    "tip_entropy_quantile": ("token_selection", "tip", 0.5),
+    "tip_divergence_quantile": ("token_selection", "tip", 0.9),
 }
 
 
@@ -104,13 +114,29 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         kl_top_k (`int`, *optional*, defaults to `16`):
             Number of tokens for `kl_support="student_top_k"`.
         distillation_target (`str`, *optional*, defaults to `"teacher"`):
-            Distribution the student is trained to match: `"teacher"`, or `"veto"` for
-            `Q ∝ p_T · sg[p_S]^w` (with `rollout_policy="student"` in the paper).
+            Distribution the student is trained to match: `"teacher"`, `"veto"` for
+            `Q ∝ p_T · sg[p_S]^w` (with `rollout_policy="student"` in the paper), or `"interpolated"` for
+            `Q ∝ p_ref^(1 - w) · p_T^w`, where `p_ref` is the student at step 0 (the trust-region teacher of SDPO).
         veto_weight_start (`float`, *optional*):
             Exponent \\( w \\) of the student in the Veto target at step 0, in `[0, 1)`. `0.4` for Veto; the paper
             sweeps .2, .4, .6, .8, and does not say which is best.
         veto_warmup_steps (`int`, *optional*):
             Optimizer steps in which the exponent decays linearly to 0. `50` for Veto, which is our choice.
+        target_weight (`float`, *optional*):
+            Exponent \\( w \\) of the teacher in the interpolated target, 0 or more: 1 is the teacher, below 1 the
+            target lies on the way to it, above 1 beyond it (reward extrapolation). `0.5` there, which is our choice.
+        token_selection (`str`, *optional*, defaults to `"all"`):
+            Token positions that training takes the loss over: `"all"`, or `"tip"` for those where the student is
+            uncertain, and of the others those where it is farthest from the target.
+        tip_entropy_quantile (`float`, *optional*):
+            Share of positions that are not uncertain, in `[0, 1]`: quantile of the student's entropy over the
+            micro-batch of all processes. `0.5` for TIP, as in the paper's abstract.
+        tip_divergence_quantile (`float`, *optional*):
+            Share of those that are left out, in `[0, 1]`: quantile of their divergence. `0.9` for TIP, which is our
+            choice.
+        forward_kl_entropy (`float`, *optional*):
+            Entropy of the teacher in nats, above which the forward KL is added to the loss of a position
+            (entropy-aware distillation; implementations of the paper use .8). By default it never is.
 
         > Parameters that control the end-of-sequence token
 
@@ -150,9 +176,14 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     # Parameters that control the loss
     kl_support: Literal["full", "student_top_k"] = "full"
     kl_top_k: int = 16
-    distillation_target: Literal["teacher", "veto"] = "teacher"
+    distillation_target: Literal["teacher", "veto", "interpolated"] = "teacher"
     veto_weight_start: float | None = None
     veto_warmup_steps: int | None = None
+    target_weight: float | None = None
+    token_selection: Literal["all", "tip"] = "all"
+    tip_entropy_quantile: float | None = None
+    tip_divergence_quantile: float | None = None
+    forward_kl_entropy: float | None = None
 
     # Parameters that control the end-of-sequence token
     canonicalize_eos: bool = True
@@ -233,6 +264,10 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             "num_rollouts_per_prompt": (1, math.inf, "the paper uses 4"),
             "kl_top_k": (1, math.inf, "the paper uses 16"),
             "veto_warmup_steps": (1, math.inf, "a number of optimizer steps"),
+            "target_weight": (0.0, math.inf, "1 is the teacher"),
+            "tip_entropy_quantile": (0.0, 1.0, "0 keeps all positions"),
+            "tip_divergence_quantile": (0.0, 1.0, "0 keeps all positions"),
+            "forward_kl_entropy": (0.0, math.inf, "an entropy in nats"),
         }
         for name, (low, high, hint) in ranges.items():
             value = getattr(self, name)
@@ -279,14 +314,31 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             )
 
     def _check_divergence(self):
-        if self.beta == 1.0:
-            return
-        for name, value in (("kl_support", "student_top_k"), ("distillation_target", "veto")):
-            if getattr(self, name) == value:
+        own = ("kl_support", "distillation_target", "token_selection", "forward_kl_entropy")
+        for name in own if self.beta != 1.0 else ():
+            if not is_default(self, name):
                 raise ConfigError(
-                    f"`{name}={value!r}` is defined for the reverse KL, but `beta={self.beta}` selects another "
-                    "divergence. Set `beta=1.0`."
+                    f"`{name}={getattr(self, name)!r}` is defined for the reverse KL, but `beta={self.beta}` selects "
+                    "another divergence. Set `beta=1.0`."
                 )
+        for name in ("kl_support", "distillation_target") if self.forward_kl_entropy is not None else ():
+            if not is_default(self, name):
+                raise ConfigError(
+                    f"`forward_kl_entropy={self.forward_kl_entropy}` adds the KL of the whole teacher, but `{name}="
+                    f"{getattr(self, name)!r}` compares the student with something else. Drop one of them."
+                )
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss needs the student at step 0."""
+        return self.distillation_target == "interpolated" and self.target_weight != 1.0
+
+    @property
+    def uses_own_loss(self) -> bool:
+        """Whether the loss has something that TRL's does not."""
+        target = self.uses_reference or self.distillation_target == "veto"
+        selects = self.token_selection != "all" or self.forward_kl_entropy is not None
+        return self.kl_support != "full" or target or selects
 
     @property
     def blends(self) -> bool:

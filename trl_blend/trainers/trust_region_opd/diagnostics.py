@@ -13,7 +13,7 @@ from torch import Tensor
 from trl_blend import _compat
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.ops.head.layer import LMHead
-from trl_blend.ops.head.reverse_kl import support_statistics
+from trl_blend.ops.head.reverse_kl import ReverseKL, support_statistics
 from trl_blend.ops.reduction import masked_mean
 from trl_blend.ops.vocab import EosMap
 from trl_blend.serving.statistics import Statistic
@@ -131,9 +131,13 @@ class Diagnostics:
             pairs = torch.stack([self._latest_scores.to(right.device).float(), right], dim=1)
             self._support[mode].append(self._gather(mode)(pairs).cpu())
 
-    def add_reverse_kl(self, values: Tensor) -> None:
-        """Add the reverse KL `(N,)` of the tokens of a micro-batch."""
-        self._loss_means[self._mode].add("reverse_kl", values, values.isfinite())
+    def add_loss(self, result: ReverseKL, kept: Tensor | None) -> None:
+        """Add what the loss has found of the `N` tokens of a micro-batch, and which of them it is taken over."""
+        means = self._loss_means[self._mode]
+        means.add("reverse_kl", result.reverse_kl, result.reverse_kl.isfinite())
+        for name, chosen in (("forward_kl_share", result.has_forward_kl), ("kept_share", kept)):
+            if chosen is not None:
+                means.add(name, chosen.float(), torch.ones_like(chosen))
 
     @torch.no_grad()
     def measure_support(self, heads: _compat.DivergenceInputs, completion_ids: Tensor, eos: EosMap | None) -> None:

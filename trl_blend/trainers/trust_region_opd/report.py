@@ -38,6 +38,11 @@ PANELS = (
     Panel("Veto weight", (Curve("blend/veto_weight", progress="veto_weight"),), "exponent of the student"),
     Panel("Reward", (), "mean reward (diagnostic)"),
     Panel("Reverse KL(student ‖ teacher)", (Curve("blend/reverse_kl"),), NATS),
+    Panel(
+        "Token positions",
+        (Curve("blend/kept_share", "in the loss"), Curve("blend/forward_kl_share", "with the forward KL")),
+        "share of positions",
+    ),
     Panel("Loss", (Curve("loss"),), "loss"),
     Panel(
         "Log-prob of the rollouts",
@@ -71,6 +76,12 @@ def run_parts(config: TrustRegionOPDConfig, teacher: str, rewards: str) -> RunPa
     }
     amount = amounts[config.rollout_policy] + (f", for {steps} steps" if config.blends and steps else "")
     target = "" if config.distillation_target == "teacher" else f", target {config.distillation_target}"
+    if config.target_weight is not None:
+        target += f" with weight {config.target_weight}"
+    if config.token_selection == "tip":
+        target += ", loss over the positions of TIP"
+    if config.forward_kl_entropy is not None:
+        target += f", forward KL above {config.forward_kl_entropy} nats"
     policy = f"policy {config.rollout_policy}{amount}{target}"
     return RunParts(teacher, f"{rewards} (measured only)" if rewards else "", policy, "the student alone")
 
@@ -125,7 +136,19 @@ VETO = {
 def is_baseline(config: TrustRegionOPDConfig) -> bool:
     """Whether the run is one of the methods that the paper compares its own with."""
     own = config.rollout_policy == "trust_region" and config.kl_budget_schedule != "constant"
-    return config.rollout_policy in POLICIES and not own
+    return config.rollout_policy in POLICIES and not own and not other_losses(config)
+
+
+def other_losses(config: TrustRegionOPDConfig) -> list[str]:
+    """What the run does in its loss that the paper, baselines included, does not."""
+    found = []
+    if config.distillation_target == "interpolated":
+        found.append("The target between the student at step 0 and the teacher, or beyond, with its weight")
+    if config.token_selection == "tip":
+        found.append("The selection of token positions, with its quantiles")
+    if config.forward_kl_entropy is not None:
+        found.append("The forward KL where the teacher is uncertain, over the whole vocabulary")
+    return found
 
 
 def paper_values(config: TrustRegionOPDConfig, merges_eos: bool) -> dict[str, PaperValue]:
@@ -156,6 +179,7 @@ def choices(config: TrustRegionOPDConfig, merges_eos: bool) -> list[str]:
         )
     if config.rollout_policy == "trust_region" and config.kl_budget_schedule == "cosine":
         found.append("The cosine schedule of the budget: the paper's is linear.")
+    found += [f"{loss}: the paper has no such loss." for loss in other_losses(config)]
     if config.distillation_target == "veto":
         found.append(
             "The number of steps of the Veto exponent is a choice of `trl_blend` or of its user: the paper gives none."
@@ -191,6 +215,7 @@ def card_fields(
         "result_metrics": r"(?:.+_)?(loss|blend/reverse_kl|rewards/.+/mean)",
         "curves_text": "The budget, the teacher weight it allows, and other metrics against the optimizer step",
         "is_baseline": is_baseline(config),
+        "has_other_loss": bool(other_losses(config)),
         "realised": [entry for entry in log_history if "blend/kl_behavior_student" in entry],
         "eos": eos,
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DistillationTrainer
@@ -20,7 +21,9 @@ from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
 from trl_blend.models.own_logits import Fused, check_own_logits, head_log_probs
 from trl_blend.models.wrappers import evaluation_mode
-from trl_blend.ops.head.reverse_kl import reverse_kl
+from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.head.reverse_kl import ReverseKL, reverse_kl
+from trl_blend.ops.selection import tip_selection
 from trl_blend.schedules import linear
 from trl_blend.trainers import _cards, _engine, _partners
 from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
@@ -194,6 +197,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         if args.distillation_target == "veto":
             self._veto_weight = linear(args.veto_weight_start, args.veto_warmup_steps)
         self._prepare_teacher(teachers)
+        self._prepare_reference(model)
         if not teachers:
             _partners.check_base_as_reference(
                 self.model,
@@ -232,6 +236,16 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             suppressed = self.missing_token_ids + (self.generation_kwargs.get("suppress_tokens") or [])
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
 
+    def _prepare_reference(self, model: "str | PreTrainedModel") -> None:
+        """Keep the student at step 0, whole on every process. A resumed run is built from that, too."""
+        self._reference: nn.Module | None = None
+        self._reference_hidden: Tensor | None = None
+        if self.args.uses_reference and is_peft_model(self.model):
+            self._reference = BaseTeacher(self.model)
+        elif self.args.uses_reference:
+            reference = _partners.copy_of_student(model, self.model, self.args)
+            self._reference = _partners.prepare_partner(reference, self.accelerator)
+
     @property
     def engine(self) -> "_engine.BlendedVLLMGeneration | None":
         """The engine of vLLM that draws the blended rollouts; `None` where transformers does."""
@@ -251,9 +265,8 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     def uses_own_divergence(self) -> bool:
         """Whether the loss is `trl_blend.ops.reverse_kl`, rather than TRL's chunked divergence."""
         sizes = self._vocab_sizes()
-        own_loss = self.args.kl_support != "full" or self.args.distillation_target != "teacher"
         # TRL's kernel takes every weight for a ZeRO-3 shard, which the teacher's is not
-        return own_loss or self.eos is not None or len(sizes) > 1 or self._dist.is_zero3
+        return self.args.uses_own_loss or self.eos is not None or len(sizes) > 1 or self._dist.is_zero3
 
     def _vocab_sizes(self) -> set[int]:
         return {vocabulary_rows(model) for model in (self.model, self.teacher_model)}
@@ -466,19 +479,63 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     def _divergence(self, heads: _compat.DivergenceInputs) -> tuple[Tensor, Tensor]:
         valid, student, teacher = valid_positions(heads)
+        args, kept = self.args, None
+        # Evaluation measures the distance to the teacher, whatever the way there
+        of_training: dict[str, Any] = {}
+        if self.model.training:
+            of_training = {
+                "reference": self._reference_head(student, valid),
+                "target_weight": 1.0 if args.target_weight is None else args.target_weight,
+                "veto_weight": self._veto_weight(self.state.global_step),
+                "forward_kl_entropy": args.forward_kl_entropy,
+            }
         result = reverse_kl(
             student,
             teacher,
+            **of_training,
             temperature=heads.temperature,
-            veto_weight=self._veto_weight(self.state.global_step) if self.model.training else 0.0,
-            top_k=self.args.kl_top_k if self.args.kl_support == "student_top_k" else None,
+            top_k=args.kl_top_k if args.kl_support == "student_top_k" else None,
             eos=self.eos,
             vocab_size=self._num_tokens and min(self._num_tokens, vocabulary_rows(self.teacher_model)),
             gather_parameters=_compat.gather_lm_head,
         )
-        self._diagnostics.add_reverse_kl(result.reverse_kl)
-        zeros = result.loss.new_zeros(valid.shape)
-        return zeros.masked_scatter(valid, result.loss), zeros.masked_scatter(valid, result.student_entropy)
+        zeros, loss = result.loss.new_zeros(valid.shape), result.loss
+        if self.model.training and args.token_selection == "tip":
+            kept, scale = self._selected(valid, result)
+            loss = torch.where(kept, scale * loss, 0.0)
+        self._diagnostics.add_loss(result, kept)
+        return zeros.masked_scatter(valid, loss), zeros.masked_scatter(valid, result.student_entropy)
+
+    def _reference_head(self, student: LMHead, valid: Tensor) -> LMHead | None:
+        """The reference at the tokens that count: the student's architecture with other weights."""
+        hidden, self._reference_hidden = self._reference_hidden, None
+        if hidden is None:
+            return None
+        layer = self.accelerator.unwrap_model(self._reference).get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        return student._replace(
+            hidden=hidden.to(valid.device).flatten(0, 1)[valid],
+            weight=_compat.plain_tensor(layer.weight, hidden.dtype),
+            bias=None if bias is None else _compat.plain_tensor(bias, bias.dtype),
+        )
+
+    def _selected(self, valid: Tensor, result: ReverseKL) -> tuple[Tensor, Tensor]:
+        """
+        Which of this process's tokens the loss keeps, and what each counts so that together they stand for all tokens.
+
+        Quantiles and share are those of the micro-batch of all processes. Every rank must call it.
+        """
+        values = torch.full((1, 2, valid.numel()), torch.nan, device=valid.device)
+        values[0][:, valid] = torch.stack([result.student_entropy, result.reverse_kl]).float()
+        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=2, pad_index=torch.nan))
+        kept = tip_selection(
+            gathered[:, 0],
+            gathered[:, 1],
+            entropy_quantile=self.args.tip_entropy_quantile,
+            divergence_quantile=self.args.tip_divergence_quantile,
+        )
+        scale = gathered[:, 0].isfinite().sum() / kept.sum().clamp(min=1)
+        return kept[self.accelerator.process_index, : valid.numel()][valid], scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
@@ -502,10 +559,15 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             self._table.write(self.state.global_step, list(self._logs["prompt"]), list(self._logs["completion"]))
 
     def _get_last_hidden_state(self, unwrapped_model, *args, **kwargs):
-        if not isinstance(unwrapped_model, BaseTeacher):
-            return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
-        with evaluation_mode(unwrapped_model.student, disable_adapters=True):
-            return super()._get_last_hidden_state(unwrapped_model.student, *args, **kwargs)
+        if isinstance(unwrapped_model, BaseTeacher):
+            with evaluation_mode(unwrapped_model.student, disable_adapters=True):
+                return super()._get_last_hidden_state(unwrapped_model.student, *args, **kwargs)
+        reads = self._reference is not None and self.model.training
+        if reads and unwrapped_model is self.accelerator.unwrap_model(self.teacher_model):
+            # Of the tokens that the teacher sees, and without a gradient as there
+            reference = self.accelerator.unwrap_model(self._reference)
+            self._reference_hidden = self._get_last_hidden_state(reference, *args, **kwargs)
+        return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
 
     # Checkpoints and card
 
