@@ -54,9 +54,9 @@ def divergence(**settings):
     return lambda student, teacher: reverse_kl(student, teacher, **settings).loss.sum()
 
 
-def interpolated(**settings):
+def interpolated(target_weight=0.4, **settings):
     def loss(student, teacher):
-        return reverse_kl(student, teacher, reference=teacher, target_weight=0.4, **settings).loss.sum()
+        return reverse_kl(student, teacher, reference=teacher, target_weight=target_weight, **settings).loss.sum()
 
     return loss
 
@@ -78,6 +78,7 @@ PASSES = {
     "veto, eos": (divergence(veto_weight=0.4, eos=EOS), 2, 2, 3),
     "forward kl, eos": (divergence(forward_kl_entropy=1.0, eos=EOS), 2, 2, 3),
     "interpolated, eos": (interpolated(eos=EOS), 3, 3, 4),
+    "interpolated, teacher alone": (interpolated(target_weight=1.0), 2, 2, 3),
     "interpolated on the top-k": (interpolated(top_k=8), 3, 1, 1),
     # The top-k needs the student alone
     "top-k": (divergence(top_k=8), 2, 1, 1),
