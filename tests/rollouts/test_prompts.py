@@ -99,7 +99,8 @@ def test_text_for_a_model_with_a_chat_template_is_said(caplog):
 
 
 TOOLS_TEMPLATE = (
-    "{%- for tool in tools or [] %}{{ '<system>' + tool.function.name + tool.function.keys() | sort | join }}{%- endfor %}"
+    "{%- for tool in tools or [] %}{{ '<system>' + tool.function.name }}"
+    "{{ tool.function.keys() | sort | join }}{%- endfor %}"
     "{%- for m in messages %}{{ '<' + m.role + '>' + m.content + (m.keys() | list | length | string) }}{%- endfor %}"
     "{%- if enable_thinking is defined and not enable_thinking %}{{ '()' }}{%- endif %}"
 )
