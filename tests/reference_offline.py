@@ -24,6 +24,24 @@ def corrected_loss(student: Tensor, frozen: Tensor, token: int, teacher_logp: fl
     return ratio * sampled_token_loss(student, frozen, token, teacher_logp)
 
 
+def baseline_loss(
+    student: Tensor, frozen: Tensor, token: int, teacher_logp: float, tokens: list[int], masses: list[float]
+) -> Tensor:
+    """`-sg[log p_T(y) - log p_θ(y) + KL(p_θ‖p_T)] log p_θ(y)`, the divergence over `tokens` and all others."""
+    own = frozen.detach()
+    advantage = teacher_logp - log_softmax(own)[token] + top_k_kl(own, tokens, masses, "reverse")
+    return -advantage * log_softmax(student)[token]
+
+
+def extrapolated_loss(
+    student: Tensor, frozen: Tensor, token: int, teacher_logp: float, reference_logp: float, scale: float
+) -> Tensor:
+    """`-sg[λ (log p_T(y) - log p_ref(y)) - (log p_θ(y) - log p_ref(y))] log p_θ(y)`."""
+    own = log_softmax(frozen.detach())[token]
+    advantage = scale * (teacher_logp - reference_logp) - (own - reference_logp)
+    return -advantage * log_softmax(student)[token]
+
+
 def event_logmasses(row: Tensor, tokens: list[int]) -> list[Tensor]:
     """Log-masses of the tokens, and of all others together."""
     logprobs = log_softmax(row)

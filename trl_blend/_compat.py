@@ -50,6 +50,28 @@ def fused_log_prob_function(function: FusedLogProbs) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def observed_lm_head(observe: Callable[[LMHead, torch.Tensor], None]) -> Iterator[None]:
+    """
+    Let every `model(..., labels=labels, fused_lm_head=True)` inside the context show its hidden states, LM head and
+    targets to `observe`, and go on with TRL's own `ChunkedLogProbFunction`.
+
+    Upstream and removal: see [`fused_log_prob_function`].
+    """
+    original = trl_utils._ChunkedLogProbFunction
+
+    class Observed:
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
+            observe(LMHead(hidden, weight, bias, logit_scale, softcap), targets)
+            return original.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+            )
+
+    with patch.object(trl_utils, "_ChunkedLogProbFunction", Observed):
+        yield
+
+
 class DivergenceInputs(NamedTuple):
     """
     What TRL's distillation loss compares: both output layers at the completion positions of a micro-batch.

@@ -5,7 +5,7 @@ import torch
 
 from tests import reference_offline
 from trl_blend.errors import ConfigError
-from trl_blend.ops.losses import sampled_kl, sampled_token_loss, sequence_weights
+from trl_blend.ops.losses import extrapolated_logps, sampled_kl, sampled_token_loss, sequence_weights
 
 
 N, V = 6, 9
@@ -64,6 +64,101 @@ def test_the_ratio_is_capped(logits):
     capped, free = (sampled_token_loss(logprobs, teacher, rollout, cap) for cap in (1.5, None))
     assert free.ratio.max() > 1.5 and torch.equal(capped.ratio, free.ratio.clamp(max=1.5))
     torch.testing.assert_close(capped.loss, capped.ratio * sampled_token_loss(logprobs, teacher).loss)
+
+
+def advantage_case(logits):
+    """Log-probabilities of student and teacher, every token, and the divergence at every position."""
+    teacher = torch.randn(N, V, dtype=torch.float64).log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
+    divergence = (logprobs.exp() * (logprobs - teacher)).sum(-1, keepdim=True)
+    return logprobs, teacher, divergence
+
+
+def test_the_baseline_centres_the_advantage_and_leaves_the_expected_gradient(logits):
+    """Over tokens of the student, by enumeration; the spread of the gradient falls."""
+    logprobs, teacher, divergence = advantage_case(logits)
+    probs = logprobs.detach().exp()
+    plain, centred = (sampled_token_loss(logprobs, teacher, divergence=kl) for kl in (None, divergence))
+    torch.testing.assert_close((probs * centred.advantage).sum(-1), torch.zeros(N, dtype=torch.float64))
+    assert (probs * plain.advantage).sum(-1).max() < -0.1
+    gradients, spreads = [], []
+    for loss in (plain.loss, centred.loss):
+        (grad,) = torch.autograd.grad((probs * loss).sum(), logits, retain_graph=True)
+        gradients.append(grad)
+        (score,) = torch.autograd.grad(logprobs[0, 0], logits, retain_graph=True)
+        assert score[1:].abs().max() == 0
+        # Of one token y the gradient is -A (e_y - p), whose squared length is A² (1 - 2 p_y + |p|²)
+        lengths = 1 - 2 * probs + probs.square().sum(-1, keepdim=True)
+        advantage = loss.detach() / -logprobs.detach()
+        spreads.append((probs * advantage.square() * lengths).sum(-1))
+    torch.testing.assert_close(*gradients)
+    assert (spreads[1] < spreads[0]).float().mean() > 0.8 and spreads[1].sum() < spreads[0].sum()
+    assert not centred.advantage.requires_grad
+
+
+def test_the_baseline_with_the_ratio_leaves_the_expected_gradient_for_any_rollout_policy(logits):
+    logprobs, teacher, divergence = advantage_case(logits)
+    rollout = torch.randn(N, V, dtype=torch.float64).log_softmax(-1)
+    gradients = []
+    for ratio in (rollout, None):
+        loss = sampled_token_loss(logprobs, teacher, ratio, divergence=divergence).loss
+        gradients.append(torch.autograd.grad((rollout.exp() * loss).sum(), logits, retain_graph=True)[0])
+    (expected,) = torch.autograd.grad(divergence.sum(), logits)
+    torch.testing.assert_close(gradients[0], expected)
+    assert (gradients[1] - expected).abs().max() > 0.1
+
+
+def test_baseline_and_gradient_equal_the_reference(logits):
+    logprobs, teacher, _ = advantage_case(logits)
+    tokens, kept = [int(token) for token in torch.randint(V, (N,))], [1, 4, 5]
+    masses = [[float(mass) for mass in reference_offline.event_logmasses(row, kept)] for row in teacher]
+    own = logits.detach().clone().requires_grad_(True)
+    kl = torch.stack([reference_offline.top_k_kl(row.detach(), kept, m, "reverse") for row, m in zip(own, masses)])
+    at = torch.tensor(tokens)[:, None]
+    teacher_logps = teacher.gather(-1, at)[:, 0]
+    loss = sampled_token_loss(logprobs.gather(-1, at)[:, 0], teacher_logps, divergence=kl).loss
+    expected = torch.stack(
+        [
+            reference_offline.baseline_loss(row, row, token, float(logp), kept, m)
+            for row, token, logp, m in zip(own, tokens, teacher_logps, masses)
+        ]
+    )
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(value.sum(), leaf)[0] for value, leaf in ((loss, logits), (expected, own))]
+    torch.testing.assert_close(*grads)
+
+
+def test_extrapolation_equals_the_reference_and_1_is_the_teacher(logits):
+    logprobs, teacher, _ = advantage_case(logits)
+    reference = torch.randn(N, V, dtype=torch.float64).log_softmax(-1)
+    assert torch.equal(extrapolated_logps(teacher, reference, 1.0), teacher)
+    loss = sampled_token_loss(logprobs, extrapolated_logps(teacher, reference, 1.25)).loss
+    own = logits.detach().clone().requires_grad_(True)
+    expected = torch.stack(
+        [
+            torch.stack(
+                [
+                    reference_offline.extrapolated_loss(own[n], own[n], v, teacher[n, v], reference[n, v], 1.25)
+                    for v in range(V)
+                ]
+            )
+            for n in range(N)
+        ]
+    )
+    torch.testing.assert_close(loss, expected)
+    grads = [torch.autograd.grad(value.sum(), leaf)[0] for value, leaf in ((loss, logits), (expected, own))]
+    torch.testing.assert_close(*grads)
+
+
+def test_extrapolation_follows_the_divergence_to_the_tilted_teacher(logits):
+    """Over tokens of the student: `KL(p_θ‖q)` with `q ∝ p_T^λ p_ref^(1 - λ)`."""
+    logprobs, teacher, _ = advantage_case(logits)
+    reference = torch.randn(N, V, dtype=torch.float64).log_softmax(-1)
+    tilted = (1.5 * teacher - 0.5 * reference).log_softmax(-1)
+    loss = sampled_token_loss(logprobs, extrapolated_logps(teacher, reference, 1.5)).loss
+    (grad,) = torch.autograd.grad((logprobs.detach().exp() * loss).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - tilted)).sum(), logits)
+    torch.testing.assert_close(grad, expected)
 
 
 @pytest.mark.parametrize("distance", ["near", "far"])

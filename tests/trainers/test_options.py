@@ -54,6 +54,7 @@ CHOICES = {
     "distillation_target": ("teacher", "veto", "interpolated"),
     "token_selection": ("all", "tip"),
     "offline_loss": ("auto", "sampled_token", "top_k_reverse_kl", "top_k_forward_kl"),
+    "advantage_baseline": ("none", "kl"),
     "importance_correction": ("none", "token", None),
     "loss_aggregation": ("sequence", "token"),
     "teacher_consistency": ("strict", "warn", "off"),
@@ -112,6 +113,8 @@ DEFAULTS = {
         "offline_loss": "auto",
         "importance_correction": None,
         "importance_cap": None,
+        "advantage_baseline": "none",
+        "reward_extrapolation": 1.0,
         "loss_aggregation": "sequence",
         "teacher_consistency": "strict",
         "sft_teacher": None,
@@ -346,6 +349,7 @@ PARSED = [
             "offline_loss": "sampled_token",
             "importance_correction": "token",
             "importance_cap": 2.0,
+            "reward_extrapolation": 1.25,
             "loss_aggregation": "token",
             "teacher_consistency": "warn",
             "sft_teacher": "some/teacher",
@@ -359,6 +363,7 @@ PARSED = [
             "max_steps": 5,
         },
     ),
+    (OfflineOPDConfig, {"offline_loss": "sampled_token", "advantage_baseline": "kl"}),
 ]
 
 

@@ -15,7 +15,13 @@ from trl_blend.ops.importance import (
     importance_statistics,
     summarize_importance,
 )
-from trl_blend.ops.losses import SampledTokenLoss, sampled_kl, sampled_token_loss, sequence_weights
+from trl_blend.ops.losses import (
+    SampledTokenLoss,
+    extrapolated_logps,
+    sampled_kl,
+    sampled_token_loss,
+    sequence_weights,
+)
 from trl_blend.ops.mixing import mix_logits, mix_probs, validate_weights
 from trl_blend.ops.reduction import masked_mean, masked_sum
 from trl_blend.ops.selection import tip_selection
@@ -37,6 +43,7 @@ __all__ = [
     "align_vocab",
     "canonicalize_eos",
     "eos_map",
+    "extrapolated_logps",
     "floored_log_ratio",
     "importance_statistics",
     "masked_mean",

@@ -16,7 +16,7 @@ class SampledTokenLoss(NamedTuple):
         loss (`torch.Tensor` of any shape):
             What is minimised. Its value is no divergence: read `advantage`.
         advantage (`torch.Tensor` of the same shape):
-            `log p_T(y) - log p_S(y)`. No gradient.
+            `log p_T(y) - log p_S(y)`, with the baseline where there is one. No gradient.
         ratio (`torch.Tensor` of the same shape, *optional*):
             `p_θ(y) / μ(y)`, capped, where the loss is corrected by it. No gradient.
     """
@@ -31,6 +31,7 @@ def sampled_token_loss(
     teacher_logps: Tensor,
     rollout_logps: Tensor | None = None,
     ratio_cap: float | None = None,
+    divergence: Tensor | None = None,
 ) -> SampledTokenLoss:
     r"""
     Raises the student's probability of a sampled token where the teacher finds it likelier, and lowers it elsewhere.
@@ -52,6 +53,12 @@ def sampled_token_loss(
     drew them; rollouts cut to a set of tokens (top-p, top-k) fix `p_θ` on that set, and of the tokens outside it only
     their mass together.
 
+    With `divergence` the advantage has the control-variate baseline of [vOPD](https://huggingface.co/papers/2605.07865):
+    \\( A_t = \mathrm{sg}[\log p_T(y_t) - \log p_\theta(y_t) + KL(p_\theta \| p_T)] \\), whose mean over tokens of the
+    student is 0. The expected gradient is unchanged, and varies less as a rule, where the student draws `y_t` or the
+    ratio makes up for who did. On stored rollouts without the ratio it is not: what the baseline adds there raises the
+    probability of stored tokens; `p_θ = p_T` remains a fixed point ([ours]).
+
     Left out on purpose, as in the reference: whitening, and KL or entropy terms. The PPO clip of the reference code
     has no effect there (one update per batch) and has none here.
 
@@ -69,17 +76,51 @@ def sampled_token_loss(
             `log μ(y_t)`. Without it the ratio is left out.
         ratio_cap (`float`, *optional*):
             Largest ratio; larger ones are cut to it. `None` means no cap.
+        divergence (`torch.Tensor` of the same shape, *optional*):
+            `KL(p_θ‖p_T)` at the position. No gradient. Without it there is no baseline.
 
     Returns:
         [`SampledTokenLoss`]: Loss and advantage of every token.
     """
     advantage = (teacher_logps - student_logps).detach()
+    if divergence is not None:
+        advantage = advantage + divergence.detach()
     loss = -advantage * student_logps
     if rollout_logps is None:
         return SampledTokenLoss(loss, advantage)
     ratio = (student_logps - rollout_logps).detach().exp()
     ratio = ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)
     return SampledTokenLoss(ratio * loss, advantage, ratio)
+
+
+def extrapolated_logps(teacher_logps: Tensor, reference_logps: Tensor, extrapolation: float) -> Tensor:
+    r"""
+    Moves a target beyond the teacher, in the direction that leads from a reference to it. Use it in the place of the
+    teacher's log-probabilities where the student is to gain more than the teacher has over the reference.
+
+    Reward extrapolation of [G-OPD](https://huggingface.co/papers/2602.12125): the advantage is the scaled reward
+    \\( \lambda (\log p_T - \log p_{ref}) \\) minus \\( \log p_\theta - \log p_{ref} \\), which is that of
+    [`sampled_token_loss`] with the target
+
+    $$
+    \log p_T + (\lambda - 1) (\log p_T - \log p_{ref})
+    $$
+
+    and, with its ratio, follows the gradient of the reverse KL to the normalised \\( p_T^\lambda p_{ref}^{1 - \lambda}
+    \\): the sum over tokens that normalises it is a constant, whose expected gradient is 0. At 1 it is the teacher.
+
+    Args:
+        teacher_logps (`torch.Tensor` of any shape):
+            `log p_T(y)`.
+        reference_logps (`torch.Tensor` of the same shape):
+            `log p_ref(y)`, at the same temperature.
+        extrapolation (`float`):
+            `λ`.
+
+    Returns:
+        `torch.Tensor`: Log-probabilities of the target up to a constant, in nats.
+    """
+    return teacher_logps + (extrapolation - 1.0) * (teacher_logps - reference_logps)
 
 
 def sampled_kl(logps: Tensor, other_logps: Tensor, rollout_logps: Tensor) -> Tensor:

@@ -67,6 +67,17 @@ def test_a_ratio_to_an_unknown_policy(build_offline, monkeypatch, rows):
     refusal(build_offline, monkeypatch, ConfigError, "importance_correction='token'.*lacks rollout_logps", **settings)
 
 
+def test_a_baseline_on_data_without_top_k(build_offline, monkeypatch, rows):
+    settings = {"train_dataset": rows.remove_columns("teacher_topk_ids"), "advantage_baseline": "kl"}
+    refusal(build_offline, monkeypatch, StoreError, "teacher_topk_ids.*without `advantage_baseline`", **settings)
+
+
+def test_an_extrapolation_from_an_unknown_student(build_offline, monkeypatch, rows):
+    """`rollout_logps` would be those of the tempered distribution."""
+    settings = {"train_dataset": rows.remove_columns("student_logps"), "reward_extrapolation": 1.25}
+    refusal(build_offline, monkeypatch, ConfigError, "reward_extrapolation=1.25.*lacks student_logps", **settings)
+
+
 def test_unknown_model_and_unknown_store(build_offline, monkeypatch):
     refusal(build_offline, monkeypatch, ConfigError, "model='/nowhere'", student="/nowhere")
     refusal(build_offline, monkeypatch, (ConfigError, StoreError), "/nowhere", train_dataset="/nowhere")

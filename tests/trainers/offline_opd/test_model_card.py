@@ -84,6 +84,17 @@ def test_settings_beside_the_paper(build_offline):
     assert rows_of(card)["ratio to the policy of the rollouts"] == "per token, at most 2.0"
 
 
+def test_other_advantages_cite_their_papers(build_offline):
+    card = write_card(build_offline(advantage_baseline="kl"))
+    assert settings_of(card) == COMMON | {"baseline of the advantage": ("kl", "none (code)")}
+    assert "arXiv:2605.07865" in card and "arXiv:2602.12125" not in card and "wu2026lightning" in card
+    assert "The baseline of the advantage is taken over the teacher's stored top-k tokens" in card
+    card = write_card(build_offline(reward_extrapolation=1.25))
+    assert settings_of(card) == COMMON | {"reward extrapolation": ("1.25", "1 (code)")}
+    assert "arXiv:2602.12125" in card and "arXiv:2605.07865" not in card
+    assert rows_of(card)["reward extrapolation"].startswith("1.25, as in [G-OPD]")
+
+
 def test_rows_without_a_manifest(build_offline):
     card = write_card(build_offline(offline_loss="top_k_reverse_kl"))
     assert rows_of(card)["student that drew the rollouts"] == "unknown: no identity was recorded"

@@ -47,6 +47,13 @@ def reference_step(model, rows, offline_loss, aggregation, frozen=None):
             if offline_loss == "corrected":
                 scores = row["teacher_logps"][t], row["rollout_logps"][t]
                 loss = reference_offline.corrected_loss(z, z, token, *scores)
+            elif offline_loss == "baseline":
+                masses = [*row["teacher_topk_logps"][t], row["teacher_tail_logmass"][t]]
+                teacher = row["teacher_logps"][t], row["teacher_topk_ids"][t], masses
+                loss = reference_offline.baseline_loss(z, z, token, *teacher)
+            elif offline_loss == "extrapolated":
+                scores = row["teacher_logps"][t], row["student_logps"][t]
+                loss = reference_offline.extrapolated_loss(z, z, token, *scores, 1.25)
             elif offline_loss == "sampled_token":
                 loss = reference_offline.sampled_token_loss(z, z, token, row["teacher_logps"][t])
             else:
@@ -111,6 +118,49 @@ def test_ratio_to_the_policy_of_the_rollouts(build_offline, models, rows, layout
     assert sum(step.loss for step in record.calls) == pytest.approx(expected_loss, rel=1e-5)
     assert_close_tensors(record.gradients[0], expected, 1e-4)
     assert record.logged("offline/importance_ratio")[0] > 0
+
+
+ADVANTAGES = {"baseline": {"advantage_baseline": "kl"}, "extrapolated": {"reward_extrapolation": 1.25}}
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "accumulated, padding-free"])
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_other_advantages(build_offline, models, rows, name, layout):
+    student = moved(scored.load(models, "student"))
+    expected_loss, expected = reference_step(student, rows, name, "sequence")
+    plain, _ = reference_step(student, rows, "sampled_token", "sequence")
+    record = runs.train(build_offline(student=student, **ADVANTAGES[name], **LAYOUTS[layout]))
+    assert abs(expected_loss - plain) > 0.1
+    assert sum(step.loss for step in record.calls) == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_tensors(record.gradients[0], expected, 1e-4)
+    divergence = record.logged("offline/divergence")
+    assert divergence[0] > 0 if name == "baseline" else not divergence
+
+
+def test_the_baseline_is_the_value_of_the_top_k_loss(build_offline):
+    logged = [
+        runs.train(build_offline(**settings)).logged("offline/divergence")
+        for settings in (ADVANTAGES["baseline"], {"offline_loss": "top_k_reverse_kl"})
+    ]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+def test_the_baseline_reads_all_positions_or_the_labelled_ones(models, tmp_path, rows):
+    args = scored.offline_config(tmp_path, advantage_baseline="kl")
+    features = ScoredRolloutCollator(pad_token_id=0)(list(prepare(rows, uses_top_k=True, **PLAIN)))
+    mask = features["labels"][:, 1:] != -100
+    hidden, weight = torch.randn(*mask.shape, 4), torch.randn(64, 4)
+    targets = features["labels"][:, 1:].clamp(min=0)
+    found = []
+    for kept in (slice(None), mask.reshape(-1)):
+        forward = OfflineForward(None, {name: features[name] for name in TOP_K}, args)
+        forward._baseline(mask, LMHead(hidden.reshape(-1, 4)[kept], weight), targets.reshape(-1)[kept])
+        found.append(forward.divergence)
+    columns = (features[name][:, 1:][mask] for name in TOP_K)
+    expected = top_k_divergence(LMHead(hidden[mask], weight), targets[mask], *columns).loss
+    torch.testing.assert_close(found[0][mask], expected)
+    torch.testing.assert_close(*found)
+    assert not found[0].requires_grad and found[0][~mask].abs().max() == 0
 
 
 def test_cap_of_the_ratio(build_offline, models):

@@ -66,6 +66,8 @@ def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
     needed = {
         "max_policy_drift": ("rollout_logps", "student_logps") if args.max_policy_drift is not None else (),
         "importance_correction": ("rollout_logps",) if args.importance_correction == "token" else (),
+        # Not `rollout_logps`, which are those of the tempered and cut distribution
+        "reward_extrapolation": ("student_logps",) if args.reward_extrapolation != 1.0 else (),
     }
     for setting, columns in needed.items():
         missing = [name for name in columns if name not in names]

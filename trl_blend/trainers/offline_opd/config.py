@@ -57,6 +57,17 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             [`~trl_blend.ops.losses.sampled_token_loss`] ([ours]).
         importance_cap (`float`, *optional*):
             Cap of that ratio. `None` means no cap.
+        advantage_baseline (`str`, *optional*, defaults to `"none"`):
+            Of `offline_loss="sampled_token"` on data with the teacher's top tokens: `"none"`, or `"kl"`
+            ([vOPD](https://huggingface.co/papers/2605.07865)): add `KL(p_θ‖p_T)` to the advantage, which then is 0 on
+            average over tokens of the student: less sampling noise. It is taken over the stored tokens and one event
+            for all others ([ours]). Wants `importance_correction="token"`, without which it only averages out as long
+            as the student is the one that drew the rollouts.
+        reward_extrapolation (`float`, *optional*, defaults to `1.0`):
+            Of `offline_loss="sampled_token"`: the `λ` of [G-OPD](https://huggingface.co/papers/2602.12125), 1 or more.
+            The advantage is `λ (log p_T - log p_ref) - (log p_θ - log p_ref)`, with the student that drew the rollouts
+            as the reference, whose log-probabilities at temperature 1 are stored (`student_logps`): the target lies
+            beyond the teacher. The paper takes 1.25. 1 is the teacher.
         loss_aggregation (`str`, *optional*, defaults to `"sequence"`):
             `"sequence"` (the reference's: mean over the tokens of each completion, then over completions) or
             `"token"` (mean over all tokens, as in [`~trl.DistillationTrainer`]).
@@ -121,6 +132,8 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
     offline_loss: Literal["auto", "sampled_token", "top_k_reverse_kl", "top_k_forward_kl"] = "auto"
     importance_correction: Literal["none", "token"] | None = None
     importance_cap: float | None = None
+    advantage_baseline: Literal["none", "kl"] = "none"
+    reward_extrapolation: float = 1.0
     loss_aggregation: Literal["sequence", "token"] = "sequence"
 
     # Teacher consistency
@@ -147,6 +160,7 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
         super().__post_init__()
         self._check_parent_settings()
         self._check_rescoring()
+        self._check_advantage()
         if self.offline_loss == "auto":
             refuse_unread(self, ("importance_correction", "importance_cap"), "offline_loss", "sampled_token")
         elif self.importance_correction is None:
@@ -173,6 +187,22 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
         if self.stream_rollouts and self.max_steps <= 0:
             raise ConfigError(
                 "`stream_rollouts=True` does not know the number of rows. Set `max_steps`, or `stream_rollouts=False`."
+            )
+
+    def _check_advantage(self):
+        if self.offline_loss != "sampled_token":
+            names = ("advantage_baseline", "reward_extrapolation")
+            refuse_unread(self, names, "offline_loss", "sampled_token")
+        scale = self.reward_extrapolation
+        if not (math.isfinite(scale) and scale >= 1.0):
+            raise ConfigError(
+                f"`reward_extrapolation={scale}` must be finite and at least 1. The paper takes 1.25; 1 is the "
+                "teacher itself."
+            )
+        if scale != 1.0 and self.advantage_baseline == "kl":
+            raise ConfigError(
+                f"`advantage_baseline='kl'` with `reward_extrapolation={scale}`: the baseline of that advantage needs "
+                "the top tokens of the student that drew the rollouts, which are not stored. Leave one of them out."
             )
 
     def _check_best_model(self):
@@ -263,5 +293,10 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
 
     @property
     def uses_top_k(self) -> bool:
-        """Whether the loss reads the teacher's top-k columns."""
+        """Whether the loss is a divergence over the teacher's top-k columns."""
         return self.offline_loss.startswith("top_k")
+
+    @property
+    def reads_top_k(self) -> bool:
+        """Whether the loss reads the teacher's top-k columns."""
+        return self.uses_top_k or self.advantage_baseline == "kl"

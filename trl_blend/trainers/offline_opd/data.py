@@ -54,8 +54,8 @@ def token_columns(names: Sequence[str], uses_top_k: bool) -> list[str]:
     missing = [name for name in TOP_K if name not in names] if uses_top_k else []
     if missing:
         raise StoreError(
-            f"`offline_loss` reads the teacher's most probable tokens, but the dataset lacks {', '.join(missing)}. "
-            "Score the rollouts with `top_k`, or use `offline_loss='sampled_token'`."
+            f"The loss reads the teacher's most probable tokens, but the dataset lacks {', '.join(missing)}. Score "
+            "the rollouts with `top_k`, or use `offline_loss='sampled_token'` without `advantage_baseline`."
         )
     return [name for name in (*LOG_PROBS, *(TOP_K if uses_top_k else ())) if name in names]
 

@@ -21,7 +21,7 @@ class OfflineMetrics:
     - `offline/reverse_kl`, `offline/drift_kl`: `KL(p_θ‖p_T)` and `KL(p_θ‖p_0)` at the visited prefixes, with `p_0` the
       student that drew the rollouts, both estimated by [`~trl_blend.ops.losses.sampled_kl`]. Where the data does not
       hold what they need they are left out;
-    - `offline/divergence`: value of a top-k loss, whose terms are not sampled;
+    - `offline/divergence`: value of a top-k loss, or of the baseline, whose terms are not sampled;
     - `offline/importance_ratio`: ratio of the current student to the policy of the rollouts, with
       `importance_correction="token"`; 1 on average as long as the student stays where that policy reaches;
     - `offline/unlikely_share`: share of stored tokens to which the teacher gives less than `e^-10`;

@@ -34,6 +34,8 @@ def why_this_loss(config: OfflineOPDConfig) -> str:
 def run_parts(config: OfflineOPDConfig, teacher: str, loss_was_chosen: bool) -> RunParts:
     """What a run is made of, in words."""
     ratio = ", with the ratio to the policy of the rollouts" if config.importance_correction == "token" else ""
+    ratio += ", with the KL baseline" if config.advantage_baseline == "kl" else ""
+    ratio += f", reward extrapolation {config.reward_extrapolation:g}" if config.reward_extrapolation != 1.0 else ""
     chosen = f" (chosen: {why_this_loss(config)})" if loss_was_chosen else ""
     return RunParts(teacher, "", f"loss {config.offline_loss}{ratio}{chosen}", "the student alone")
 
@@ -42,6 +44,8 @@ _CODE = "code"
 TRAINING = {
     "offline_loss": PaperValue("loss", ("sampled_token",), _CODE),
     "importance_correction": PaperValue("ratio to the policy of the rollouts", ("none",), _CODE),
+    "advantage_baseline": PaperValue("baseline of the advantage", ("none",), _CODE),
+    "reward_extrapolation": PaperValue("reward extrapolation", (1.0,), _CODE),
     "loss_aggregation": PaperValue("mean of the loss", ("sequence",), _CODE, text="per completion, then over them"),
     "learning_rate": PaperValue("learning rate", (2e-6,), _CODE),
     "learning_rate_schedule": PaperValue("learning-rate schedule", ("constant",), _CODE),
@@ -88,6 +92,11 @@ def choices(config: OfflineOPDConfig) -> list[str]:
         found.append(
             "The loss over the teacher's stored top-k tokens, with one event for all other tokens, is a choice of "
             '`trl_blend`: the paper has the sampled token only (`offline_loss="sampled_token"`).'
+        )
+    if config.advantage_baseline == "kl":
+        found.append(
+            "The baseline of the advantage is taken over the teacher's stored top-k tokens, with one event for all "
+            "other tokens: the paper takes the whole vocabulary, or the student's own top k."
         )
     if config.max_policy_drift is not None:
         what = "ends" if config.policy_drift_action == "stop" else "warns about"

@@ -119,6 +119,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         "offline_loss",
         "importance_correction",
         "importance_cap",
+        "advantage_baseline",
+        "reward_extrapolation",
         "loss_aggregation",
         "packing",
         "max_length",
@@ -188,7 +190,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         with args.distributed_state.main_process_first():
             return data.prepare(
                 dataset,
-                uses_top_k=args.uses_top_k,
+                uses_top_k=args.reads_top_k,
                 vocab_size=self._vocab_size,
                 max_length=args.max_length,
                 packing=packing,
@@ -248,8 +250,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         forward = OfflineForward(model, columns, self.args, scale, scoring.get("vocab_size"))
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         self._offline_metrics.add(mode, forward.student_logps, forward.columns, mask)
-        if self.args.uses_top_k:
-            self._offline_metrics.add_mean(mode, "divergence", forward.loss, mask)
+        if forward.divergence is not None:
+            self._offline_metrics.add_mean(mode, "divergence", forward.divergence, mask)
         if forward.ratio is not None:
             self._offline_metrics.add_mean(mode, "importance_ratio", forward.ratio, mask)
         return result
