@@ -60,8 +60,10 @@ def top_k_kl(student: Tensor, tokens: list[int], teacher_logmasses: list[float],
     return total
 
 
-def aggregate(losses: list[list[Tensor]], aggregation: str) -> Tensor:
-    """Mean over the tokens of each completion, then over completions; or mean over all tokens."""
+def aggregate(losses: list[list[Tensor]], aggregation: str, weights: list[float] | None = None) -> Tensor:
+    """Mean over the tokens of each completion, then over completions; or mean over all tokens. Of weighted rows."""
+    weights = weights or [1.0] * len(losses)
+    rows = list(zip(weights, losses, strict=True))
     if aggregation == "sequence":
-        return sum(sum(row) / len(row) for row in losses) / len(losses)
-    return sum(sum(row) for row in losses) / sum(len(row) for row in losses)
+        return sum(weight * sum(row) / len(row) for weight, row in rows) / sum(weights)
+    return sum(weight * sum(row) for weight, row in rows) / sum(weight * len(row) for weight, row in rows)

@@ -24,6 +24,9 @@ UPDATES: dict[str, dict[str, Any]] = {
     "token": {"loss_aggregation": "token"},
     "padding_free": {"padding_free": True, "gradient_accumulation_steps": 2},
     "top_k": {"offline_loss": "top_k_reverse_kl"},
+    "weighted": {"gradient_accumulation_steps": 2},
+    "weighted_evaluated": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
+    "baseline": {"advantage_baseline": "kl", "importance_correction": "token"},
     # Three shards of different sizes for two processes
     "streamed": {},
     "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
@@ -43,7 +46,9 @@ class OfflineWorker(worker.Worker):
             trainer_kwargs["peft_config"] = LoraConfig(
                 r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM"
             )
-        if name == "evaluated":
+        if name.startswith("weighted"):
+            rows = rows.add_column("row_weight", [(index % 5) / 2 for index in range(len(rows))])
+        if name.endswith("evaluated"):
             trainer_kwargs["eval_dataset"] = rows.select(range(8))
         if name == "streamed":
             rows = interleaved(rows)

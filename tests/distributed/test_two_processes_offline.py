@@ -25,7 +25,11 @@ def test_metrics_are_those_of_one_process(launched_offline, launch, name):
                     assert found[key] == pytest.approx(entry[key], rel=1e-4, abs=1e-5), key
                     compared.add(key)
     assert {"offline/advantage", "offline/advantage_std", "offline/drift_kl"} <= compared
-    assert ("eval_offline/reverse_kl" in compared) == (name == "evaluated")
+    assert ("eval_offline/reverse_kl" in compared) == name.endswith("evaluated")
+    evaluated = [
+        [entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in (ranks[0][name]["log"], expected)
+    ]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-4)
     losses = [entry["loss"] for entry in expected if "loss" in entry]
     assert len(losses) == offline_worker.NUM_STEPS
     assert [entry["loss"] for entry in ranks[0][name]["log"] if "loss" in entry] == pytest.approx(losses, rel=1e-4)

@@ -127,6 +127,34 @@ def test_the_same_prompt_is_drawn_anew_everywhere(student, tmp_path):
     assert len(drawn) == 16 and len({tuple(drawn[first : first + 4]) for first in range(0, 16, 4)}) == 4
 
 
+def test_route_and_weight_of_a_prompt_are_kept(student, tmp_path):
+    prompts = [{"prompt": f"{n}+1", "route": "ab"[n % 2], "row_weight": n, "other": n} for n in range(5)]
+    store = collect(student, prompts, tmp_path / "store", **SETTINGS)
+    rows = rows_of(store)
+    assert [row["route"] for row in rows] == [*"aabbaabbaa"] and "other" not in rows[0]
+    assert [row["row_weight"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    plain = collect(student, [{"prompt": row["prompt"]} for row in prompts], tmp_path / "plain", **SETTINGS)
+    assert "route" not in rows_of(plain)[0]
+    prompts[0]["row_weight"] = 7  # the same tokens: the shard would be taken for done
+    with pytest.raises(ConfigError, match="made from another input"):
+        collect(student, prompts, tmp_path / "store", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "shown"),
+    [("route", 3, "3, not the name"), ("route", "", "'', not"), ("row_weight", -1.0, "-1.0, not a fin")]
+    + [("row_weight", float("nan"), "nan"), ("row_weight", None, "None"), ("row_weight", "1", "'1'")],
+)
+def test_routes_and_weights_that_are_none(student, tmp_path, no_model, column, value, shown):
+    rows = [{"prompt": "a", column: "x" if isinstance(value, str) else 1.0 if column == "row_weight" else 1}]
+    rows.append({"prompt": "b", column: value})
+    if column == "row_weight" and value == "1" or value == 3:
+        rows = rows[1:]
+    number = len(rows) - 1
+    with pytest.raises(ConfigError, match=f"Row {number} of the prompts: column `{column}` is {shown}"):
+        collect(student, rows, tmp_path / "store", **SETTINGS)
+
+
 def test_without_an_identity(student, prompts, tmp_path):
     store = collect(student, prompts, tmp_path / "store", identify=False, **SETTINGS)
     assert store.manifest.student is None and store.manifest.settings["student_name"] == student

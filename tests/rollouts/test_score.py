@@ -286,6 +286,58 @@ def test_a_row_that_the_teacher_cannot_hold(rollouts, teacher, tmp_path, no_mode
         score(rollouts, short, tmp_path / "store", **SCORE)
 
 
+# Routes
+
+
+@pytest.fixture(scope="module")
+def routed(student, tmp_path_factory):
+    """Ten rows in shards of three: two of "a" first, then "b", and one "a" at the end."""
+    prompts = [{"prompt": f"{n}+1", "route": "a" if n in (0, 2, 9) else "b"} for n in range(10)]
+    folder = tmp_path_factory.mktemp("routed") / "store"
+    return collect(student, prompts, folder, **{**COLLECT, "rows_per_shard": 3})
+
+
+def test_each_teacher_scores_its_rows(student, teacher, routed, tmp_path):
+    every = {row["key"]: row for row in rows_of(score(routed, teacher, tmp_path / "all", top_k=5, **SCORE))}
+    stores = {route: score(routed, teacher, tmp_path / route, top_k=5, route=route, **SCORE) for route in "ab"}
+    for route, store in stores.items():
+        expected = [row["key"] for row in rows_of(routed) if row["route"] == route]
+        rows = rows_of(store)
+        assert [row["key"] for row in rows] == expected and len(store) == len(expected)
+        for row in rows:
+            assert row["route"] == route
+            np.testing.assert_allclose(row["teacher_logps"], every[row["key"]]["teacher_logps"], atol=2e-5)
+        assert store.manifest.scoring["route"] == route and store.manifest.planned_shards == len(store.files)
+    # The shards without a row of it are left out
+    assert [record["rows"] for record in stores["a"].manifest.shards] == [2, 1]
+    assert [record["rows"] for record in stores["b"].manifest.shards] == [1, 3, 3]
+    assert len(list(stores["a"].dataset())) == 3
+
+
+def test_another_route_does_not_continue(teacher, routed, tmp_path):
+    first = score(routed, teacher, tmp_path / "store", top_k=5, route="a", **SCORE)
+    (first.folder / first.manifest.shards[1]["file"]).unlink()
+    with pytest.raises(ConfigError, match="route: 'a' -> 'b'"):
+        score(routed, teacher, tmp_path / "store", top_k=5, route="b", **SCORE)
+    again = score(routed, teacher, tmp_path / "store", top_k=5, route="a", repair=True, **SCORE)
+    assert again.digest == first.digest
+
+
+def test_routes_that_there_are_not(teacher, rollouts, routed, tmp_path, no_model):
+    with pytest.raises(ConfigError, match=r"`route='c'` is the route of no row of .*, which has \['a', 'b'\]"):
+        score(routed, teacher, tmp_path / "store", route="c")
+    with pytest.raises(ConfigError, match="`route='a'` chooses rows by their column `route`, which .* does not have"):
+        score(rollouts, teacher, tmp_path / "store", route="a")
+
+
+def test_a_row_of_a_route_is_named_by_its_place_in_the_rollouts(routed, teacher, tmp_path, no_model):
+    limited = save_model(tmp_path / "short", seed=1, arch="llama", max_position_embeddings=4)
+    first = next(n for n, row in enumerate(rows_of(routed)) if row["route"] == "b")
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows_of(routed)[:3]]
+    with pytest.raises(ConfigError, match=rf"Row {first} .* has {lengths[first]} tokens"):
+        score(routed, limited, tmp_path / "store", route="b")
+
+
 def test_a_teacher_without_numbers_is_said(rollouts, tmp_path):
     model = tiny_model()
     with torch.no_grad():

@@ -32,6 +32,7 @@ _REMEDY = {
     "prompt_ids": f"{_COLLECT_AGAIN}, or drop the row.",
 }
 _SCORE_AGAIN = "Score the rollouts again (`trl-blend score`)."
+_WEIGH = "A weight is finite and at least 0; a row of weight 0 does not count."
 _NO_NUMBER = (
     "If it is there again, the model or the engine has no number for the token: check that the checkpoint is whole, "
     "use `dtype='float32'` or `'bfloat16'`, and transformers instead of a vLLM server; else drop the row."
@@ -69,7 +70,7 @@ def check_rows(
             empty; a column has not one value per completion token; a log-prob is NaN, infinite, above 1e-4 or below
             -1000, which is how engines write that they have none (the tail mass may be `-inf`, where the k tokens are
             all of the vocabulary); an id is negative or not below `vocab_size`; a row's top-k is ragged, holds a token
-            twice or lacks the sampled one. The message names the column, the row, the token, the value and the remedy.
+            twice or lacks the sampled one; a row's weight is negative or not finite. The message names the column, the row, the token, the value and the remedy.
     """
     if not isinstance(columns, pa.Table):
         try:
@@ -78,9 +79,11 @@ def check_rows(
             raise StoreError(f"{where}: {error}") from None
     _require(columns, required, top_k_required, where)
     checks = _Checks(columns, vocab_size, where, first)
-    for name in ("key", "truncated"):
+    for name in ("key", "truncated", "route"):
         if name in columns.column_names and columns[name].null_count:
             checks.fail(name, 0, "has missing values", "Write the store again.")
+    if "row_weight" in columns.column_names:
+        checks.check_row_weights()
     for name in ID_COLUMNS:
         checks.check_ids(name, *checks.lists(name))
     for name in TOKEN_COLUMNS:
@@ -101,6 +104,11 @@ def check_numbers(values: NDArray[Any], rows: NDArray[np.int64], column: str, wh
         token = int(np.argmin(good)) // max(good.size // len(good), 1)
         problem = f"has log-prob {values.flat[np.argmin(good)]}, which is none, in row {rows[token]}"
         raise StoreError(f"{where}: column {column!r} {problem}. {_REMEDY.get(column, _SCORE_AGAIN)} {_NO_NUMBER}")
+
+
+def are_row_weights(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of some numbers can be the weight of a row."""
+    return np.isfinite(values) & (values >= 0)
 
 
 def _are_logps(values: NDArray[Any], column: str) -> NDArray[np.bool_]:
@@ -200,6 +208,16 @@ class _Checks:
             remedy = f"{_REMEDY.get(name, _SCORE_AGAIN)} {_NO_NUMBER}"
             problem = f"has log-prob {value}, {kind} ({int((~good).sum())} such values),"
             self.fail(name, row, problem, remedy, where)
+
+    def check_row_weights(self) -> None:
+        column = self.table["row_weight"]
+        if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+            self.fail("row_weight", 0, f"is {column.type}, not a number per row,", _WEIGH)
+        values = column.to_numpy().astype(np.float64)  # NaN where one is missing
+        good = are_row_weights(values)
+        if not good.all():
+            row = int(np.argmin(good))
+            self.fail("row_weight", row, f"is {values[row]} ({int((~good).sum())} such rows)", _WEIGH)
 
     def check_top_k(self, names: Sequence[str]) -> None:
         columns = {name: self._top_k(name) for name in names}

@@ -3,6 +3,8 @@ Collecting rollouts of the student, with the log-probabilities of what was sampl
 started again, the result is the same row for row.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -32,6 +34,7 @@ from trl_blend.rollouts.prompts import (
     check_prompt_lengths,
     describe_dataset,
     load_prompts,
+    row_columns,
     shard_bounds,
 )
 from trl_blend.rollouts.store import RolloutStore
@@ -51,6 +54,9 @@ def collect_rollouts(
     sampled from, and under the model at temperature 1. The same command started again goes on where it stopped; under
     `accelerate launch` or `torchrun` the shards are split over the processes. Which rows a shard holds and how they
     are drawn follows from the settings, so that the number of processes and any interruption change nothing.
+
+    Columns `route` (text: which teacher is to score the row) and `row_weight` (how much it counts in training) of the
+    prompts are kept.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or `peft.PeftModel`, *optional*):
@@ -90,6 +96,7 @@ def collect_rollouts(
     samples = args.num_rollouts_per_prompt
     bounds = list(shard_bounds(len(source), max(1, args.rows_per_shard // samples)))
     scan = source.scan(bounds)
+    digests = [_with_columns(digest, row_columns(dataset, *rows)) for digest, rows in zip(scan.digests, bounds)]
     check_prompt_lengths(scan, args.max_completion_length, engine.max_length)
 
     state = processes.processes()
@@ -136,12 +143,21 @@ def collect_rollouts(
         return {
             "key": [row_key(ids, row % samples) for row, ids in enumerate(prompt_ids)],
             "prompt_ids": prompt_ids,
+            **{
+                name: [value for value in values for _ in range(samples)]
+                for name, values in row_columns(dataset, start, stop).items()
+            },
             **{name: [getattr(rollout, name) for rollout in rollouts] for name in Rollout._fields},
         }
 
     rows = [(stop - start) * samples for start, stop in bounds]
     load = partial(engine.load, state.device, sampling)
-    return processes.write_store(state, args, manifest, scan.digests, rows, load, draw)
+    return processes.write_store(state, args, manifest, digests, rows, load, draw)
+
+
+def _with_columns(digest: str, columns: dict[str, list[Any]]) -> str:
+    """Digest of the prompts of a shard, and of what its rows keep of them beside their tokens."""
+    return hashlib.sha256(f"{digest}{json.dumps(columns)}".encode()).hexdigest() if columns else digest
 
 
 def _sample(

@@ -239,6 +239,8 @@ class ScoringConfig(StoreConfig):
             identity.
         teacher_model_revision (`str`, *optional*):
             Branch, tag or commit of the teacher on the Hub.
+        route (`str`, *optional*):
+            Score only the rows with this text in their column `route`, which comes from the prompts. All by default.
         top_k (`int`, *optional*, defaults to `16`):
             Number of teacher tokens to keep at every position, with the mass of the rest; the sampled token is always
             one of them. 0 or `None` scores the sampled token only, which no top-k loss can be trained on.
@@ -254,6 +256,7 @@ class ScoringConfig(StoreConfig):
         default=None, metadata={"help": "Teacher: folder or Hub id.", "required": True}
     )
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher on the Hub."})
+    route: str | None = field(default=None, metadata={"help": "Score only the rows whose column `route` is this."})
     top_k: int | None = field(default=16, metadata={"help": "Teacher tokens to keep, 0 for the sampled one alone."})
     tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a forward pass."})
 

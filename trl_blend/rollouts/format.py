@@ -9,12 +9,14 @@ Columns and manifest: read this to know what a store is.
 | `rollout_logps` | list of float, `(T,)` | log-prob of each token under the distribution it was sampled from |
 | `student_logps` | list of float, `(T,)` | the same at temperature 1 over all tokens, what drift is measured against |
 | `truncated` | bool | the length limit was hit: no end-of-sequence token at the end |
+| `row_weight` | float | where the prompts have it: how much the row counts in training, at least 0 |
+| `route` | string | where the prompts have it: which teacher scores the row |
 | `teacher_logps` | list of float, `(T,)` | log-prob of each token under the teacher, temperature 1 |
 | `teacher_topk_ids` | list of list of int32, `(T, K)` | the teacher's K most probable ids, the sampled one included |
 | `teacher_topk_logps` | list of list of float, `(T, K)` | their log-probs |
 | `teacher_tail_logmass` | list of float, `(T,)` | log of the teacher's probability outside the K ids |
 
-Floats are float16 or float32, the same for all columns of a store. All log-probs are in nats.
+Log-probs are float16 or float32, the same for all columns of a store, and in nats; weights are float32.
 
 The manifest says who sampled and who scored, with which settings, and names every shard with its checksum.
 """
@@ -57,8 +59,9 @@ number of their dtype where they have none.
 ID_COLUMNS = ("prompt_ids", "completion_ids")
 TOKEN_COLUMNS = ("rollout_logps", "student_logps", "teacher_logps", "teacher_tail_logmass")
 TOP_K_COLUMNS = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")
+ROW_COLUMNS = ("row_weight", "route")
 # In the order of the table above, which is their order on disk
-COLUMNS = ("key", *ID_COLUMNS, *TOKEN_COLUMNS[:2], "truncated", "teacher_logps", *TOP_K_COLUMNS)
+COLUMNS = ("key", *ID_COLUMNS, *TOKEN_COLUMNS[:2], "truncated", *ROW_COLUMNS, "teacher_logps", *TOP_K_COLUMNS)
 # What a row of each kind of store needs at least
 REQUIRED = {
     "rollouts": ("key", "prompt_ids", "completion_ids", "rollout_logps", "truncated"),
@@ -122,8 +125,10 @@ def _first_wrong(name: str, rows: Sequence[Any], logps_dtype: str) -> str:
 
 
 def _to_arrow(name: str, rows: Sequence[Any], logps_dtype: str) -> pa.Array:
-    if name == "key":
+    if name in ("key", "route"):
         return pa.array(rows, pa.string())
+    if name == "row_weight":
+        return pa.array([float(row) for row in rows], pa.float32())
     if name == "truncated":
         return pa.array([bool(row) for row in rows], pa.bool_())
     return from_rows(rows, np.int32 if name.endswith("_ids") else logps_dtype, nested=name.startswith("teacher_topk"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -16,6 +17,7 @@ from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 
 from trl_blend.errors import ConfigError
 from trl_blend.rollouts.folders import describe, store_kind
+from trl_blend.rollouts.format import ROW_COLUMNS
 
 
 logger = logging.getLogger(__name__)
@@ -278,6 +280,27 @@ def check_prompt_lengths(scan: PromptScan, length: int, limit: int | None, what:
         f"Row {scan.longest_row} of {what} has {scan.longest} tokens. With `max_completion_length={length}` that "
         f"is more than the {limit} tokens that the model takes. {remedy}."
     )
+
+
+def row_columns(dataset: Dataset, start: int, stop: int) -> dict[str, list[Any]]:
+    """
+    What the rows `start` to `stop` of a store keep of their prompts, where these have it: `route` and `row_weight`.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: If a route is no text, or a weight is negative or no finite number.
+    """
+    names = [name for name in ROW_COLUMNS if name in dataset.column_names]
+    columns: dict[str, list[Any]] = dataset.select_columns(names)[start:stop] if names else {}
+    for name, values in columns.items():
+        for row, value in enumerate(values, start):
+            is_number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+            if not (isinstance(value, str) and value if name == "route" else is_number):
+                wanted = "the name of a route" if name == "route" else "a finite number of at least 0"
+                raise ConfigError(
+                    f"Row {row} of the prompts: column `{name}` is {_shown(value)}, not {wanted}. Correct the row, or "
+                    "rename the column if it is something else."
+                )
+    return columns
 
 
 class PromptTokens:

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from trl_blend.errors import ConfigError, EngineError, TokenizerMismatchError
@@ -32,7 +34,7 @@ def score_rollouts(
 
     Scores are at temperature 1 over the teacher's whole vocabulary, whatever the rollouts were sampled with: that is
     what the loss compares, and vLLM's `prompt_logprobs` ignore temperature anyway. The rows and their order are those
-    of the rollouts, shard for shard. The same command started again goes on where it stopped; under
+    of the rollouts, shard for shard; with `route` only those that are this teacher's. The same command started again goes on where it stopped; under
     `accelerate launch` or `torchrun` the shards are split over the processes, each with the whole teacher.
 
     Args:
@@ -71,7 +73,10 @@ def score_rollouts(
     vocab_size = _num_tokens(engine, teacher, argument, options, rolled)
     _check_top_k(top_k, vocab_size)
     state = processes.processes()
-    processes.on_main_process(state, partial(_check_rollouts, source, argument, vocab_size, engine.max_length))
+    check = partial(_check_rollouts, source, argument, vocab_size, engine.max_length, args.route)
+    chosen = {index: rows for index, rows in enumerate(processes.on_main_process(state, check)) if rows}
+    planned = list(chosen)  # shards of the rollouts with rows for this teacher
+    route = {} if args.route is None else {"route": args.route}
     identity = identities.find(state, teacher, argument, args)
     if identity is not None:
         _check_vocabulary(rolled.student, identity, argument)
@@ -84,11 +89,12 @@ def score_rollouts(
             "top_k": top_k,
             "engine": engine.description["name"],
             "dtype": options.weights,
+            **route,
         },
-        planned_shards=len(rolled.shards),
+        planned_shards=len(planned),
         logps_dtype=args.logps_dtype or rolled.logps_dtype,
         sampling=rolled.sampling,
-        scoring={"temperature": 1.0, "top_k": top_k, "dtype": engine.dtype, "vocab_size": vocab_size},
+        scoring={"temperature": 1.0, "top_k": top_k, "dtype": engine.dtype, "vocab_size": vocab_size, **route},
         engine=engine.description,
         student=rolled.student,
         teacher=identity,
@@ -99,14 +105,15 @@ def score_rollouts(
         return sum(shard["rows"] for shard in rolled.shards[:index])
 
     def score(index: int, on_rows: OnRows) -> dict[str, Any]:
-        table = read_record(source.folder, rolled.shards[index])
+        table, numbers = _of_route(read_record(source.folder, rolled.shards[planned[index]]), args.route)
         columns = {name: ragged.to_rows(table[name]) for name in table.column_names}
         prompts, completions = ([ids.tolist() for ids in columns[name]] for name in ("prompt_ids", "completion_ids"))
         try:
             scores = engine.score(prompts, completions, top_k, on_rows, vocab_size)
         except RowError as error:
             row = error.row or 0
-            raise EngineError(f"Row {first_row(index) + row} (key {columns['key'][row]}): {error}") from error
+            number = first_row(planned[index]) + numbers[row]
+            raise EngineError(f"Row {number} (key {columns['key'][row]}): {error}") from error
         columns["teacher_logps"] = [score.logps for score in scores]
         if top_k is not None:
             columns["teacher_topk_ids"] = [score.topk_ids for score in scores]
@@ -114,8 +121,8 @@ def score_rollouts(
             columns["teacher_tail_logmass"] = [score.tail_logmass for score in scores]
         return columns
 
-    digests = [shard["sha256"] for shard in rolled.shards]
-    rows = [shard["rows"] for shard in rolled.shards]
+    digests = [rolled.shards[index]["sha256"] for index in planned]
+    rows = list(chosen.values())
     load = partial(engine.load, state.device)
     return processes.write_store(state, args, manifest, digests, rows, load, score)
 
@@ -135,10 +142,29 @@ def _num_tokens(
     return min((size for size in found if size is not None), default=None)
 
 
-def _check_rollouts(source: RolloutStore, argument: str, vocab_size: int | None, max_length: int | None) -> None:
-    """Read the rollouts once: a row that the teacher cannot score is found now, and not hours later."""
-    first = 0
-    for _, table in source.iter_shards():
+def _of_route(table: pa.Table, route: str | None) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The rows of a route, and their numbers in the table."""
+    chosen = np.ones(table.num_rows, bool) if route is None else table["route"].to_numpy() == route
+    return table.filter(pa.array(chosen)), np.flatnonzero(chosen)
+
+
+def _check_rollouts(
+    source: RolloutStore, argument: str, vocab_size: int | None, max_length: int | None, route: str | None
+) -> list[int]:
+    """
+    Read the rollouts once: a row that the teacher cannot score is found now, and not hours later. Returns the number
+    of rows that it is to score, per shard.
+    """
+    first, counts_of_shards, routes = 0, [], set()
+    for _, shard in source.iter_shards():
+        if route is not None and "route" not in shard.column_names:
+            raise ConfigError(
+                f"`route={route!r}` chooses rows by their column `route`, which {source.name} does not have. Collect "
+                "from prompts with that column, or leave `route` out."
+            )
+        table, numbers = _of_route(shard, route)
+        counts_of_shards.append(table.num_rows)
+        routes |= set(shard["route"].to_pylist()) if route is not None else set()
         lengths = sum(ragged.flatten(table[name])[0] for name in ID_COLUMNS)
         for name in ID_COLUMNS:
             counts, ids = ragged.flatten(table[name])
@@ -146,7 +172,7 @@ def _check_rollouts(source: RolloutStore, argument: str, vocab_size: int | None,
             if bad.any():
                 row = int(np.searchsorted(np.cumsum(counts), np.argmax(bad), side="right"))
                 raise TokenizerMismatchError(
-                    f"Row {first + row} (key {table['key'][row]}) of {source.name} holds id {ids[np.argmax(bad)]} in "
+                    f"Row {first + numbers[row]} (key {table['key'][row]}) of {source.name} holds id {ids[np.argmax(bad)]} in "
                     f"`{name}`, but the tokens that student and `{argument}` share are 0 to {vocab_size - 1}: the id "
                     "is of another tokenizer, or of a row that only pads an embedding. Use a teacher of the student's "
                     "family, or collect the rollouts again."
@@ -154,11 +180,14 @@ def _check_rollouts(source: RolloutStore, argument: str, vocab_size: int | None,
         if max_length is not None and lengths.max(initial=0) > max_length:
             row = int(np.argmax(lengths))
             raise ConfigError(
-                f"Row {first + row} (key {table['key'][row]}) of {source.name} has {lengths[row]} tokens, and "
+                f"Row {first + numbers[row]} (key {table['key'][row]}) of {source.name} has {lengths[row]} tokens, and "
                 f"`{argument}` takes {max_length}. Use a teacher with a longer context (a server: "
                 "`--max-model-len`, one token more is generated), or collect with a smaller `max_completion_length`."
             )
-        first += table.num_rows
+        first += shard.num_rows
+    if not sum(counts_of_shards):
+        raise ConfigError(f"`route={route!r}` is the route of no row of {source.name}, which has {sorted(routes)}.")
+    return counts_of_shards
 
 
 def _check_top_k(top_k: int | None, vocab_size: int | None) -> None:

@@ -104,6 +104,37 @@ def test_packs_carry_every_column(rows):
     assert sorted(found) == sorted(alone)
 
 
+@pytest.mark.parametrize("weights", [[2, 0, 1, 1, 1, 1, 1, 3], [0.5, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0]])
+def test_a_row_has_its_weight_at_every_token(rows, weights):
+    data_rows = rows.add_column("row_weight", weights)
+    expected = [
+        expected_row(row) | {"row_weight": [0] * len(row["prompt_ids"]) + [weight] * len(row["completion_ids"])}
+        for row, weight in zip(rows, weights, strict=True)
+    ]
+    assert_rows(prepare(data_rows), expected)
+    assert_rows(prepare(data_rows.to_iterable_dataset()), expected)
+    batch = data.ScoredRolloutCollator(pad_token_id=0)(list(prepare(data_rows, packing=True, max_length=64)))
+    counts = batch["labels"] != -100
+    assert batch["row_weight"][~counts].abs().max() == 0
+    by_row = {tuple(row["completion_ids"]): weight for row, weight in zip(rows, weights, strict=True)}
+    assert sorted(batch["row_weight"][counts].tolist()) == sorted(
+        weight for ids, weight in by_row.items() for _ in ids
+    )
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), None, "a lot"])
+def test_wrong_weights(rows, value):
+    weights = [1.0] * 8 if value is None or isinstance(value, float) else ["1"] * 8
+    weights[3] = value
+    with pytest.raises(StoreError, match="'row_weight' is .*in row 3" if value != "a lot" else "is string, not a num"):
+        prepare(rows.add_column("row_weight", weights))
+    if isinstance(value, float):
+        prepared = list(prepare(rows.add_column("row_weight", [1.0] * 8)))
+        prepared[3]["row_weight"][-1] = value
+        with pytest.raises(StoreError, match="'row_weight' is .*in row 3"):
+            prepare(Dataset.from_list(prepared))
+
+
 def test_prepared_rows_are_left_alone(rows):
     once = prepare(rows)
     assert prepare(once) is once

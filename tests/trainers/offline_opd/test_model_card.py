@@ -95,6 +95,12 @@ def test_other_advantages_cite_their_papers(build_offline):
     assert rows_of(card)["reward extrapolation"].startswith("1.25, as in [G-OPD]")
 
 
+def test_weighted_rows(build_offline, rows):
+    cards = [write_card(build_offline(train_dataset=d)) for d in (rows, rows.add_column("row_weight", [2.0] * 8))]
+    shown = [rows_of(card).get("weights of the rows") for card in cards]
+    assert shown == [None, "mean of the loss weighted with the column `row_weight` of the data"]
+
+
 def test_rows_without_a_manifest(build_offline):
     card = write_card(build_offline(offline_loss="top_k_reverse_kl"))
     assert rows_of(card)["student that drew the rollouts"] == "unknown: no identity was recorded"

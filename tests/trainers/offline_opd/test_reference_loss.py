@@ -61,7 +61,8 @@ def reference_step(model, rows, offline_loss, aggregation, frozen=None):
                 direction = offline_loss.split("_")[2]
                 loss = reference_offline.top_k_kl(z, row["teacher_topk_ids"][t], masses, direction)
             losses[-1].append(loss)
-    total = reference_offline.aggregate(losses, aggregation)
+    weights = [row["row_weight"] for row in rows] if "row_weight" in rows.column_names else None
+    total = reference_offline.aggregate(losses, aggregation, weights)
     total.backward()
     return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -163,6 +164,42 @@ def test_the_baseline_reads_all_positions_or_the_labelled_ones(models, tmp_path,
     assert not found[0].requires_grad and found[0][~mask].abs().max() == 0
 
 
+WEIGHTS = [0.5, 0.0, 3.0, 1.0, 0.01, 1.0, 2.0, 0.25]
+
+
+def weighted(rows, weights=WEIGHTS):
+    return rows.add_column("row_weight", weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+@pytest.mark.parametrize("offline_loss", LOSSES[:2])
+def test_weights_of_the_rows(build_offline, models, rows, offline_loss, aggregation, layout):
+    student, data = moved(scored.load(models, "student")), weighted(rows)
+    expected_loss, expected = reference_step(student, data, offline_loss, aggregation)
+    plain, _ = reference_step(student, rows, offline_loss, aggregation)
+    settings = {"offline_loss": offline_loss, "loss_aggregation": aggregation, "train_dataset": data, **layout}
+    record = runs.train(build_offline(student=student, **settings))
+    assert abs(expected_loss - plain) > 0.02
+    assert sum(step.loss for step in record.calls) == pytest.approx(expected_loss, rel=1e-5)
+    assert_close_tensors(record.gradients[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed into several", "accumulated, padding-free"])
+@pytest.mark.parametrize("scale", [1, 1e-3])
+def test_equal_weights_are_none(build_offline, rows, layout, scale):
+    """Bit by bit where they are 1; of any other size only their ratios count, with sums far below one row too."""
+    data = weighted(rows, [scale] * len(rows))
+    settings = {"loss_aggregation": "token", **LAYOUTS[layout]}
+    plain, same = (runs.train(build_offline(train_dataset=d, **settings)) for d in (rows, data))
+    assert_close_tensors(same.gradients[0], plain.gradients[0], 0 if scale == 1 else 1e-4)
+
+
+def test_rows_without_any_weight_move_nothing(build_offline, rows):
+    record = runs.train(build_offline(train_dataset=weighted(rows, [0.0] * len(rows))))
+    assert record.calls[0].loss == 0 and all(grad.abs().max() == 0 for grad in record.gradients[0].values())
+
+
 def test_cap_of_the_ratio(build_offline, models):
     student = moved(scored.load(models, "student"))
     trainer = build_offline(student=student, importance_correction="token", importance_cap=0.25)
@@ -261,3 +298,22 @@ def test_evaluation_loss_is_the_same_quantity(build_offline, models, rows, aggre
     )
     expected, _ = reference_step(scored.load(models, "student"), rows, "sampled_token", aggregation)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [8, 2])
+def test_evaluation_weighs_rows_over_all_batches(build_offline, models, rows, batch):
+    data = weighted(rows)
+    trainer = build_offline(trainer_kwargs={"eval_dataset": data}, per_device_eval_batch_size=batch)
+    expected, _ = reference_step(scored.load(models, "student"), data, "sampled_token", "sequence")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.predict(data).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+    plain, _ = reference_step(scored.load(models, "student"), rows, "sampled_token", "sequence")
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_training_goes_on_with_its_weights_after_an_evaluation(build_offline, rows):
+    """Two steps at learning rate 0 over all rows: the same loss before and after."""
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "learning_rate": 0.0}
+    trainer = build_offline(train_dataset=weighted(rows), trainer_kwargs={"eval_dataset": rows}, **evaluated)
+    first, second = runs.train(trainer).logged("loss")
+    assert first == pytest.approx(second, rel=1e-6) and first != 0

@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_blend.errors import ConfigError, StoreError
 from trl_blend.ops.losses import sequence_weights
-from trl_blend.rollouts.checks import check_numbers, check_rows
+from trl_blend.rollouts.checks import are_row_weights, check_numbers, check_rows
 from trl_blend.rollouts.ragged import flatten, to_lists
 
 
@@ -23,6 +23,7 @@ LOG_PROBS = ("teacher_logps", "student_logps", "rollout_logps")
 TOP_K = ("teacher_topk_ids", "teacher_topk_logps", "teacher_tail_logmass")
 REQUIRED = ("prompt_ids", "completion_ids", "teacher_logps")
 WEIGHTS = "loss_weights"
+ROW_WEIGHT = "row_weight"
 
 AnyDataset = Dataset | IterableDataset
 
@@ -57,7 +58,7 @@ def token_columns(names: Sequence[str], uses_top_k: bool) -> list[str]:
             f"The loss reads the teacher's most probable tokens, but the dataset lacks {', '.join(missing)}. Score "
             "the rollouts with `top_k`, or use `offline_loss='sampled_token'` without `advantage_baseline`."
         )
-    return [name for name in (*LOG_PROBS, *(TOP_K if uses_top_k else ())) if name in names]
+    return [name for name in (*LOG_PROBS, ROW_WEIGHT, *(TOP_K if uses_top_k else ())) if name in names]
 
 
 def prepare(
@@ -75,7 +76,7 @@ def prepare(
     Turn scored rollouts into training rows, or leave training rows as they are.
 
     Every row is checked. A training row has `input_ids` (prompt and completion), `labels` (-100 on the prompt) and the
-    per-token columns, 0 on the prompt. Rows are cut to `max_length` at their end, and left out where nothing of the
+    per-token columns, 0 on the prompt; the weight of a row is one of them, the same at all of its tokens. Rows are cut to `max_length` at their end, and left out where nothing of the
     completion remains.
 
     With `packing`, whole rows are packed up to `max_length`. A `shuffle_seed` shuffles them. `as_one_shard` lets every
@@ -140,7 +141,15 @@ def _check_prepared(dataset: AnyDataset, columns: Sequence[str]) -> None:
         lengths, labels = flatten(table["labels"])
         counts, numbers = labels != -100, np.repeat(np.arange(first, first + len(table)), lengths)
         for name in names:
-            check_numbers(flatten(table[name])[1][counts], numbers[counts], name, "the training data")
+            values = flatten(table[name])[1][counts]
+            if name != ROW_WEIGHT:
+                check_numbers(values, numbers[counts], name, "the training data")
+            elif not (good := are_row_weights(values)).all():
+                wrong = int(np.argmin(good))
+                raise StoreError(
+                    f"the training data: column {name!r} is {values[wrong]} in row {numbers[counts][wrong]}. A weight "
+                    "is finite and at least 0."
+                )
 
 
 def _as_one_shard(dataset: IterableDataset) -> IterableDataset:
@@ -172,7 +181,10 @@ def _training_rows(
     ids[~is_completion], ids[is_completion] = prompts, completions
     rows = {"input_ids": ids, "labels": np.where(is_completion, ids, -100)}
     for name in columns:
-        _, values = flatten(table[name])
+        if name == ROW_WEIGHT:
+            values = np.repeat(table[name].to_numpy(), lengths[:, 1])
+        else:
+            _, values = flatten(table[name])
         dtype = np.int64 if name.endswith("_ids") else np.float32
         aligned = np.zeros((is_completion.size, *values.shape[1:]), dtype)
         aligned[is_completion] = values
@@ -193,7 +205,8 @@ class ScoredRolloutCollator(DataCollatorForLanguageModeling):
     TRL's collator with the per-token columns beside the labels, and the weight of every token.
 
     Returns, beside TRL's keys, each column of shape `(B, T)` or `(B, T, K)` under its name, and `loss_weights` of
-    shape `(B, T)`, the [`~trl_blend.ops.losses.sequence_weights`] of every completion, 0 on prompt and padding.
+    shape `(B, T)`, the [`~trl_blend.ops.losses.sequence_weights`] of every completion, 0 on prompt and padding. They
+    are the same for all rows: `row_weight`, where the data have it, is a column beside them.
 
     Args:
         loss_aggregation (`str`, *optional*, defaults to `"sequence"`):
@@ -205,7 +218,7 @@ class ScoredRolloutCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         width = batch["input_ids"].shape[1]
-        for name in (*LOG_PROBS, *TOP_K):
+        for name in (*LOG_PROBS, *TOP_K, ROW_WEIGHT):
             if name in examples[0]:
                 batch[name] = self._stack([torch.tensor(example[name]) for example in examples], width)
         batch[WEIGHTS] = self._stack([self._weights(example) for example in examples], width)

@@ -140,6 +140,7 @@ def card_fields(
     provenance: TeacherProvenance | None,
     num_rows: int | None,
     log_history: list[dict[str, Any]],
+    has_weights: bool = False,
 ) -> dict[str, Any]:
     """Fields of `model_cards/offline_opd.md`, see [`~trl_blend.trainers._run.RunMixin.card_fields`]."""
     sampling = manifest and manifest.sampling
@@ -162,6 +163,7 @@ def card_fields(
         "manifest": manifest,
         "student": describe(manifest and manifest.student),
         "report": report,
+        "has_weights": has_weights,
         "drift": [entry for entry in log_history if "offline/drift_kl" in entry],
         # What the findings of the check may quote
         "named": [

@@ -156,6 +156,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         )
         self._provenance = checks.find_provenance(model, args)
         self._offline_metrics = OfflineMetrics()
+        self._row_scale: float | torch.Tensor = 1.0
+        self._eval_items: list[torch.Tensor] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -201,7 +203,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        extra = [name for name in (*data.LOG_PROBS, *data.TOP_K) if name not in self._signature_columns]
+        names = (*data.LOG_PROBS, *data.TOP_K, data.ROW_WEIGHT)
+        extra = [name for name in names if name not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *extra]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -236,7 +239,32 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             labels = torch.zeros(1, num_items, dtype=torch.long)
             # Counted as they are, whether or not transformers takes the model for one that shifts its labels
             counted.append({"labels": labels, "shift_labels": labels})
+        self._row_scale = self._scale_of_rows(batch_samples, device)
         return super()._get_num_items_in_batch(counted, device)
+
+    def _scale_of_rows(self, batches, device):
+        """Items that share the loss, over the sum of their weights: with it, that sum is the divisor."""
+        sums = [_weighted(batch) for batch in batches if data.ROW_WEIGHT in batch]
+        if not sums or self._eval_items is not None:
+            return 1.0
+        items = torch.stack(sums).sum(0).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items[None]).sum(0)
+        return torch.where(items[1] > 0, items[0] / items[1], 0.0)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The loss of weighted rows is divided by their mean weight in the end, see [`~transformers.Trainer`]."""
+        items = self._eval_items = []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+        finally:
+            self._eval_items = None
+        if items:
+            total = self.accelerator.reduce(torch.stack(items).sum(0), reduction="sum")
+            output.metrics[f"{metric_key_prefix}_loss"] *= (total[0] / total[1]).item() if total[1] else 0.0
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -246,6 +274,11 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         scale: float | torch.Tensor = 1.0
         if num_items_in_batch is None:  # the parent divides by the number of tokens
             scale = mask.sum() / columns[data.WEIGHTS][:, 1:].sum().clamp(min=1.0)
+        if data.ROW_WEIGHT in inputs:
+            scale = scale * self._row_scale
+            if self._eval_items is not None:
+                self._eval_items.append(_weighted(inputs | columns))
+            columns[data.WEIGHTS] = columns[data.WEIGHTS] * inputs.pop(data.ROW_WEIGHT)
         scoring = (self.rollout_store.manifest.scoring if self.rollout_store is not None else None) or {}
         forward = OfflineForward(model, columns, self.args, scale, scoring.get("vocab_size"))
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
@@ -332,4 +365,11 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             provenance=self._provenance,
             num_rows=_cards.num_rows(self.train_dataset),
             log_history=self.state.log_history,
+            has_weights=data.ROW_WEIGHT in data.column_names(self.train_dataset),
         )
+
+
+def _weighted(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Items of a batch that share the loss, and the sum of their rows' weights."""
+    items = batch[data.WEIGHTS][:, 1:]
+    return torch.stack([items.sum(), (items * batch[data.ROW_WEIGHT][:, 1:]).sum()])
