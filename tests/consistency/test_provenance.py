@@ -93,7 +93,7 @@ def test_of_a_hub_id(tmp_path, monkeypatch, teacher):
         ("{", "is not a teacher provenance record \\(JSONDecodeError"),
         ("[]", "is not a teacher provenance record"),
         ('{"schema_version": 1, "how": "recorded"}', "record \\(KeyError: 'teacher'\\). Delete it and record"),
-        ('{"schema_version": 2}', "schema_version=2; this release reads 1. Update trl_blend"),
+        ('{"schema_version": 3}', "schema_version=3; this release reads 1 and 2. Update trl_blend"),
     ],
 )
 def test_a_broken_record_is_an_error_not_a_missing_one(student, text, message):
@@ -109,6 +109,33 @@ def test_json_round_trip(student, teacher):
         fields = json.load(file)
     assert TeacherProvenance.from_dict(fields) == read_provenance(student)
     assert fields["teacher"]["weights"]["sha256"] == identify_model(teacher).weights.sha256
+    assert fields["schema_version"] == 1 and "others" not in fields  # what former releases read
+
+
+def test_several_teachers(student, teacher):
+    first, second, third = (identify_model(tiny_model(seed=seed)) for seed in (1, 5, 7))
+    record_teacher(student, teacher, note="two parts")
+    written = record_teacher(student, second, add=True)
+    assert read_provenance(student) == written and written.note == "two parts"
+    assert [one.weights for one in written.teachers] == [first.weights, second.weights]
+    with open(f"{student}/{PROVENANCE_FILE}") as file:
+        fields = json.load(file)
+    assert fields["schema_version"] == 2 and TeacherProvenance.from_dict(fields) == written
+    # Adding one again changes nothing, one of the two alone is another record
+    assert len(record_teacher(student, first, add=True).teachers) == 2
+    for one in (first, third):
+        with pytest.raises(ConfigError, match="records another teacher, .* and .*add=True.*overwrite=True"):
+            record_teacher(student, one)
+    with pytest.raises(ConfigError, match="`add=True` keeps the recorded teachers"):
+        record_teacher(student, third, add=True, overwrite=True)
+    assert len(record_teacher(student, third, overwrite=True).teachers) == 1
+
+
+def test_the_nearest_teacher_comes_first():
+    first, second, third = (identify_model(tiny_model(seed=seed)) for seed in (1, 5, 7))
+    record = TeacherProvenance(first, "recorded", "now", others=(second,))
+    assert record.nearest(second).teachers == (second, first)
+    assert record.nearest(first) == record.nearest(third) == record.nearest(None) == record
 
 
 def trainer(model, output_dir, callback, **settings):
@@ -142,6 +169,17 @@ def test_callback_writes_beside_every_checkpoint(tmp_path, teacher):
         assert (found.how, found.note) == ("recorded", "run 1")
         assert identify_model(str(folder)).weights is not None
     assert read_provenance(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")).note == "run 1"
+
+
+def test_callback_of_several_teachers(tmp_path, teacher):
+    other = identify_model(tiny_model(seed=5))
+    trainer(tiny_model(), tmp_path, TeacherProvenanceCallback([teacher, other]), max_steps=2).train()
+    assert read_provenance(str(tmp_path / "checkpoint-2")).teachers == (identify_model(teacher), other)
+    run = trainer(tiny_model(), tmp_path, TeacherProvenanceCallback(teacher))
+    with pytest.raises(ConfigError, match="records another teacher"):
+        run.train(resume_from_checkpoint=True)
+    run = trainer(tiny_model(), tmp_path, TeacherProvenanceCallback([other, teacher]))  # in any order
+    run.train(resume_from_checkpoint=True)
 
 
 def test_callback_identifies_the_teacher_before_the_training(tmp_path):

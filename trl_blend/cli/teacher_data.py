@@ -110,6 +110,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--teacher_model_revision", help="revision of the teacher on the Hub")
     add("--note", default="", help="free text, such as where the samples are")
     add("--overwrite", action="store_true", help="replace the record of another teacher")
+    add("--add", action="store_true", help="keep the recorded teachers: the data were split between them")
 
 
 # What `inspect` compares scored rollouts with

@@ -188,7 +188,10 @@ def _identities(
         stated = TeacherProvenance(identity, "stated", datetime.now(UTC).isoformat(timespec="seconds"))
     recorded = read_provenance(student, revision=revision)
     if recorded is not None:
-        recorded = dataclasses.replace(recorded, teacher=completed("sft_teacher", recorded.teacher))
+        # A note says of one teacher how it was compared
+        role = "sft_teacher" if not recorded.others else "one of several teachers"
+        teacher, *others = (completed(role, one) for one in recorded.teachers)
+        recorded = dataclasses.replace(recorded, teacher=teacher, others=tuple(others))
     return Identities(
         student=completed("student", identify_model(student, tokenizer=tokenizer, revision=revision)),
         has_manifest=manifest is not None,

@@ -52,8 +52,12 @@ class Identities:
 
     @property
     def provenance(self) -> TeacherProvenance | None:
-        """The record, where there is one: what is stated does not replace it."""
-        return self.recorded or self.stated
+        """
+        The record, where there is one: what is stated does not replace it. Of several teachers that are recorded, the
+        one that scored the data comes first.
+        """
+        found = self.recorded or self.stated
+        return found and found.nearest(self.scoring_teacher)
 
 
 def check_manifest(who: Identities) -> Finding:
@@ -86,14 +90,16 @@ def check_provenance(who: Identities) -> Finding:
         return Finding("provenance", "info", message, evidence, remedy)
     evidence["created_at"] = who.recorded.created_at
     if who.stated is not None:
-        compared = compare_identities(who.recorded.teacher, who.stated.teacher)
+        compared = compare_identities(who.provenance.teacher, who.stated.teacher)
         if compared.relation in ("different", "unknown"):
             stated = who.stated.teacher.describe()
             message = f"`sft_teacher` is {stated}, but the record beside the student names {teacher}."
             evidence |= {"stated": stated, **compared.to_dict()}
             remedy = "Leave `sft_teacher` out, or correct the record with `trl-blend record-teacher --overwrite`."
             return Finding("provenance", "error", message, evidence, remedy)
-    return Finding("provenance", "ok", f"The teacher of the fine-tuning is recorded: {teacher}.", evidence)
+    number = len(who.recorded.teachers)
+    one_of = f", one of {number}" if number > 1 else ""
+    return Finding("provenance", "ok", f"The teacher of the fine-tuning is recorded: {teacher}{one_of}.", evidence)
 
 
 def check_teacher(who: Identities) -> Finding:

@@ -7,8 +7,8 @@ consistency). Months may lie between the two, so the SFT stage writes down whose
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from trl_blend.models.wrappers import AdapterConfig
 
 
 PROVENANCE_FILE = "teacher_provenance.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of a record of several teachers; that of one has version 1, which former releases read too."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,35 @@ class TeacherProvenance:
             ISO 8601, UTC.
         note (`str`):
             Free text.
+        others (`tuple[ModelIdentity, ...]`):
+            Further teachers, of other rows of the fine-tuning data.
     """
 
     teacher: ModelIdentity
     how: Literal["recorded", "stated"]
     created_at: str
     note: str = ""
+    others: tuple[ModelIdentity, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[ModelIdentity, ...]:
+        """All of them."""
+        return (self.teacher, *self.others)
+
+    def nearest(self, scoring_teacher: ModelIdentity | None) -> "TeacherProvenance":
+        """The same record with the teacher first that is `scoring_teacher`, where it is one of them."""
+        for index, teacher in enumerate(self.teachers if scoring_teacher is not None else ()):
+            if _same(teacher, scoring_teacher):
+                others = (*self.teachers[:index], *self.teachers[index + 1 :])
+                return replace(self, teacher=teacher, others=others)
+        return self
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        fields = asdict(self)
+        if self.others:
+            return {"schema_version": SCHEMA_VERSION, **fields, "others": list(fields["others"])}
+        del fields["others"]
+        return {"schema_version": 1, **fields}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TeacherProvenance":
@@ -58,14 +79,13 @@ class TeacherProvenance:
             [`~trl_blend.errors.ConfigError`]: If it was written by a newer release, or not a provenance record.
         """
         version = fields.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise ConfigError(
-                f"a provenance record of schema_version={version!r}; this release reads {SCHEMA_VERSION}. "
+                f"a provenance record of schema_version={version!r}; this release reads 1 and {SCHEMA_VERSION}. "
                 "Update trl_blend, or record the teacher again."
             )
-        return cls(
-            ModelIdentity.from_dict(fields["teacher"]), fields["how"], fields["created_at"], fields.get("note", "")
-        )
+        teacher, *others = map(ModelIdentity.from_dict, [fields["teacher"], *fields.get("others", [])])
+        return cls(teacher, fields["how"], fields["created_at"], fields.get("note", ""), tuple(others))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `teacher_provenance.json` into a folder, all of it or nothing."""
@@ -96,6 +116,7 @@ def record_teacher(
     revision: str | None = None,
     note: str = "",
     overwrite: bool = False,
+    add: bool = False,
 ) -> TeacherProvenance:
     """
     Record the SFT teacher beside a checkpoint, after the training. During it, [`TeacherProvenanceCallback`] does so.
@@ -111,6 +132,9 @@ def record_teacher(
             Free text, such as where the samples are.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace the record of another teacher.
+        add (`bool`, *optional*, defaults to `False`):
+            Whether to keep the teachers that are recorded and add this one: for a student whose fine-tuning data were
+            split between teachers, as its rollouts are. The note is of all of them.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no such folder, the teacher cannot be read, or another one is
@@ -124,30 +148,48 @@ def record_teacher(
             f"checkpoint_folder={str(folder)!r} holds no model (no config.json or adapter_config.json): give the "
             "student's checkpoint."
         )
-    identity = _identify(teacher, revision)
+    if add and overwrite:
+        raise ConfigError("`add=True` keeps the recorded teachers and `overwrite=True` replaces them. Choose one.")
+    identities = [_identify(teacher, revision)]
+    if add and (folder / PROVENANCE_FILE).is_file():
+        recorded = TeacherProvenance.load(folder / PROVENANCE_FILE)
+        kept = [known for known in recorded.teachers if not _same(known, identities[0])]
+        return _write(folder, [*kept, *identities], note or recorded.note)
     if not overwrite:
-        _refuse_another(folder, identity, "`overwrite=True` (`--overwrite`) replaces it")
-    return _write(folder, identity, note)
+        remedy = (
+            "`add=True` (`--add`) keeps both, for a student whose data were split between teachers; `overwrite=True` "
+            "(`--overwrite`) replaces it"
+        )
+        _refuse_another(folder, identities, remedy)
+    return _write(folder, identities, note)
+
+
+def _same(first: ModelIdentity, second: ModelIdentity) -> bool:
+    return compare_identities(first, second).relation not in ("different", "unknown")
 
 
 def _identify(teacher: Any, revision: str | None) -> ModelIdentity:
     return teacher if isinstance(teacher, ModelIdentity) else identify_model(teacher, revision=revision)
 
 
-def _write(folder: Path, identity: ModelIdentity, note: str) -> TeacherProvenance:
-    provenance = TeacherProvenance(identity, "recorded", datetime.now(UTC).isoformat(timespec="seconds"), note)
+def _write(folder: Path, identities: Sequence[ModelIdentity], note: str) -> TeacherProvenance:
+    teacher, *others = identities
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    provenance = TeacherProvenance(teacher, "recorded", now, note, tuple(others))
     provenance.save(folder)
     return provenance
 
 
-def _refuse_another(folder: Path, identity: ModelIdentity, remedy: str) -> None:
+def _refuse_another(folder: Path, identities: Sequence[ModelIdentity], remedy: str) -> None:
     if not (folder / PROVENANCE_FILE).is_file():
         return
-    recorded = TeacherProvenance.load(folder / PROVENANCE_FILE).teacher
-    if compare_identities(recorded, identity).relation in ("different", "unknown"):
+    recorded = TeacherProvenance.load(folder / PROVENANCE_FILE).teachers
+    known = [any(_same(one, other) for other in recorded) for one in identities]
+    if not all(known) or len(recorded) != len(identities):
+        described = [" and ".join(one.describe() for one in teachers) for teachers in (recorded, identities)]
         raise ConfigError(
-            f"{folder} records another teacher, {recorded.describe()}; given was {identity.describe()}. A student of "
-            f"two teachers has no single consistent one. {remedy}."
+            f"{folder} records another teacher, {described[0]}; given was {described[1]}. Rows of one teacher, scored "
+            f"by another, are not consistent. {remedy}."
         )
 
 
@@ -198,7 +240,7 @@ class TeacherProvenanceCallback(TrainerCallback):
 
     Args:
         teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.identity.ModelIdentity`]):
-            The model whose samples the SFT data are.
+            The model whose samples the SFT data are; a list of them, where each wrote a part.
         revision, note (`str`, *optional*):
             See [`record_teacher`].
 
@@ -213,16 +255,17 @@ class TeacherProvenanceCallback(TrainerCallback):
         self.teacher = teacher
         self.revision = revision
         self.note = note
-        self._identity: ModelIdentity | None = None
+        self._identities: list[ModelIdentity] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self._identity = _identify(self.teacher, self.revision)
+        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        self._identities = [_identify(teacher, self.revision) for teacher in teachers]
         if state.global_step > 0:
             remedy = "Continue with the same one, or use another output_dir"
-            _refuse_another(Path(args.output_dir), self._identity, remedy)
-        _write(Path(args.output_dir), self._identity, self.note)
+            _refuse_another(Path(args.output_dir), self._identities, remedy)
+        _write(Path(args.output_dir), self._identities, self.note)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(state, Path(args.output_dir, f"checkpoint-{state.global_step}"))
@@ -231,5 +274,5 @@ class TeacherProvenanceCallback(TrainerCallback):
         self._write(state, Path(args.output_dir))
 
     def _write(self, state: Any, folder: Path) -> None:
-        if state.is_world_process_zero and self._identity is not None and folder.is_dir():
-            _write(folder, self._identity, self.note)
+        if state.is_world_process_zero and self._identities and folder.is_dir():
+            _write(folder, self._identities, self.note)

@@ -1,7 +1,7 @@
 """What a check of consistency found, and the report of all of them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from trl_blend.errors import ConsistencyError
@@ -57,6 +57,19 @@ class ConsistencyReport:
     """
 
     findings: Sequence[Finding]
+
+    @classmethod
+    def of_stores(cls, reports: Mapping[str, "ConsistencyReport"]) -> "ConsistencyReport":
+        """The findings about several stores in one report, each with the name of its store; of one, its own."""
+        if len(reports) == 1:
+            return next(iter(reports.values()))
+        return cls(
+            [
+                replace(finding, message=f"{name}: {finding.message}")
+                for name, report in reports.items()
+                for finding in report
+            ]
+        )
 
     @property
     def ok(self) -> bool:

@@ -70,7 +70,8 @@ def check_rows(
             empty; a column has not one value per completion token; a log-prob is NaN, infinite, above 1e-4 or below
             -1000, which is how engines write that they have none (the tail mass may be `-inf`, where the k tokens are
             all of the vocabulary); an id is negative or not below `vocab_size`; a row's top-k is ragged, holds a token
-            twice or lacks the sampled one; a row's weight is negative or not finite. The message names the column, the row, the token, the value and the remedy.
+            twice or lacks the sampled one; a row's weight is negative or not finite. The message names the column,
+            the row, the token, the value and the remedy.
     """
     if not isinstance(columns, pa.Table):
         try:

@@ -34,8 +34,9 @@ def score_rollouts(
 
     Scores are at temperature 1 over the teacher's whole vocabulary, whatever the rollouts were sampled with: that is
     what the loss compares, and vLLM's `prompt_logprobs` ignore temperature anyway. The rows and their order are those
-    of the rollouts, shard for shard; with `route` only those that are this teacher's. The same command started again goes on where it stopped; under
-    `accelerate launch` or `torchrun` the shards are split over the processes, each with the whole teacher.
+    of the rollouts, shard for shard; with `route` only those that are this teacher's. The same command started again
+    goes on where it stopped; under `accelerate launch` or `torchrun` the shards are split over the processes, each
+    with the whole teacher.
 
     Args:
         rollouts (`str` or [`~trl_blend.rollouts.store.RolloutStore`], *optional*):
@@ -172,16 +173,16 @@ def _check_rollouts(
             if bad.any():
                 row = int(np.searchsorted(np.cumsum(counts), np.argmax(bad), side="right"))
                 raise TokenizerMismatchError(
-                    f"Row {first + numbers[row]} (key {table['key'][row]}) of {source.name} holds id {ids[np.argmax(bad)]} in "
-                    f"`{name}`, but the tokens that student and `{argument}` share are 0 to {vocab_size - 1}: the id "
-                    "is of another tokenizer, or of a row that only pads an embedding. Use a teacher of the student's "
-                    "family, or collect the rollouts again."
+                    f"Row {first + numbers[row]} (key {table['key'][row]}) of {source.name} holds id "
+                    f"{ids[np.argmax(bad)]} in `{name}`, but the tokens that student and `{argument}` share are 0 to "
+                    f"{vocab_size - 1}: the id is of another tokenizer, or of a row that only pads an embedding. Use "
+                    "a teacher of the student's family, or collect the rollouts again."
                 )
         if max_length is not None and lengths.max(initial=0) > max_length:
             row = int(np.argmax(lengths))
             raise ConfigError(
-                f"Row {first + numbers[row]} (key {table['key'][row]}) of {source.name} has {lengths[row]} tokens, and "
-                f"`{argument}` takes {max_length}. Use a teacher with a longer context (a server: "
+                f"Row {first + numbers[row]} (key {table['key'][row]}) of {source.name} has {lengths[row]} tokens, "
+                f"and `{argument}` takes {max_length}. Use a teacher with a longer context (a server: "
                 "`--max-model-len`, one token more is generated), or collect with a smaller `max_completion_length`."
             )
         first += shard.num_rows

@@ -35,7 +35,7 @@ def test_arguments_without_a_use(build_offline, monkeypatch, name):
 
 
 def test_data_of_the_wrong_kind(build_offline, monkeypatch, rows):
-    refusal(build_offline, monkeypatch, ConfigError, "`train_dataset` is a list", train_dataset=list(rows))
+    refusal(build_offline, monkeypatch, ConfigError, r"`train_dataset\[0\]` is a dict", train_dataset=list(rows))
     text = Dataset.from_dict({"text": ["a"]})
     refusal(build_offline, monkeypatch, StoreError, "it has text", train_dataset=text)
     refusal(build_offline, monkeypatch, ConfigError, "eval_dataset", trainer_kwargs={"eval_dataset": [1]})

@@ -1,5 +1,6 @@
 """What an [`OfflineOPDTrainer`] refuses before a model is loaded, and the check of the teacher."""
 
+from itertools import combinations
 from typing import Any
 
 import pyarrow.compute as pc
@@ -19,6 +20,7 @@ from trl_blend.rollouts.processes import on_main_process
 from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _partners
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
+from trl_blend.trainers.offline_opd.data import LOG_PROBS, ROW_WEIGHT, TOP_K, column_names, concatenate
 
 
 logger = get_logger(__name__)
@@ -38,6 +40,8 @@ def check_arguments(
     for name in ("data_collator", "compute_loss_func", "formatting_func"):
         if kwargs.get(name) is not None:
             raise ConfigError(f"`{name}` has no use here: the rows are token ids with a loss of their own. Drop it.")
+    if isinstance(train_dataset, list | tuple) and len(train_dataset) > 1:
+        _check_several(len(train_dataset), args)
     if args.stream_rollouts and isinstance(train_dataset, Dataset | IterableDataset):
         raise ConfigError(
             f"`stream_rollouts=True` reads the shards of a store, but `train_dataset` is a "
@@ -49,6 +53,20 @@ def check_arguments(
             "and a text model."
         )
     _partners.check_student_adapters(model, peft_config, args)
+
+
+def _check_several(number: int, args: OfflineOPDConfig) -> None:
+    if args.stream_rollouts:
+        raise ConfigError(
+            f"`stream_rollouts=True` reads one store after the other, and `train_dataset` has {number}: steps at the "
+            "end would see one teacher alone. Drop `stream_rollouts`, or pass one store."
+        )
+    if args.teacher_model_name_or_path:
+        raise ConfigError(
+            f"`teacher_model_name_or_path={args.teacher_model_name_or_path!r}` scores rows of one store again, and "
+            f"`train_dataset` has {number}. Leave it out, and check each store with `trl-blend inspect "
+            "--teacher_model_name_or_path`."
+        )
 
 
 def check_parallelism(accelerator: Any) -> None:
@@ -79,10 +97,9 @@ def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
             )
 
 
-def warn_of_cut_rollouts(store: RolloutStore | None, args: OfflineOPDConfig) -> None:
+def warn_of_cut_rollouts(stores: list[RolloutStore], args: OfflineOPDConfig) -> None:
     """Say so where the ratio to the policy of the rollouts misses tokens that this policy could not draw."""
-    sampling = (store.manifest.sampling if store is not None else None) or {}
-    cut = nucleus_settings(sampling)
+    cut = next((found for store in stores if (found := nucleus_settings(store.manifest.sampling or {}))), None)
     if args.importance_correction == "token" and cut:
         logger.warning(
             f"`importance_correction={args.importance_correction!r}` with rollouts that were sampled with {cut}: the "
@@ -106,8 +123,51 @@ def warn_of_long_rows(dataset: Any, max_length: int | None) -> None:
         )
 
 
-def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:
-    """The store behind the argument `name`, if there is one, and its rows."""
+def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[list[RolloutStore], Any]:
+    """The stores behind the argument `name`, if there are any, and their rows, one store after the other."""
+    if not isinstance(value, list | tuple):
+        store, rows = _open_one(value, name, args)
+        return ([] if store is None else [store]), rows
+    if not value:
+        raise ConfigError(f"`{name}` is an empty list. Pass the folder or Hub id of at least one store.")
+    opened = [_open_one(one, f"{name}[{index}]", args) for index, one in enumerate(value)]
+    stores = [store for store, _ in opened if store is not None]
+    if len(stores) < len(opened):
+        raise ConfigError(
+            f"`{name}` is a list with a dataset in it. Pass a list of stores; rows without one are joined with "
+            "`datasets.concatenate_datasets`, and their stores are the list `rollout_store`."
+        )
+    check_together(stores, [rows for _, rows in opened], name)
+    return stores, concatenate([rows for _, rows in opened])
+
+
+def check_together(stores: list[RolloutStore], datasets: list[Any], name: str) -> None:
+    """Refuse stores whose rows cannot be in one batch, or are the same rollouts."""
+    for first, second in combinations(stores, 2):
+        routes = {(store.manifest.scoring or {}).get("route") for store in (first, second)}
+        rollouts = {store.manifest.source.get("rollouts_digest") for store in (first, second)}
+        if len(rollouts - {None}) == 1 == len(rollouts) and (len(routes) == 1 or None in routes):
+            raise ConfigError(
+                f"`{name}` has {first.name} and {second.name}, which hold the same rollouts: a row belongs to one "
+                "teacher. Let each score its own (`trl-blend score --route`), or pass one of them."
+            )
+    described = [
+        {
+            "the columns": sorted({*LOG_PROBS, *TOP_K, ROW_WEIGHT} & set(column_names(rows))),
+            **{entry: (store.manifest.scoring or {}).get(entry) for entry in ("top_k", "vocab_size")},
+        }
+        for store, rows in zip(stores, datasets, strict=True)
+    ]
+    for store, description in zip(stores, described, strict=True):
+        for entry, value in description.items():
+            if value != described[0][entry]:
+                raise ConfigError(
+                    f"`{name}` has stores whose rows cannot be in one batch: {entry} {described[0][entry]} in "
+                    f"{stores[0].name}, and {value} in {store.name}. Collect and score them alike."
+                )
+
+
+def _open_one(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:
     if isinstance(value, str):
         value = RolloutStore.open(value)
     if isinstance(value, RolloutStore):
@@ -122,7 +182,7 @@ def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[Rollou
     if not isinstance(value, (Dataset, IterableDataset)):
         raise ConfigError(
             f"`{name}` is a {type(value).__name__}. Pass the folder or Hub id of scored rollouts, the "
-            "`RolloutStore` of `load_scored_rollouts`, or a `datasets.Dataset` of its rows."
+            "`RolloutStore` of `load_scored_rollouts`, a list of these, or a `datasets.Dataset` of rows."
         )
     return None, value
 
@@ -144,29 +204,39 @@ def find_provenance(model: str | PreTrainedModel, args: OfflineOPDConfig) -> Tea
         return None
 
 
-def check_teacher(
+def check_teachers(
     model: str | PreTrainedModel,
-    scored: RolloutStore | Dataset | IterableDataset,
+    scored: list[RolloutStore] | list[Dataset | IterableDataset],
     args: OfflineOPDConfig,
     processing_class: Any,
-) -> ConsistencyReport | None:
+) -> list[ConsistencyReport]:
     """
-    Run the consistency check on the main process, and act on its findings on all of them; `None` with `"off"`.
+    Run the consistency check of each store on the main process, and act on the findings on all of them; nothing with
+    `"off"`.
 
     Raises:
         [`~trl_blend.errors.ConsistencyError`]:
             If a finding is an error and `teacher_consistency="strict"`.
     """
     if args.teacher_consistency == "off":
-        return None
-    report = on_main_process(args.distributed_state, lambda: _run_check(model, scored, args, processing_class))
+        return []
+    reports = on_main_process(
+        args.distributed_state, lambda: [_run_check(model, one, args, processing_class) for one in scored]
+    )
+    report = combined(reports, scored)
     if args.teacher_consistency == "strict":
         report.raise_if_failed()
     if not report.ok:
         logger.warning(f"Teacher consistency could not be established, going on as asked.\n{report}")
     elif report.warnings:
         logger.warning("The check of the rollouts warns:\n" + "\n".join(map(str, report.warnings)))
-    return report
+    return reports
+
+
+def combined(reports: list[ConsistencyReport], scored: list[Any]) -> ConsistencyReport:
+    """The reports about some stores, or about rows, as one."""
+    names = [getattr(one, "name", "the dataset") for one in scored]
+    return ConsistencyReport.of_stores(dict(zip(names, reports, strict=True)))
 
 
 def _run_check(model: Any, scored: Any, args: OfflineOPDConfig, processing_class: Any) -> ConsistencyReport:

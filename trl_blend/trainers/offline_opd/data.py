@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from torch import Tensor
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -25,12 +25,22 @@ REQUIRED = ("prompt_ids", "completion_ids", "teacher_logps")
 WEIGHTS = "loss_weights"
 ROW_WEIGHT = "row_weight"
 
+_FLOAT32 = str(List(Value("float32")))
+
 AnyDataset = Dataset | IterableDataset
 
 
 def column_names(dataset: AnyDataset) -> list[str]:
     """Names of the columns; those of the first row where a streaming dataset does not know them."""
     return dataset.column_names or list(next(iter(dataset)))
+
+
+def concatenate(datasets: Sequence[Dataset]) -> Dataset:
+    """Rows of several stores, with the columns that all of them have; in float32 where one of them has it."""
+    names = [name for name in datasets[0].column_names if all(name in rows.column_names for rows in datasets)]
+    selected = [rows.select_columns(names) for rows in datasets]
+    widest = max((rows.features for rows in selected), key=lambda features: str(features["teacher_logps"]) == _FLOAT32)
+    return concatenate_datasets([rows if rows.features == widest else rows.cast(widest) for rows in selected])
 
 
 def is_prepared(dataset: AnyDataset) -> bool:
@@ -76,8 +86,8 @@ def prepare(
     Turn scored rollouts into training rows, or leave training rows as they are.
 
     Every row is checked. A training row has `input_ids` (prompt and completion), `labels` (-100 on the prompt) and the
-    per-token columns, 0 on the prompt; the weight of a row is one of them, the same at all of its tokens. Rows are cut to `max_length` at their end, and left out where nothing of the
-    completion remains.
+    per-token columns, 0 on the prompt; the weight of a row is one of them, the same at all of its tokens. Rows are cut
+    to `max_length` at their end, and left out where nothing of the completion remains.
 
     With `packing`, whole rows are packed up to `max_length`. A `shuffle_seed` shuffles them. `as_one_shard` lets every
     process read all of a streaming dataset. `vocab_size` is the number of rows of the student's embedding.

@@ -1,5 +1,7 @@
 """What an [`OfflineOPDTrainer`] run shows: its plot, and its card beside what the paper's authors do."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from trl_blend.consistency.provenance import TeacherProvenance
@@ -8,6 +10,7 @@ from trl_blend.models.identity import ModelIdentity
 from trl_blend.reports.cards import CardTeacher, PaperValue, model_link
 from trl_blend.reports.curves import NATS, Curve, Panel
 from trl_blend.rollouts.format import Manifest
+from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _cards
 from trl_blend.trainers._record import RunParts
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
@@ -135,7 +138,8 @@ def card_fields(
     config: OfflineOPDConfig,
     *,
     loss_was_chosen: bool,
-    manifest: Manifest | None,
+    stores: Sequence[RolloutStore],
+    reports: Sequence[ConsistencyReport],
     report: ConsistencyReport | None,
     provenance: TeacherProvenance | None,
     num_rows: int | None,
@@ -143,36 +147,48 @@ def card_fields(
     has_weights: bool = False,
 ) -> dict[str, Any]:
     """Fields of `model_cards/offline_opd.md`, see [`~trl_blend.trainers._run.RunMixin.card_fields`]."""
-    sampling = manifest and manifest.sampling
-    teacher = card_teacher(manifest, report)
+    manifests = [store.manifest for store in stores]
+    sampling = _common([manifest.sampling or {} for manifest in manifests])
+    teachers = [
+        card_teacher(manifest, one)
+        for manifest, one in zip_longest(manifests or [None], reports[: len(manifests) or 1])
+    ]
     rollouts = _cards.rows_per_step(config)
-    identities = [manifest.teacher, manifest.student] if manifest else []
+    identities = [identity for manifest in manifests for identity in (manifest.teacher, manifest.student)]
     names = [identity.get("name") for identity in identities if identity]
+    students = dict.fromkeys(describe(manifest.student) for manifest in manifests) or [describe(None)]
     return {
         "paper_name": "Lightning OPD",
         "paper": paper_values(sampling),
         "settings": rollout_settings(sampling),
         "choices": choices(config),
-        "teachers": [teacher],
-        "data_rows": manifest.num_rows if manifest else num_rows,
+        "teachers": teachers,
+        "data_rows": sum(manifest.num_rows for manifest in manifests) if manifests else num_rows,
         "data_unit": "rollouts",
         "per_step": per_step(rollouts, num_rows, config),
         "result_metrics": r"(?:.+_)?(loss|offline/reverse_kl)",
         "curves_text": "Drift from the policy of the rollouts and other metrics against the optimizer step",
         "chosen": why_this_loss(config) if loss_was_chosen else "",
-        "manifest": manifest,
-        "student": describe(manifest and manifest.student),
+        "manifests": manifests,
+        "student": "; ".join(students),
         "report": report,
         "has_weights": has_weights,
         "drift": [entry for entry in log_history if "offline/drift_kl" in entry],
         # What the findings of the check may quote
         "named": [
             *names,
-            provenance.teacher.name if provenance else None,
+            *(store.name for store in stores),
+            *(teacher.name for teacher in (provenance.teachers if provenance else ())),
             config.teacher_model_name_or_path,
             config.sft_teacher,
         ],
     }
+
+
+def _common(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several dictionaries have in common."""
+    first, *others = settings or [{}]
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
 def per_step(rollouts: int, num_rows: int | None, config: OfflineOPDConfig) -> str:

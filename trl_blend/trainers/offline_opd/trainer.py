@@ -27,7 +27,7 @@ from trl_blend.trainers.offline_opd.metrics import OfflineMetrics
 
 logger = get_logger(__name__)
 
-Rollouts = str | RolloutStore | Dataset | IterableDataset
+Rollouts = str | RolloutStore | list[str | RolloutStore] | Dataset | IterableDataset
 
 
 class OfflineOPDTrainer(RunMixin, SFTTrainer):
@@ -72,15 +72,15 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         args ([`OfflineOPDConfig`], *optional*):
             Configuration of this trainer.
         train_dataset (`str` or [`~trl_blend.RolloutStore`] or [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Scored rollouts: folder or Hub id, an opened store, or rows with its columns. Rows that a trainer has
-            prepared before are taken as they are.
+            Scored rollouts: folder or Hub id, an opened store, a list of stores, each with a teacher of its own, or
+            rows with their columns. Rows that a trainer has prepared before are taken as they are.
         eval_dataset (same types, or a `dict` of them, *optional*):
             Scored rollouts to measure the loss and the metrics on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the student. Defaults to the one that belongs to `model`.
-        rollout_store (`str` or [`~trl_blend.RolloutStore`], *optional*):
-            Store that the rows of a `train_dataset` given as a [`~datasets.Dataset`] were taken from: it carries
-            their provenance.
+        rollout_store (`str`, [`~trl_blend.RolloutStore`] or a list of them, *optional*):
+            Store or stores that the rows of a `train_dataset` given as a [`~datasets.Dataset`] were taken from: they
+            carry their provenance.
         peft_config, **kwargs:
             See [`~trl.SFTTrainer`].
 
@@ -134,25 +134,27 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         eval_dataset: Rollouts | dict[str, Rollouts] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        rollout_store: str | RolloutStore | None = None,
+        rollout_store: str | RolloutStore | list[str | RolloutStore] | None = None,
         peft_config: Any = None,
         **kwargs: Any,
     ):
         args = default_config(OfflineOPDConfig, model) if args is None else args
         checks.check_arguments(model, args, train_dataset, processing_class, peft_config, kwargs)
         self._vocab_size = checks.vocab_size(model, args)
-        self.rollout_store, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
+        self.rollout_stores, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
         if rollout_store is not None:
-            self.rollout_store, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
+            self.rollout_stores, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
         check_data(train_rows, None, args, self.rows_needed(args))
         columns = data.column_names(train_rows)
         self._loss_was_chosen, args = args.offline_loss == "auto", args.resolved(columns)
         checks.check_student_columns(args, columns)
-        checks.warn_of_cut_rollouts(self.rollout_store, args)
+        checks.warn_of_cut_rollouts(self.rollout_stores, args)
         checks.warn_of_long_rows(train_rows, args.max_length)
         prepared = self._prepare_dataset(train_rows, processing_class, args, args.packing, None, "train")
-        self.consistency_report: ConsistencyReport | None = checks.check_teacher(
-            model, self.rollout_store or train_rows, args, processing_class
+        scored = self.rollout_stores or [train_rows]
+        self._reports = checks.check_teachers(model, scored, args, processing_class)
+        self.consistency_report: ConsistencyReport | None = (
+            checks.combined(self._reports, scored) if self._reports else None
         )
         self._provenance = checks.find_provenance(model, args)
         self._offline_metrics = OfflineMetrics()
@@ -174,6 +176,11 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             **{name: getattr(collator, name) for name in collator.__dataclass_fields__},
             loss_aggregation=args.loss_aggregation,
         )
+
+    @property
+    def rollout_store(self) -> RolloutStore | None:
+        """The store of the training rows, where it is one."""
+        return self.rollout_stores[0] if len(self.rollout_stores) == 1 else None
 
     @staticmethod
     def _open_eval(eval_dataset: Any, args: OfflineOPDConfig) -> Any:
@@ -209,7 +216,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate on scored rollouts of any type that the constructor takes, see [`~transformers.Trainer`]."""
-        if isinstance(eval_dataset, RolloutStore | dict) or (
+        if isinstance(eval_dataset, RolloutStore | dict | list | tuple) or (
             isinstance(eval_dataset, str) and not isinstance(self.eval_dataset, dict)
         ):
             eval_dataset = self._open_eval(eval_dataset, self.args)
@@ -279,7 +286,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             if self._eval_items is not None:
                 self._eval_items.append(_weighted(inputs | columns))
             columns[data.WEIGHTS] = columns[data.WEIGHTS] * inputs.pop(data.ROW_WEIGHT)
-        scoring = (self.rollout_store.manifest.scoring if self.rollout_store is not None else None) or {}
+        # The same in all stores
+        scoring = (self.rollout_stores[0].manifest.scoring if self.rollout_stores else None) or {}
         forward = OfflineForward(model, columns, self.args, scale, scoring.get("vocab_size"))
         result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         self._offline_metrics.add(mode, forward.student_logps, forward.columns, mask)
@@ -333,21 +341,20 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         return RowsNeeded(rows, f"{rows} rows, and `dataloader_drop_last=True` leaves out what is less")
 
     def teacher_parts(self) -> list[dict[str, Any]]:
-        """The teacher of the scores in the record."""
-        recorded = self.rollout_store.manifest.teacher if self.rollout_store else None
-        if not recorded:
-            return []
-        teacher = ModelIdentity.from_dict(recorded)
+        """The teachers of the scores in the record."""
+        recorded = [store.manifest.teacher for store in self.rollout_stores]
+        teachers = [ModelIdentity.from_dict(fields) for fields in recorded if fields]
         return [
             model_part(
                 shown_name(teacher.name).text or "a model in memory", teacher.weights and teacher.weights.sha256[:12]
             )
+            for teacher in teachers
         ]
 
     def run_parts(self) -> RunParts:
         """What the run is made of, in words."""
-        (teacher,) = self.teacher_parts() or [{"name": "not recorded with the rollouts"}]
-        return report.run_parts(self.args, teacher["name"], self._loss_was_chosen)
+        names = [teacher["name"] for teacher in self.teacher_parts()] or ["not recorded with the rollouts"]
+        return report.run_parts(self.args, " and ".join(names), self._loss_was_chosen)
 
     def example_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
         """The prompt of a training row, from its token ids, see [`~trl_blend.trainers._cards.CardMixin`]."""
@@ -360,7 +367,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         return report.card_fields(
             self.args,
             loss_was_chosen=self._loss_was_chosen,
-            manifest=self.rollout_store.manifest if self.rollout_store else None,
+            stores=self.rollout_stores,
+            reports=self._reports,
             report=self.consistency_report,
             provenance=self._provenance,
             num_rows=_cards.num_rows(self.train_dataset),
