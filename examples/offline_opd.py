@@ -9,6 +9,8 @@ The test-bed (two CPU cores, no network): `make demo-offline` runs all four stag
     trl-blend inspect scored --model_name_or_path my-sft
     accelerate launch examples/offline_opd.py --model_name_or_path my-sft --dataset_name scored --output_dir out
 
+From several teachers, each with the scores of its own rows: `--dataset_name scored_math scored_code`.
+
 With a table of accuracy, on prompts with reference answers:
 
     accelerate launch examples/offline_opd.py --model_name_or_path my-sft --dataset_name scored --output_dir out \
@@ -44,9 +46,16 @@ def load_test(script_args, training_args, model_args):
 
 
 def main(script_args, training_args, model_args):
-    scored = load_scored_rollouts(script_args.dataset_name, revision=script_args.dataset_revision)
+    names = script_args.dataset_name
+    if len(names) > 1 and script_args.dataset_revision:
+        raise ConfigError(
+            f"`dataset_revision={script_args.dataset_revision!r}` is of one repository, and `dataset_name` has "
+            f"{len(names)}. Leave it out, or train on one."
+        )
+    scored = [load_scored_rollouts(name, revision=script_args.dataset_revision) for name in names]
     if script_args.max_completion_length is None:
-        script_args.max_completion_length = (scored.manifest.sampling or {}).get("max_new_tokens", 512)
+        lengths = [(store.manifest.sampling or {}).get("max_new_tokens", 512) for store in scored]
+        script_args.max_completion_length = max(lengths)
     rows, rewards, columns = load_test(script_args, training_args, model_args)
 
     training_args.model_init_kwargs = {
@@ -79,7 +88,7 @@ def main(script_args, training_args, model_args):
         return {"student": student}
 
     scores = train_and_score(trainer, score)
-    finish(trainer, scores, columns, len(rows), script_args.dataset_name)
+    finish(trainer, scores, columns, len(rows), names[0] if len(names) == 1 else None)
 
 
 def make_parser(prog=None):

@@ -84,9 +84,12 @@ class OfflineOPDScriptArguments(PromptScriptArguments):
 
     required: ClassVar = checks.OFFLINE_OPD
 
-    dataset_name: str | None = field(
+    dataset_name: list[str] | None = field(
         default=None,
-        metadata={"help": "Scored rollouts: the output of `trl-blend score`, or a dataset repository that holds it."},
+        metadata={
+            "help": "Scored rollouts: the output of `trl-blend score`, or a dataset repository that holds it. Several "
+            "names, each with the scores of a teacher of its own, are trained on together."
+        },
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of that repository."})
     test_dataset_name: str | None = field(
@@ -106,3 +109,7 @@ class OfflineOPDScriptArguments(PromptScriptArguments):
     max_completion_length: int | None = field(
         default=None, metadata={"help": "Limit on the length of a decoded completion. That of the rollouts if unset."}
     )
+
+    def __post_init__(self):
+        if isinstance(self.dataset_name, str):  # of a settings file
+            self.dataset_name = [self.dataset_name]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 
+import offline_opd
 from tests.rollouts.collecting import collect, score
 from tests.trainers import runs, scored
 from tests.trainers.card_reading import rows_of, run_of, tables_of, write_card
@@ -170,6 +171,28 @@ def test_lists_of_something_else(build, folder):
         build(stores=["scored_sums", 3])
     with pytest.raises(ConfigError, match=r"`train_dataset\[0\]=.*rollouts'` is .*trl-blend score"):
         build(stores=["rollouts", "scored_sums"])
+
+
+def test_a_list_of_one_is_one(build, folder):
+    (name,) = stores = [str(folder / "scored_sums")]
+    trainer = build(stores=stores, stream_rollouts=True, max_steps=1)
+    assert trainer.rollout_store.name == name
+    assert [finding.message for finding in trainer.consistency_report] == [
+        finding.message for finding in build(train_dataset=name).consistency_report
+    ]
+
+
+def test_the_script_takes_several(folder, tmp_path, capsys):
+    parser = offline_opd.make_parser()
+    named = ["--model_name_or_path", str(folder / "student"), "--output_dir", str(tmp_path), "--dtype", "float32"]
+    run = ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    stores = ["--dataset_name", str(folder / "scored_sums"), str(folder / "scored_words")]
+    parsed = parser.parse_args_and_config([*named, *run, *stores])
+    offline_opd.main(*parsed)
+    assert "teacher teacher and second; 8 training rows" in capsys.readouterr().out
+    parsed[0].dataset_revision = "v2"
+    with pytest.raises(ConfigError, match="`dataset_revision='v2'` is of one repository, and `dataset_name` has 2"):
+        offline_opd.main(*parsed)
 
 
 def test_settings_for_one_store(build, folder):

@@ -125,6 +125,7 @@ def warn_of_long_rows(dataset: Any, max_length: int | None) -> None:
 
 def open_rollouts(value: Any, name: str, args: OfflineOPDConfig) -> tuple[list[RolloutStore], Any]:
     """The stores behind the argument `name`, if there are any, and their rows, one store after the other."""
+    value = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
     if not isinstance(value, list | tuple):
         store, rows = _open_one(value, name, args)
         return ([] if store is None else [store]), rows
