@@ -114,6 +114,8 @@ def test_record_teacher(world, tmp_path, capsys):
     assert "as the SFT teacher of" in capsys.readouterr().out
     assert json.loads((tmp_path / "student" / "teacher_provenance.json").read_text())["note"] == "sft"
     assert "records another teacher" in fails(capsys, [*command, student])
+    assert cli.main([*command, student, "--add"]) == 0
+    assert f" and {student} (" in (output := capsys.readouterr().out) and "as the SFT teachers of" in output
     assert cli.main([*command, student, "--overwrite"]) == 0
     capsys.readouterr()
     assert "is not a folder" in fails(capsys, [*command[:2], "nowhere", *command[3:], student])

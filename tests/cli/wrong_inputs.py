@@ -302,6 +302,7 @@ SCORE = [
     ("--teacher_model_name_or_path @/good.jsonl", "good.jsonl"),
     ("--teacher_model_name_or_path @/rollouts", "rollouts"),
     ("--teacher_model_revision v9", "--teacher_model_revision v9` is of the Hub"),
+    ("--route math", "--route='math'` chooses rows by their column `route`, which .* does not have"),
     ("--top_k -3", "top_k=-3` must be at least 0"),
     ("--top_k all", "--top_k: invalid int value: 'all'"),
     ("--top_k 999", "top_k=999"),

@@ -81,7 +81,7 @@ SEAMS = {
     "trl.SFTTrainer._prepare_dataset": "self, dataset, processing_class, args, packing, formatting_func, dataset_name",
     "trl.SFTTrainer._set_signature_columns_if_needed": "self",
     "trl.SFTTrainer._get_num_items_in_batch": "self, batch_samples, device",
-    "transformers.Trainer.evaluation_loop": (
+    "trl.SFTTrainer.evaluation_loop": (
         "self, dataloader, description, prediction_loss_only=, ignore_keys=, metric_key_prefix="
     ),
     "trl.SFTTrainer.evaluate": "self, eval_dataset=, ignore_keys=, metric_key_prefix=",

@@ -136,5 +136,6 @@ def _record_teacher(
     provenance = record_teacher(
         model_name_or_path, teacher_model_name_or_path, revision=teacher_model_revision, **options
     )
-    tell(f"Recorded {provenance.teacher.describe()} as the SFT teacher of {model_name_or_path}.")
+    teachers = " and ".join(teacher.describe() for teacher in provenance.teachers)
+    tell(f"Recorded {teachers} as the SFT teacher{'s' if provenance.others else ''} of {model_name_or_path}.")
     return 0
