@@ -147,7 +147,8 @@ def check_together(stores: list[RolloutStore], datasets: list[Any], name: str) -
     for first, second in combinations(stores, 2):
         routes = {(store.manifest.scoring or {}).get("route") for store in (first, second)}
         rollouts = {store.manifest.source.get("rollouts_digest") for store in (first, second)}
-        if len(rollouts - {None}) == 1 == len(rollouts) and (len(routes) == 1 or None in routes):
+        same_rollouts = len(rollouts) == 1 and None not in rollouts and (len(routes) == 1 or None in routes)
+        if same_rollouts or first.digest == second.digest:
             raise ConfigError(
                 f"`{name}` has {first.name} and {second.name}, which hold the same rollouts: a row belongs to one "
                 "teacher. Let each score its own (`trl-blend score --route`), or pass one of them."
