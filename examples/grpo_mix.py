@@ -35,7 +35,9 @@ def score_policies(trainer, rows):
     if trainer.args.mixes:
         mixed = trainer.adaptive_weights if trainer.args.teacher_weight_schedule == "adaptive" else weights
         policies[f"mixed, weight {'/'.join(f'{w:.2f}' for w in mixed)}"] = mixed
-        for index in range(len(weights)):
+        # Where logits are added the student is in every mixture
+        alone = range(len(weights)) if trainer.args.mixing_space != "arithmetic" else ()
+        for index in alone:
             name = "teacher alone" if len(trainer.partners) == 1 else f"teacher {index} alone"
             name = name if trainer.partners else "base alone"
             policies[name] = tuple(float(index == other) for other in range(len(weights)))

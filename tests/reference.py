@@ -57,12 +57,28 @@ def mix_probs(student: Tensor, partners: Sequence[Tensor], weights: Sequence[flo
     return torch.stack([log_sum_exp(torch.stack([term[v] for term in terms])) for v in range(len(student))])
 
 
+def add_logits(student: Tensor, partners: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """
+    `z_S + Σ w_i z_i`: DExperts (arXiv 2105.03023) with `w = (α, -α)`, proxy tuning (arXiv 2401.08565) with
+    `(1, -1)`. A token that any model with a weight excludes is excluded [ours].
+    """
+    models = [(student, 1.0), *((z, w) for z, w in zip(partners, weights, strict=True) if w != 0)]
+    added = []
+    for v in range(len(student)):
+        if any(z[v].item() == -math.inf for z, _ in models):
+            added.append(torch.tensor(-math.inf, dtype=torch.float64))
+        else:
+            added.append(sum(w * z[v] for z, w in models))
+    return torch.stack(added)
+
+
 def mixed_logprobs(
     student: Tensor, partners: Sequence[Tensor], weights: Sequence[float], temperature: float, space: str
 ) -> Tensor:
     """`log p_mix` of one row. Logits are mixed and then divided by the temperature; probabilities the other way."""
-    if space == "logits":
-        return log_softmax(mix_logits(student, partners, weights) / temperature)
+    if space in ("logits", "arithmetic"):
+        combine = mix_logits if space == "logits" else add_logits
+        return log_softmax(combine(student, partners, weights) / temperature)
     return mix_probs(student / temperature, [partner / temperature for partner in partners], weights)
 
 

@@ -35,6 +35,12 @@ def files(folder):
         (["--teacher_weight", "0.3"], ["first"], 0.3, {}),
         (["--teacher_weight", "0.3", "--mixing_space=probs"], ["first"], 0.3, {"mixing_space": "probs"}),
         (["--teacher_weight", "0.3", "0.2", "--copy_reference"], ["first", "second"], [0.3, 0.2], {}),
+        (
+            ["--teacher_weight", "1", "-0.5", "--mixing_space", "arithmetic"],
+            ["first", "second"],
+            [1.0, -0.5],
+            {"mixing_space": "arithmetic"},
+        ),
     ],
 )
 def test_it_writes_what_the_python_call_writes(models, tmp_path, capsys, options, teachers, weight, settings):

@@ -30,7 +30,7 @@ def main(python: str) -> None:
     models = [AutoModelForCausalLM.from_pretrained(name) for name in (student, teacher)]
     with tempfile.TemporaryDirectory() as name:
         folder, jobs, expected = Path(name), [], []
-        for space in mixed.RULES:
+        for space in mixed.SPACES:
             repository = export_mixed_policy(student, teacher, 0.4, folder / space, mixing_space=space)
             for prompts, settings in ((200, mixed.GREEDY), (40, mixed.SAMPLED)):
                 inputs = mixed.testbed_inputs(prompts)

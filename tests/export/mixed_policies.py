@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from testbed.task import build_prompt_dataset
-from trl_blend import LogitMixing, ProbabilityMixing, blended_generation
+from trl_blend import blended_generation
+from trl_blend.generation.rules import mixing_rule
 
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "examples" / "testbed" / "checkpoints"
 DECODE_ALONE = Path(__file__).with_name("decode_alone.py")
-RULES = {"logits": LogitMixing, "probs": ProbabilityMixing}
+SPACES = ("logits", "probs")
 DETAILS = {"return_dict_in_generate": True, "output_scores": True}
 GREEDY = {"do_sample": False, "max_new_tokens": 48}
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 12}
@@ -38,7 +39,8 @@ def testbed_inputs(num_prompts: int) -> dict[str, torch.Tensor]:
 def blended(student: Any, partners: Any, weights: Any, space: str, inputs: dict, settings: dict, seed: int = 0) -> Any:
     """Output of `generate` with this package's own mixture, the one the trainer samples from."""
     torch.manual_seed(seed)
-    with blended_generation(student, partners, RULES[space](weights)):
+    weights = weights if isinstance(weights, tuple) else (weights,)
+    with blended_generation(student, partners, mixing_rule(space, weights)):
         return student.generate(**inputs, **settings, **DETAILS)
 
 

@@ -39,6 +39,15 @@ def test_card_of_an_export(tmp_path, monkeypatch, modules_cache):  # noqa: F811
     assert not torch.equal(expected, models[0].generate(**found["inputs"], max_new_tokens=256))
 
 
+def test_card_of_a_sum_of_logits(tmp_path):
+    parts = Part("me/student"), [Part("me/expert"), Part("me/anti")]
+    write_policy_card(tmp_path, *parts, [1.0, -1.0], "arithmetic", is_adapter=False, has_chat_template=False)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    (rows,) = tables_of(card).values()
+    assert [row[1] for row in rows[-3:]] == ["1", "1", "-1"]
+    assert "\n\nNext-token logits are added, each times its weight.\n\n" in card and "Mixed are" not in card
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_card_of_an_adapter_on_the_hub(tmp_path, chat):
     parts = [Part("me/lora", "a" * 40), [Part("me/lora", is_base=True), Part("google/gemma-2-2b")]]

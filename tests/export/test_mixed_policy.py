@@ -51,7 +51,7 @@ def testbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("testbed")
     many, few = mixed.testbed_inputs(200), mixed.testbed_inputs(40)
     jobs = {}
-    for space in mixed.RULES:
+    for space in mixed.SPACES:
         repository = export_mixed_policy(
             mixed.CHECKPOINTS / "student", mixed.CHECKPOINTS / "teacher", 0.4, folder / space, mixing_space=space
         )
@@ -70,7 +70,7 @@ def pair():
     return load(mixed.CHECKPOINTS / "student"), load(mixed.CHECKPOINTS / "teacher")
 
 
-@pytest.mark.parametrize("space", mixed.RULES)
+@pytest.mark.parametrize("space", mixed.SPACES)
 def test_greedy_tokens_on_200_prompts(testbed, pair, space):
     expected = mixed.blended(*pair, 0.4, space, testbed["many"], mixed.GREEDY)
     assert len(expected.sequences) == 200
@@ -86,9 +86,11 @@ def test_sampled_log_probs(testbed, pair, job):
     mixed.assert_same_decoding(testbed["results"][job], expected)
 
 
-@pytest.mark.parametrize("space", mixed.RULES)
-def test_two_references_padded_vocabularies_and_several_sequences(models, tmp_path, space):
-    names, weights, settings = ["teacher", "second"], (0.3, 0.25), {**TINY, "num_return_sequences": 2}
+@pytest.mark.parametrize(
+    ("space", "weights"), [("logits", (0.3, 0.25)), ("probs", (0.3, 0.25)), ("arithmetic", (-0.6, 1.2))]
+)
+def test_two_references_padded_vocabularies_and_several_sequences(models, tmp_path, space, weights):
+    names, settings = ["teacher", "second"], {**TINY, "num_return_sequences": 2}
     references = [models / name for name in names]
     repository = export_mixed_policy(models / "student", references, weights, tmp_path / "p", mixing_space=space)
     assert {"reference_0", "reference_1"} <= {path.name for path in repository.iterdir()}

@@ -59,7 +59,7 @@ def decoded(model, seed=0, **kwargs):
     return {"sequences": output.sequences, "scores": torch.stack(output.scores)}
 
 
-@pytest.mark.parametrize("space", mixed.RULES)
+@pytest.mark.parametrize("space", mixed.SPACES)
 @pytest.mark.parametrize("reference", [None, "base"])
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_one_copy_of_the_base(models, modules_cache, loads, space, reference, in_memory):

@@ -6,6 +6,7 @@ import torch
 from tests import reference
 from trl_blend.errors import ConfigError
 from trl_blend.ops import mix_logits, mix_probs, validate_weights
+from trl_blend.ops.mixing import arithmetic_logits, student_weight
 
 
 MIXES = [mix_logits, mix_probs]
@@ -122,6 +123,29 @@ def test_weight_sums_above_one_are_refused():
         validate_weights([1.0, 2e-9])
     assert validate_weights([1.0, 5e-10]) == (1.0, 5e-10)
     assert validate_weights((0, 1)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("weights", [[0.8, -0.8], [-0.5, 0.0], [1.5, 2.0]])
+def test_arithmetic_matches_the_reference(weights):
+    student, *partners = random_logits(3, 4, 6)
+    student[0, 1] = partners[0][1, 2] = -math.inf
+    student.requires_grad_()
+    added = arithmetic_logits(student, partners, 1.0, weights).log_softmax(-1)
+    rows = [reference.add_logits(student[n], [p[n] for p in partners], weights) for n in range(4)]
+    expected = torch.stack([reference.log_softmax(row) for row in rows])
+    torch.testing.assert_close(added, expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn(4, 6, dtype=torch.float64)
+    losses = [torch.where(logps > -math.inf, logps * direction, 0.0).sum() for logps in (added, expected)]
+    grad, wanted = (torch.autograd.grad(loss, student)[0] for loss in losses)
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_of_arithmetic_are_any_finite_numbers():
+    assert validate_weights([2, -3.5, 0.0], space="arithmetic") == (2.0, -3.5, 0.0)
+    assert student_weight([2.0, -3.5], "arithmetic") == 1.0
+    for weight in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ConfigError, match=rf"`teacher_weight\[1\]` is {weight}. Set it to a finite number"):
+            validate_weights([0.0, weight], "teacher_weight", "arithmetic")
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -20,6 +20,10 @@ def test_distributions():
     assert geometric == pytest.approx([2 / total, 2 / total, math.sqrt(10) / total])
     arithmetic = reference.mix_probs(LOGITS, [OTHER], [0.25]).exp().tolist()
     assert arithmetic == pytest.approx([0.09375 + 0.125, 0.1875 + 0.0625, 0.46875 + 0.0625])
+    # Proxy tuning: probabilities proportional to p p+ / p-, that is 1 * 4 / 2, 2 * 2 / 1, 5 * 2 / 4
+    other = torch.tensor([math.log(2.0), math.log(1.0), math.log(4.0)], dtype=torch.float64)
+    added = reference.softmax(reference.add_logits(LOGITS, [OTHER, other], [1.0, -1.0])).tolist()
+    assert added == pytest.approx([2 / 8.5, 4 / 8.5, 2.5 / 8.5])
     half = torch.tensor([math.log(0.5), math.log(0.5), -math.inf], dtype=torch.float64)
     assert float(reference.entropy(half)) == pytest.approx(math.log(2))
     assert float(reference.kl_divergence(half, reference.log_softmax(torch.zeros(3).double()))) == pytest.approx(

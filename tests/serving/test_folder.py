@@ -5,6 +5,7 @@ import pytest
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend import LogitMixing, ProbabilityMixing, export_mixed_policy
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.generation import LogitArithmetic
 from trl_blend.serving.blend import Blend, Partner
 from trl_blend.serving.folder import blend_of_folder, student_of_folder
 
@@ -20,6 +21,8 @@ def test_a_copied_reference(tmp_path):
     assert blend_of_folder(folder) == ([partner], Blend(LogitMixing((0.3,))))
     folder = export(tmp_path / "probs", tiny_model(), 0.4, mixing_space="probs")
     assert blend_of_folder(folder)[1] == Blend(ProbabilityMixing((0.4,)))
+    folder = export(tmp_path / "added", tiny_model(), -0.4, mixing_space="arithmetic")
+    assert blend_of_folder(folder)[1] == Blend(LogitArithmetic(1.0, (-0.4,)))
     assert blend_of_folder(export(tmp_path / "plain", tiny_model(), 0.0))[1] == Blend()
 
 

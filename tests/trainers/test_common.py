@@ -354,6 +354,7 @@ LORA = [
         for objective in ("mixed", "student")
         for space in ("logits", "probs")
     ),
+    ("grpo", {**TWO_UPDATES, "teacher_weight": -0.4, "mixing_space": "arithmetic"}),
     ("opd", {**OPD_LORA, **TRUST_REGION}),
     ("opd", {**OPD_LORA, "rollout_policy": "speculative_kd", "skd_top_k": 4}),
     ("opd", {**OPD_LORA, **STUDENT}),

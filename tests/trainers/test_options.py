@@ -44,7 +44,7 @@ MAKERS = {
 }
 CHOICES = {
     "teacher_weight_schedule": ("constant", "linear", "cosine", "adaptive"),
-    "mixing_space": ("logits", "probs"),
+    "mixing_space": ("logits", "probs", "arithmetic"),
     "objective": ("mixed", "student"),
     "is_clip_mode": ("ppo", "none", "max", "floor"),
     "eval_policy": ("mixed", "student", "both", None),
@@ -325,6 +325,7 @@ PARSED = [
             "success_threshold": 0.5,
         },
     ),
+    (LogitMixGRPOConfig, {"teacher_weight": [1.0, -0.5], "mixing_space": "arithmetic"}),
     (TrustRegionOPDConfig, {"rollout_policy": "fixed_weight", "teacher_weight": 0.3, "canonicalize_eos": False}),
     (TrustRegionOPDConfig, {"rollout_policy": "speculative_kd", "skd_top_k": 25, "skd_teacher_temperature": 0.6}),
     (

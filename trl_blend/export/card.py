@@ -45,7 +45,7 @@ def write_policy_card(
         "metadata": metadata.to_yaml(),
         "folder_name": folder.resolve().name,
         "student": _shown(student),
-        "student_weight": f"{student_weight(weights):g}",
+        "student_weight": f"{student_weight(weights, space):g}",
         "references": [(_shown(part), f"{weight:g}") for part, weight in zip(references, weights, strict=True)],
         "space": space,
         "is_adapter": is_adapter,

@@ -52,13 +52,13 @@ def export_mixed_policy(
             without that file, or for the name of the adapter's base, the student's own base with its adapter
             disabled, of which one copy is loaded.
         teacher_weight (`float` or `Sequence[float]`, or `None`):
-            Weight of each reference, in `[0, 1]`, at most 1 together. 0 decodes the plain student and loads no
-            reference. `None`: what `mixing.json` in the student's folder says.
+            Weight of each reference, in `[0, 1]`, at most 1 together; with `mixing_space="arithmetic"` any numbers. 0
+            decodes the plain student and loads no reference. `None`: what `mixing.json` in the student's folder says.
         output_dir (`str` or `os.PathLike`):
             A directory that is new or empty.
         mixing_space (`str`, *optional*):
-            `"logits"` or `"probs"`, as in [`LogitMixGRPOConfig`]. Defaults to what `mixing.json` in the student's
-            folder says, `"logits"` without that file.
+            `"logits"`, `"probs"` or `"arithmetic"`, as in [`LogitMixGRPOConfig`]. Defaults to what `mixing.json` in
+            the student's folder says, `"logits"` without that file.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer of the student, by default the one it comes with.
         student_revision, reference_revision (`str`, *optional*):

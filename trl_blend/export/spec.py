@@ -9,12 +9,11 @@ from typing import Any
 from trl_blend._files import sha256_of, write_atomically
 from trl_blend._version import __version__
 from trl_blend.errors import ConfigError
-from trl_blend.ops.mixing import validate_weights
+from trl_blend.ops.mixing import SPACES, validate_weights
 
 
 SPEC_FILE = "mixing.json"
 SCHEMA_VERSION = 1
-SPACES = ("logits", "probs")
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class MixingSpec:
         [`~trl_blend.errors.ConfigError`]: If a field is outside its range.
     """
 
-    weights: tuple[float, ...]  # one per reference; the student has the rest
+    weights: tuple[float, ...]  # one per reference; the student has the rest, or 1 in arithmetic
     references: tuple[ModelSource, ...]
-    space: str  # "logits" or "probs": what is averaged
+    space: str  # "logits" or "probs": what is averaged; "arithmetic": logits are added
     tokenizer_sha256: str  # of the token-to-id map that all models share
     adapter: str | None = None  # folder of the student's adapter, "." in a checkpoint; `None`: its weights are here
     base: ModelSource | None = None  # what the adapter is put on
@@ -90,9 +89,9 @@ class MixingSpec:
 
 def check_mixture(weights: Sequence[float], num_references: int, space: str) -> tuple[float, ...]:
     """The weights of a mixture, each in its range, one per reference; an error otherwise, or for another space."""
-    weights = validate_weights(weights, "teacher_weight")
     if space not in SPACES:
         raise ConfigError(f"`mixing_space={space!r}` is unknown. Choose one of {', '.join(SPACES)}.")
+    weights = validate_weights(weights, "teacher_weight", space)
     if len(weights) != num_references:
         raise ConfigError(
             f"`teacher_weight={list(weights)}` has {len(weights)} value(s) for {num_references} reference(s). Give "

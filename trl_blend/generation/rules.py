@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trl_blend.errors import ConfigError
 from trl_blend.ops.chernoff import chernoff_weight
-from trl_blend.ops.mixing import arithmetic_logits, mix_logits, mix_probs, validate_weights
+from trl_blend.ops.mixing import arithmetic_logits, mix_logits, mix_probs, student_weight, validate_weights
 from trl_blend.ops.policies import contrastive_logits, kl_and_normalizer, path_logits, speculative_mixture
 from trl_blend.ops.trust_region import solve_with_statistics, validate_trust_region
 
@@ -341,6 +341,13 @@ class LogitArithmetic:
     def __call__(self, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> BlendStep:
         logits = arithmetic_logits(student_logits, partner_logits, self.student_weight, self.weights)
         return step_with_kl(logits, student_logits)
+
+
+def mixing_rule(space: str, weights: Sequence[float]) -> BlendRule:
+    """The rule of a mixture in one of [`~trl_blend.ops.mixing.SPACES`], with one weight per partner."""
+    if space == "arithmetic":
+        return LogitArithmetic(student_weight(weights, space), tuple(weights))
+    return (LogitMixing if space == "logits" else ProbabilityMixing)(tuple(weights))
 
 
 def _two_policies(rule: object, student_logits: Tensor, partner_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,14 @@ from torch import Tensor
 from trl_blend.errors import ConfigError
 
 
+SPACES = ("logits", "probs", "arithmetic")
+"""What a mixture can be of: averaged logits, averaged probabilities, or logits added with weights of any sign."""
+
 # Rounding slack of a weight sum, on either side of 1
 _SUM_TOLERANCE = 1e-9
 
 
-def validate_weights(weights: Sequence[float], name: str = "weights") -> tuple[float, ...]:
+def validate_weights(weights: Sequence[float], name: str = "weights", space: str = "logits") -> tuple[float, ...]:
     """
     Checks partner weights: each in `[0, 1]`, together at most 1. Use it where a setting is read, before models are.
 
@@ -27,19 +30,23 @@ def validate_weights(weights: Sequence[float], name: str = "weights") -> tuple[f
             One weight per partner. The student has the rest, `1 - sum(weights)`.
         name (`str`, *optional*, defaults to `"weights"`):
             Name of the setting, used in the error messages.
+        space (`str`, *optional*, defaults to `"logits"`):
+            One of [`SPACES`]. With `"arithmetic"` a weight is any finite number, and the student's is 1.
 
     Returns:
         `tuple[float, ...]`: The weights as Python floats.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If a weight is NaN or outside `[0, 1]`, or the sum is above `1 + 1e-9`.
+        [`~trl_blend.errors.ConfigError`]: If a weight is NaN or outside its range, or the sum is above `1 + 1e-9`.
     """
     checked = tuple(float(weight) for weight in weights)
+    any_sign = space == "arithmetic"
     for index, weight in enumerate(checked):
-        if not 0.0 <= weight <= 1.0:  # also catches NaN
-            raise ConfigError(f"`{name}[{index}]` is {weight}. Set it to a number between 0 and 1.")
+        if not (math.isfinite(weight) if any_sign else 0.0 <= weight <= 1.0):  # also catches NaN
+            wanted = "finite number" if any_sign else "number between 0 and 1"
+            raise ConfigError(f"`{name}[{index}]` is {weight}. Set it to a {wanted}.")
     total = math.fsum(checked)
-    if total > 1.0 + _SUM_TOLERANCE:
+    if not any_sign and total > 1.0 + _SUM_TOLERANCE:
         raise ConfigError(
             f"`{name}` is {list(checked)}, which sums to {total}. Lower them to at most 1 together: the student "
             "has the rest."
@@ -47,8 +54,13 @@ def validate_weights(weights: Sequence[float], name: str = "weights") -> tuple[f
     return checked
 
 
-def student_weight(weights: Sequence[float]) -> float:
-    """Weight left for the student, `1 - sum(weights)`; exactly 0 when the sum is within `1e-9` of 1."""
+def student_weight(weights: Sequence[float], space: str = "logits") -> float:
+    """
+    Weight left for the student, `1 - sum(weights)`; exactly 0 when the sum is within `1e-9` of 1. With
+    `space="arithmetic"` it is 1.
+    """
+    if space == "arithmetic":
+        return 1.0
     rest = 1.0 - math.fsum(weights)
     return 0.0 if rest <= _SUM_TOLERANCE else rest
 

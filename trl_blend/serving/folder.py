@@ -5,7 +5,7 @@ from typing import Any
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.export.model_files import holds_policy, student_config
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
-from trl_blend.generation.rules import LogitMixing, ProbabilityMixing
+from trl_blend.generation.rules import mixing_rule
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
 from trl_blend.serving.blend import Blend, Partner
 
@@ -33,8 +33,7 @@ def blend_of_folder(name: str, revision: str | None = None) -> tuple[list[Partne
             "(`merge_and_unload()`) and export the merged model, with the base as `reference`."
         )
     partners = [_partner(source, checkpoint) for source in spec.references]
-    rule = LogitMixing if spec.space == "logits" else ProbabilityMixing
-    return partners, Blend(rule(spec.weights) if any(spec.weights) else None)
+    return partners, Blend(mixing_rule(spec.space, spec.weights) if any(spec.weights) else None)
 
 
 def student_of_folder(name: str, revision: str | None = None) -> Any:

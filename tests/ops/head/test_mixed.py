@@ -11,6 +11,7 @@ from trl_blend.ops import LMHead, mix_probs, mixed_log_probs
 
 
 SPACES = ["logits", "probs"]
+EVERY_SPACE = [*SPACES, "arithmetic"]
 N, V = 7, 11
 
 # name -> options of the student, options of the partners (with hidden size and vocabulary), weights, temperature
@@ -39,10 +40,22 @@ CASES = {
     "partners have everything": ({}, [(5, V, {}), (3, V, {})], [0.7, 0.3], 1.0),
     "no partner": ({"logit_scale": 0.0625}, [], [], 1.0),
 }
+# Weights that only arithmetic takes
+SIGNED = {
+    "proxy tuning": ({}, [(5, V, {}), (3, V, {})], [1.0, -1.0], 0.8),
+    "away from one": ({"softcap": 2.0}, [(5, V, {"bias": True})], [-0.4], 1.0),
+    "above 1, all options": (
+        {"bias": True, "logit_scale": 0.6, "softcap": 1.5},
+        [(3, V, {"bias": True, "logit_scale": 1.2, "softcap": 2.0}), (6, V, {"bias": True, "logit_scale": 0.5})],
+        [-0.7, 1.6],
+        1.4,
+    ),
+    "away from other vocabularies": ({"bias": True}, [(5, V - 3, {"bias": True}), (4, V + 5, {})], [-0.5, -0.3], 0.8),
+}
 
 
 def build(case, requires_grad=True, dtype=torch.float64):
-    options, partner_options, weights, temperature = CASES[case]
+    options, partner_options, weights, temperature = {**CASES, **SIGNED}[case]
     student = random_head(N, 4, V, requires_grad=requires_grad, dtype=dtype, **options)
     partners = [random_head(N, size, vocab, dtype=dtype, **kwargs) for size, vocab, kwargs in partner_options]
     # Ids that every partner knows; the others have their own test
@@ -50,8 +63,10 @@ def build(case, requires_grad=True, dtype=torch.float64):
     return student, partners, weights, targets, temperature
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("space", "case"),
+    [*((space, case) for space in SPACES for case in CASES), *(("arithmetic", case) for case in SIGNED)],
+)
 def test_values_and_gradients_match_the_reference(case, space, tiles):
     student, partners, weights, targets, temperature = build(case)
     logps, entropy = mixed_log_probs(student, partners, weights, targets, temperature=temperature, space=space)
@@ -71,9 +86,10 @@ def test_values_and_gradients_match_the_reference(case, space, tiles):
         assert trained == any(grad.abs().max() > 1e-3 for grad in grads)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", EVERY_SPACE)
 def test_gradcheck(space, small_tiles):
-    student, partners, weights, targets, temperature = build("all options")
+    case = "above 1, all options" if space == "arithmetic" else "all options"
+    student, partners, weights, targets, temperature = build(case)
 
     def score(hidden, weight, bias):
         head = student._replace(hidden=hidden, weight=weight, bias=bias)
@@ -82,7 +98,7 @@ def test_gradcheck(space, small_tiles):
     assert torch.autograd.gradcheck(score, leaves(student))
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", EVERY_SPACE)
 @pytest.mark.parametrize(("tokens", "vocab"), [(1, 2), (1, 9), (5, 2)])
 def test_smallest_shapes(space, tokens, vocab):
     student, partner = random_head(tokens, 3, vocab, requires_grad=True), random_head(tokens, 1, vocab)
@@ -118,8 +134,29 @@ def test_a_model_of_weight_0_takes_no_part(space):
             assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_tokens_excluded_by_infinite_biases(space, small_tiles):
+def test_arithmetic_is_logit_mixing_at_another_temperature():
+    """`(z_S + w z_T) / τ` is `(1 - v) z_S + v z_T` with `v = w / (1 + w)`, at `τ / (1 + w)`; gradients too."""
+    student, partner = random_head(N, 4, V, requires_grad=True), random_head(N, 5, V)
+    targets, directions = torch.randint(0, V, (N,)), torch.randn(2, N, dtype=torch.float64)
+    added = mixed_log_probs(student, [partner], [0.6], targets, temperature=0.9, space="arithmetic")
+    mixed = mixed_log_probs(student, [partner], [0.6 / 1.6], targets, temperature=0.9 / 1.6)
+    torch.testing.assert_close(tuple(added), tuple(mixed), rtol=1e-12, atol=1e-12)
+    grads, wanted = (gradients(out, leaves(student), directions) for out in (added, mixed))
+    torch.testing.assert_close(grads, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_equal_partners_of_opposite_weights_leave_the_student():
+    student, partner = random_head(N, 4, V, requires_grad=True), random_head(N, 5, V, bias=True)
+    targets, directions = torch.randint(0, V, (N,)), torch.randn(2, N, dtype=torch.float64)
+    added = mixed_log_probs(student, [partner, partner], [1.7, -1.7], targets, temperature=0.7, space="arithmetic")
+    alone = mixed_log_probs(student, [], [], targets, temperature=0.7)
+    torch.testing.assert_close(tuple(added), tuple(alone), rtol=1e-12, atol=1e-12)
+    grads, wanted = (gradients(out, leaves(student), directions) for out in (added, alone))
+    torch.testing.assert_close(grads, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("space", "weight"), [("logits", 0.3), ("probs", 0.3), ("arithmetic", -0.3)])
+def test_tokens_excluded_by_infinite_biases(space, weight, small_tiles):
     """The student excludes tokens 0-3, a whole tile, and 9; the partner excludes 8 and 9."""
     student, partner = random_head(N, 4, V, bias=True), random_head(N, 5, V, bias=True)
     student.bias[[0, 1, 2, 3, 9]] = -math.inf
@@ -127,8 +164,8 @@ def test_tokens_excluded_by_infinite_biases(space, small_tiles):
     for tensor in leaves(student):
         tensor.requires_grad_()
     targets = torch.tensor([4, 5, 6, 7, 10, 4, 5])
-    result = mixed_log_probs(student, [partner], [0.3], targets, space=space)
-    expected = expected_log_probs(student, [partner], [0.3], targets, space=space)
+    result = mixed_log_probs(student, [partner], [weight], targets, space=space)
+    expected = expected_log_probs(student, [partner], [weight], targets, space=space)
     torch.testing.assert_close(tuple(result), expected, rtol=1e-12, atol=1e-12)
     directions = torch.randn(2, N, dtype=torch.float64)
     grads, wanted = (gradients(out, leaves(student), directions) for out in (result, expected))
@@ -141,9 +178,10 @@ def test_target_outside_the_partner_vocabulary():
     """Mixed logits exclude it; mixed probabilities give it the student's share."""
     student, partner = random_head(1, 4, V, requires_grad=True), random_head(1, 5, V - 2)
     targets = torch.tensor([V - 1])
-    excluded = mixed_log_probs(student, [partner], [0.3], targets)
-    assert excluded.logps.item() == -math.inf
-    assert all(torch.isfinite(g).all() for g in gradients([excluded.entropy], leaves(student), [torch.ones(1)]))
+    for settings in ({"weights": [0.3]}, {"weights": [-0.3], "space": "arithmetic"}):
+        excluded = mixed_log_probs(student, [partner], targets=targets, **settings)
+        assert excluded.logps.item() == -math.inf
+        assert all(torch.isfinite(g).all() for g in gradients([excluded.entropy], leaves(student), [torch.ones(1)]))
     shared = mixed_log_probs(student, [partner], [0.3], targets, space="probs").logps
     alone = mixed_log_probs(student, [], [], targets).logps
     torch.testing.assert_close(shared, alone + math.log(0.7), rtol=1e-12, atol=0)
@@ -194,7 +232,8 @@ def test_entropy_is_optional(space):
         ({"weights": [0.1, 0.2]}, "2 entries for 1 partners"),
         ({"temperature": 0.0}, "`temperature` is 0.0. Set it to a positive number"),
         ({"temperature": math.nan}, "`temperature` is nan"),
-        ({"space": "logit"}, "`space` is 'logit'. Set it to 'logits' or 'probs'"),
+        ({"weights": [math.inf], "space": "arithmetic"}, r"`weights\[0\]` is inf. Set it to a finite number"),
+        ({"space": "logit"}, "`space` is 'logit'. Set it to one of 'logits', 'probs', 'arithmetic'"),
         ({"targets": torch.zeros(N + 1, dtype=torch.long)}, r"`targets` has shape \(8,\). Flatten"),
         ({"partners": [random_head(N - 1, 4, V)]}, r"`hidden` has shape \(6, 4\)"),
         ({"student": LMHead(torch.zeros(1, N, 4), torch.zeros(V, 4))}, r"`hidden` has shape \(1, 7, 4\)"),

@@ -7,7 +7,7 @@ import pytest
 from tests import reference
 from tests.trainers.runs import config
 from trl_blend.errors import ConfigError
-from trl_blend.generation.rules import LogitMixing, ProbabilityMixing
+from trl_blend.generation.rules import LogitArithmetic, LogitMixing, ProbabilityMixing
 
 
 @pytest.fixture
@@ -25,6 +25,12 @@ def test_weights_that_sum_above_one_are_an_error(make):
     with pytest.raises(ConfigError, match=r"\[0.6, 0.5\].*sums to 1.1"):
         make(teacher_weight=[0.6, 0.5])
     assert make(teacher_weight=[0.6, 0.4]).teacher_weight == [0.6, 0.4]
+
+
+def test_weights_of_arithmetic_are_any_finite_numbers(make):
+    assert make(teacher_weight=[2, -1.5], mixing_space="arithmetic").teacher_weight == [2.0, -1.5]
+    with pytest.raises(ConfigError, match=r"`teacher_weight\[0\]` is nan. Set it to a finite number"):
+        make(teacher_weight=float("nan"), mixing_space="arithmetic")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,11 @@ def test_steps_without_a_decay_are_an_error(make, schedule):
 def test_adaptive_moves_a_single_weight(make):
     with pytest.raises(ConfigError, match=r"single weight.*\[0.2, 0.3\]"):
         make(teacher_weight_schedule="adaptive", teacher_weight=[0.2, 0.3])
+
+
+def test_adaptive_moves_a_share(make):
+    with pytest.raises(ConfigError, match=r"'adaptive'` moves a weight in \(0, 1\).*`mixing_space='arithmetic'`"):
+        make(teacher_weight_schedule="adaptive", mixing_space="arithmetic")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +214,9 @@ def test_rules(make):
     assert make(teacher_weight=0.3).rule_at(10**6) == LogitMixing((0.3,))
     assert make(teacher_weight=0.3, mixing_space="probs").rule_at(0) == ProbabilityMixing((0.3,))
     assert make(teacher_weight=[0.0, 0.0]).rule_at(0) is None
+    args = make(teacher_weight=[1, -1], mixing_space="arithmetic", **DECAY)
+    assert args.rule_at(0) == LogitArithmetic(1.0, (1.0, -1.0)) and args.rule_at(5) is None
+    assert args.weights_at(4) == pytest.approx((0.2, -0.2))
     # The adaptive schedule knows the weight of step 0; the trainer gives the later ones
     args = make(teacher_weight=0.3, teacher_weight_schedule="adaptive")
     assert args.weights_at(7) == (0.3,) and args.rule_of((0.6,)) == LogitMixing((0.6,))

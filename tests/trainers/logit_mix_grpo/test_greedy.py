@@ -35,7 +35,14 @@ def expected_completions(weights, space="logits"):
 
 @pytest.mark.parametrize(
     ("weights", "space"),
-    [((0.0,), "logits"), ((0.5,), "logits"), ((0.5,), "probs"), ((1.0,), "logits"), ((0.3, 0.4), "logits")],
+    [
+        ((0.0,), "logits"),
+        ((0.5,), "logits"),
+        ((0.5,), "probs"),
+        ((1.0,), "logits"),
+        ((0.3, 0.4), "logits"),
+        ((1.0, -0.5), "arithmetic"),
+    ],
 )
 def test_rewards_are_those_of_an_independent_decode(build, weights, space):
     names = ["teacher", "second"][: len(weights)]

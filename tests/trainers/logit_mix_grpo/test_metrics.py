@@ -39,6 +39,7 @@ def kl_behavior_student(student, partners, weights, inputs, temperature, space):
         (["teacher"], [0.4], "logits", 0.8, "mixed"),
         (["teacher"], [0.4], "probs", 1.2, "student"),
         (["teacher", "second"], [0.3, 0.2], "logits", 1.0, "student"),
+        (["teacher", "second"], [1.0, -0.6], "arithmetic", 1.2, "mixed"),
     ],
 )
 def test_mixing_metrics(build, teachers, weights, space, temperature, objective):

@@ -76,6 +76,18 @@ def test_student(build):
     assert "2605.20555" not in card and "gan2026" not in card
 
 
+def test_arithmetic(build):
+    settings = {"teacher": ["teacher", "second"], "teacher_weight": [1.0, -0.7], "mixing_space": "arithmetic"}
+    trainer = build(**settings)
+    card = write_card(trainer)
+    rows = rows_of(card)
+    assert rows["mixing space"] == "arithmetic" and rows["weight at the end"] == "1, -0.7"
+    assert settings_of(card)["mixing space"] == ("arithmetic", "logits (Section 2)")
+    assert "z_S + Σ w_i z_i" in card and "liu2021dexperts" in card and "liu2024tuning" in card and NOTICE in card
+    assert "Training on a sum of logits" in card
+    assert "liu2021dexperts" not in write_card(build())
+
+
 @pytest.mark.parametrize("mode", ["ppo", "none"])
 def test_student_without_a_cap(build, mode):
     card = write_card(build(objective="student", is_clip_mode=mode))

@@ -51,6 +51,8 @@ def aggregation(inputs, loss_type):
         (["teacher", "second"], [0.3, 0.2], "logits", 0.7, "token", "dr_grpo"),
         (["teacher", "second"], [0.2, 0.5], "probs", 1.3, "sequence", "bnpo"),
         (["teacher", "second"], [0.0, 0.5], "logits", 1.0, "token", "bnpo"),
+        (["teacher", "second"], [1.0, -1.0], "arithmetic", 1.3, "token", "dapo"),
+        (["teacher"], [-0.4], "arithmetic", 0.7, "sequence", "grpo"),
     ],
 )
 def test_mixed(build, teachers, weights, space, temperature, level, loss_type):

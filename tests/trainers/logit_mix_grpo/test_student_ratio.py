@@ -12,6 +12,7 @@ from tests.trainers import forced, runs
         (["teacher"], [1], [0.4], "logits", 1.0),
         (["teacher"], [1], [0.7], "probs", 0.7),
         (["teacher", "second"], [1, 2], [0.3, 0.2], "logits", 1.4),
+        (["teacher", "second"], [1, 2], [1.0, -1.0], "arithmetic", 1.4),
     ],
 )
 def test_recorded_logps_are_those_of_the_behavior_policy(build, teachers, seeds, weights, space, temperature):

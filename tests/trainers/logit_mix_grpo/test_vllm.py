@@ -1,5 +1,7 @@
 """Mixed rollouts of an engine that is not vLLM: what it is told, and what its log-probabilities are taken for."""
 
+from functools import partial
+
 import pytest
 import torch
 import trl.trainer.grpo_trainer as trl_grpo
@@ -7,6 +9,7 @@ import trl.trainer.grpo_trainer as trl_grpo
 from tests.trainers import runs
 from tests.trainers.engines import COMPLETION, Engine, PlainEngine
 from trl_blend import LogitMixing, ProbabilityMixing
+from trl_blend.generation import LogitArithmetic
 from trl_blend.trainers import _engine
 
 
@@ -34,13 +37,19 @@ def outputs(trainer, steps=1):
     return found
 
 
-@pytest.mark.parametrize("space", ["logits", "probs"])
-def test_the_engine_is_told_the_weight_of_each_step(build_vllm, space):
+@pytest.mark.parametrize(
+    ("space", "weight", "rule"),
+    [
+        ("logits", 0.4, LogitMixing),
+        ("probs", 0.4, ProbabilityMixing),
+        ("arithmetic", -0.4, partial(LogitArithmetic, 1.0)),
+    ],
+)
+def test_the_engine_is_told_the_weight_of_each_step(build_vllm, space, weight, rule):
     decay = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": 2, "mixing_space": space}
-    trainer = build_vllm(teacher_weight=0.4, max_steps=3, **decay)
+    trainer = build_vllm(teacher_weight=weight, max_steps=3, **decay)
     runs.train(trainer)
-    rule = LogitMixing if space == "logits" else ProbabilityMixing
-    assert trainer.engine.rules == [rule((0.4,)), rule((0.2,)), None]
+    assert trainer.engine.rules == [rule((weight,)), rule((weight / 2,)), None]
     assert trainer.engine.partners_stop and trainer.engine.syncs == 3
     settings = {"stop_token_ids": trainer.eos_token_ids, "vocab_size": trainer._num_tokens, "records": True}
     assert trainer.engine.settings[0] == settings

@@ -12,8 +12,9 @@ downloads, and runs no other code of a repository. It needs torch, transformers 
 is an adapter. The same file is in every export of `trl_blend`; nothing of that package is needed to run it.
 
 Mixed are next-token logits, `(1 - sum(w)) * student + sum(w_i * reference_i)` with `"space": "logits"`, or the
-probabilities with `"space": "probs"` (each model divided by the temperature first). Temperature, top-k, top-p and the
-caller's own processors then act on the mixture. Only `generate` mixes: `forward` is the student's, with a warning.
+probabilities with `"space": "probs"` (each model divided by the temperature first); with `"space": "arithmetic"`,
+`student + sum(w_i * reference_i)` of logits, with weights of any sign. Temperature, top-k, top-p and the caller's own
+processors then act on the mixture. Only `generate` mixes: `forward` is the student's, with a warning.
 """
 
 import functools
@@ -239,19 +240,22 @@ def _read_spec(repository: Repository) -> dict[str, Any]:
             f"generate.py reads {SCHEMA_VERSION}. Take both from the same export."
         )
     weights, references = spec["weights"], spec["references"]
-    in_range = all(0.0 <= weight <= 1.0 for weight in weights) and math.fsum(weights) <= 1.0 + 1e-9
-    if not in_range or len(weights) != len(references) or spec["space"] not in ("logits", "probs"):
+    if spec["space"] == "arithmetic":
+        in_range = all(map(math.isfinite, weights))
+    else:
+        in_range = all(0.0 <= weight <= 1.0 for weight in weights) and math.fsum(weights) <= 1.0 + 1e-9
+    if not in_range or len(weights) != len(references) or spec["space"] not in ("logits", "probs", "arithmetic"):
         raise MixedPolicyError(
             f"mixing.json of {repository.name!r} has weights {weights} for {len(references)} reference(s) and space "
             f"{spec['space']!r}. It needs one weight in [0, 1] per reference, at most 1 together, and 'logits' or "
-            "'probs'. Export the policy again."
+            "'probs', or any weights and 'arithmetic'. Export the policy again."
         )
     return spec
 
 
 def _load_mixture(student: Any, repository: Repository, loaded_here: bool) -> Mixture:
     spec = _read_spec(repository)
-    active = [(entry, weight) for entry, weight in zip(spec["references"], spec["weights"], strict=True) if weight > 0]
+    active = [(entry, weight) for entry, weight in zip(spec["references"], spec["weights"], strict=True) if weight]
     if active:
         _check_tokenizer(spec, repository)
     references = [
@@ -348,14 +352,17 @@ class MixtureProcessor(LogitsProcessor):
 
 
 def _mix(mixture: Mixture, models: list[torch.Tensor]) -> torch.Tensor:
-    rest = 1.0 - math.fsum(mixture.weights)
+    rest = 1.0 if mixture.space == "arithmetic" else 1.0 - math.fsum(mixture.weights)
     weights = [rest if rest > 1e-9 else 0.0, *mixture.weights]
     # A model of weight 0 is left out: 0 * -inf would be NaN. Half precision has too few bits to average in.
     models = [one if one.dtype == torch.float64 else one.float() for one in models]
-    terms = [(one, weight) for one, weight in zip(models, weights, strict=True) if weight > 0]
-    if mixture.space == "logits":
-        return functools.reduce(torch.add, [one * weight for one, weight in terms])
-    return torch.stack([one.log_softmax(dim=-1) + math.log(weight) for one, weight in terms]).logsumexp(dim=0)
+    terms = [(one, weight) for one, weight in zip(models, weights, strict=True) if weight]
+    if mixture.space == "probs":
+        return torch.stack([one.log_softmax(dim=-1) + math.log(weight) for one, weight in terms]).logsumexp(dim=0)
+    # What one model excludes is excluded, whatever the sign of its weight
+    excluded = functools.reduce(torch.logical_or, [one == -math.inf for one, _ in terms])
+    total = functools.reduce(torch.add, [one.masked_fill(excluded, 0.0) * weight for one, weight in terms])
+    return total.masked_fill(excluded, -math.inf)
 
 
 class Follower:

@@ -12,7 +12,7 @@ from trl_blend.errors import ConfigError
 from trl_blend.ops.head import tiles
 from trl_blend.ops.head.layer import GatherParameters, LMHead, frozen, no_gather
 from trl_blend.ops.head.tiles import LOG_ZERO, Block, Kernel, Scratch, TiledModel, TileGradient
-from trl_blend.ops.mixing import student_weight, validate_weights
+from trl_blend.ops.mixing import SPACES, student_weight, validate_weights
 
 
 class MixedLogProbs(NamedTuple):
@@ -37,7 +37,7 @@ def mixed_log_probs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    space: Literal["logits", "probs"] = "logits",
+    space: Literal["logits", "probs", "arithmetic"] = "logits",
     compute_entropy: bool = True,
     vocab_size: int | None = None,
     gather_parameters: GatherParameters = no_gather,
@@ -54,6 +54,9 @@ def mixed_log_probs(
     w_S = 1 - \sum_i w_i
     $$
 
+    "arithmetic" is "logits" with `w_S = 1` and partner weights of any sign, see
+    [`~trl_blend.ops.mixing.arithmetic_logits`].
+
     Per-model biases, scales, softcaps, hidden sizes and vocabulary sizes are allowed. Projections run in the dtype of
     the hidden states (under autocast, in its dtype) as in TRL's `ChunkedLogProbFunction`; sums and statistics in
     float32, or in float64 where hidden states are float64.
@@ -65,8 +68,8 @@ def mixed_log_probs(
     hidden axis. That identity is evaluated tile by tile: each model is projected, summed in a buffer of bounded size
     and folded into an online log-sum-exp, so there is no concatenated copy of the weights and no gradient buffer for
     the frozen half. The backward recomputes the tiles. Passes over the vocabulary, one projection per model each:
-    logits 1 forward and 1 backward; probs 1 forward (2 with entropy) and 1 backward, which skips the partners unless
-    the entropy is differentiated. Models of weight 0 are skipped everywhere.
+    logits and arithmetic 1 forward and 1 backward; probs 1 forward (2 with entropy) and 1 backward, which skips the
+    partners unless the entropy is differentiated. Models of weight 0 are skipped everywhere.
 
     Args:
         student ([`LMHead`]):
@@ -75,13 +78,13 @@ def mixed_log_probs(
             Output layers of the partners. Entries past a partner's vocabulary have logit `-inf` for it; entries past
             `V` are dropped before its softmax.
         weights (`Sequence[float]`):
-            One weight in `[0, 1]` per partner, at most 1 together.
+            One weight in `[0, 1]` per partner, at most 1 together; with `space="arithmetic"` any numbers.
         targets (`torch.Tensor` of shape `(N,)`):
             Token ids in `[0, V)`. Replace ignored labels such as -100 first; out-of-range ids give `-inf`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of `p_mix`. Each model's logits are divided by it.
         space (`str`, *optional*, defaults to `"logits"`):
-            What is averaged: `"logits"` or `"probs"`.
+            What is averaged, `"logits"` or `"probs"`, or logits that are added, `"arithmetic"`.
         compute_entropy (`bool`, *optional*, defaults to `True`):
             Whether to compute the entropy.
         vocab_size (`int`, *optional*):
@@ -97,25 +100,25 @@ def mixed_log_probs(
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the weights, the temperature, the space or a shape is invalid.
     """
-    checked = validate_weights(weights)
+    if space not in SPACES:
+        raise ConfigError(f"`space` is {space!r}. Set it to one of {', '.join(map(repr, SPACES))}.")
+    checked = validate_weights(weights, space=space)
     if len(checked) != len(partners):
         raise ConfigError(
             f"`weights` has {len(checked)} entries for {len(partners)} partners. Pass one weight per partner."
         )
     if not 0.0 < temperature < math.inf:
         raise ConfigError(f"`temperature` is {temperature}. Set it to a positive number.")
-    if space not in ("logits", "probs"):
-        raise ConfigError(f"`space` is {space!r}. Set it to 'logits' or 'probs'.")
     for head in (student, *partners):
         if head.hidden.dim() != 2 or targets.shape != head.hidden.shape[:1]:
             raise ConfigError(
                 f"`hidden` has shape {tuple(head.hidden.shape)} and `targets` has shape {tuple(targets.shape)}. "
                 "Flatten them to (N, H) and (N,), with the same tokens for every model."
             )
-    heads = [(student, student_weight(checked))]
-    heads += [(frozen(partner), share) for partner, share in zip(partners, checked, strict=True) if share > 0.0]
-    # With one model left both spaces are its own softmax, and the logits path needs one pass fewer
-    mixes_logits = space == "logits" or sum(share > 0.0 for _, share in heads) == 1
+    heads = [(student, student_weight(checked, space))]
+    heads += [(frozen(partner), share) for partner, share in zip(partners, checked, strict=True) if share != 0.0]
+    # With one model left all spaces are its own softmax, and the logits path needs one pass fewer
+    mixes_logits = space != "probs" or sum(share != 0.0 for _, share in heads) == 1
     models = [tiles.tiled(head, (share if mixes_logits else 1.0) / temperature, share) for head, share in heads]
     with gather_parameters(*tiles.parameters_of(models)):
         kernel = _MixedLogProbs(tiles.vocabulary(student, vocab_size), targets, mixes_logits, compute_entropy)
@@ -125,7 +128,7 @@ def mixed_log_probs(
 
 @dataclass(frozen=True)
 class _MixedLogProbs(Kernel):
-    """The student comes first, also when its weight is 0; partners have a positive weight."""
+    """The student comes first, also when its weight is 0; no partner's weight is 0."""
 
     vocab: int
     targets: Tensor
@@ -140,7 +143,7 @@ class _MixedLogProbs(Kernel):
         return self.mixes_logits or grads[1] is not None
 
     def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
-        models = [model for model in models if model.share > 0.0]
+        models = [model for model in models if model.share != 0.0]
         if self.mixes_logits:
             log_norm, logps, entropy = self._softmax_statistics(models, scratch, entropy=self.computes_entropy)
             return (logps, entropy), [log_norm, None if entropy is None else -entropy]

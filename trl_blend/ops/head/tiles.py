@@ -129,7 +129,7 @@ def project(
 ) -> None:
     """
     Write a tile of one model of a block, `factor * logits`, to `out` or add it there. Columns past its vocabulary
-    become `-inf`.
+    become `-inf`, as do those of a bias of `-inf`, also with a negative factor.
 
     With `tanh` (of `out`'s shape), the hyperbolic tangent of the softcap is left there for the gradient. With
     `rounded=False`, products in half precision are kept in the dtype of `out`. Overwrites the scratch buffers
@@ -140,6 +140,8 @@ def project(
     out = out[:, :columns]
     hidden = model.hidden[rows].to(model.dtype)
     alpha = model.factor * (model.logit_scale if model.softcap is None else model.softcap)
+    if bias is not None and model.softcap is None and alpha < 0.0:
+        bias = bias.masked_fill(bias == -torch.inf, torch.inf)
     if model.softcap is None and model.dtype == out.dtype:
         out.addmm_(hidden, weight.t(), beta=int(accumulate), alpha=alpha)
         if bias is not None:

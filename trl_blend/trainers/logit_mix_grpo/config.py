@@ -7,7 +7,7 @@ from typing import Any, Literal
 from trl import GRPOConfig
 
 from trl_blend.errors import ConfigError
-from trl_blend.generation.rules import BlendRule, LogitMixing, ProbabilityMixing
+from trl_blend.generation.rules import BlendRule, mixing_rule
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.ops.mixing import validate_weights
 from trl_blend.schedules import DECAYING_SCHEDULES, make_schedule
@@ -69,9 +69,9 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
         teacher_weight (`float` or `list[float]`, *optional*, defaults to `0.5`):
             Weight \\( w \\) of the teacher in the mixed policy, at step 0 if it moves: a number in `[0, 1]`, or one
-            per teacher with a sum of at most 1. `0` reproduces [`~trl.GRPOTrainer`]. The default is the logit-fusion
-            code's starting value. On the test-bed a larger weight gives a better mixture, and a smaller one (0.1) a
-            better student alone.
+            per teacher with a sum of at most 1; with `mixing_space="arithmetic"` any numbers. `0` reproduces
+            [`~trl.GRPOTrainer`]. The default is the logit-fusion code's starting value. On the test-bed a larger
+            weight gives a better mixture, and a smaller one (0.1) a better student alone.
         teacher_weight_schedule (`str`, *optional*, defaults to `"constant"`):
             How the weight moves with the optimizer step: `"constant"`, `"linear"` or `"cosine"` decay to 0 in
             `teacher_weight_decay_steps` steps, or `"adaptive"` (Algorithm 2 of the logit-averaging paper).
@@ -79,7 +79,11 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             Optimizer steps until the weight is 0. Required by the decaying schedules (the logit-fusion code uses
             1000).
         mixing_space (`str`, *optional*, defaults to `"logits"`):
-            `"logits"` mixes logits (a renormalised geometric mean of the policies), `"probs"` mixes probabilities.
+            `"logits"` mixes logits (a renormalised geometric mean of the policies), `"probs"` mixes probabilities,
+            `"arithmetic"` adds logits, \\( z_S + \sum_i w_i z_i \\), with weights of any sign. Weights `[1, -1]` for
+            a tuned and an untuned teacher are proxy tuning (arXiv 2401.08565), `[α, -α]` for an expert and an
+            anti-expert DExperts (arXiv 2105.03023). Another weight of the student, if positive, is the same as
+            dividing all weights and the temperature by it.
 
         > Parameters that control the objective
 
@@ -134,7 +138,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     teacher_weight: list[float] = field(default_factory=lambda: [0.5])
     teacher_weight_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
     teacher_weight_decay_steps: int | None = None
-    mixing_space: Literal["logits", "probs"] = "logits"
+    mixing_space: Literal["logits", "probs", "arithmetic"] = "logits"
 
     # Parameters that control the objective
     objective: Literal["mixed", "student"] = "mixed"
@@ -157,8 +161,8 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         if isinstance(self.teacher_model_name_or_path, str):
             self.teacher_model_name_or_path = [self.teacher_model_name_or_path]
         weights = self.teacher_weight if isinstance(self.teacher_weight, (list, tuple)) else [self.teacher_weight]
-        self.teacher_weight = list(validate_weights(weights, "teacher_weight"))
         check_choices(self)
+        self.teacher_weight = list(validate_weights(weights, "teacher_weight", self.mixing_space))
         for name, words in WORDS_OF_TRL.items():
             if getattr(self, name) not in words:
                 raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(words)}.")
@@ -189,7 +193,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         """The mixture with the given teacher weights; `None` where all are 0."""
         if not any(weights):
             return None
-        return (LogitMixing if self.mixing_space == "logits" else ProbabilityMixing)(tuple(weights))
+        return mixing_rule(self.mixing_space, weights)
 
     def _check_schedule(self):
         schedule, steps = self.teacher_weight_schedule, self.teacher_weight_decay_steps
@@ -209,6 +213,11 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                     raise ConfigError(f"`{name}={getattr(self, name)}` must be at least 1.")
             if self.adaptive_scale <= 0:
                 raise ConfigError(f"`adaptive_scale={self.adaptive_scale}` must be positive.")
+            if self.mixing_space == "arithmetic":
+                raise ConfigError(
+                    "`teacher_weight_schedule='adaptive'` moves a weight in (0, 1), the teacher's share, and "
+                    "`mixing_space='arithmetic'` has no shares. Use `mixing_space='logits'`, or another schedule."
+                )
             if not 0.0 < self.adaptive_max_weight <= 1.0:
                 raise ConfigError(f"`adaptive_max_weight={self.adaptive_max_weight}` must be in (0, 1].")
             if len(self.teacher_weight) > 1:

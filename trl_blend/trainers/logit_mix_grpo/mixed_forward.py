@@ -33,7 +33,7 @@ class MixedForward:
         weights (`Sequence[float]`):
             Weight of each teacher.
         space (`str`):
-            `"logits"` or `"probs"`.
+            `"logits"`, `"probs"` or `"arithmetic"`.
         unwrapped_student (`nn.Module`):
             The PEFT model inside `student`, whose adapters are disabled when there are no teachers.
         num_tokens (`int`, *optional*):

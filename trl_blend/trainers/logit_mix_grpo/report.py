@@ -141,6 +141,8 @@ def choices(config: LogitMixGRPOConfig) -> list[str]:
     if not config.mixes:
         return []
     found = []
+    if config.mixing_space == "arithmetic":
+        found.append("Training on a sum of logits: DExperts and proxy tuning decode with it, and train nothing.")
     if config.objective == "mixed":
         found.append(
             "The teacher weight: the paper's fixed weight was not known to us, so that of this run is a choice of "

@@ -96,10 +96,10 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     Trainer for GRPO with a teacher (such as the SFT model) mixed into every decoding step.
 
     Tokens are drawn from \\( p_{mix} = \mathrm{softmax}(z_{mix} / \tau) \\) with
-    \\( z_{mix} = (1 - \sum_i w_i)\, z_S + \sum_i w_i z_i \\) (Eq. 1 of the logit-averaging paper). With
-    `objective="mixed"` the GRPO objective, ratio included, is that of \\( p_{mix} \\), with gradient through
-    \\( z_S \\) only. With `objective="student"` it is that of the student alone, and the denominator of the ratio is
-    the probability that the token was drawn with.
+    \\( z_{mix} = (1 - \sum_i w_i)\, z_S + \sum_i w_i z_i \\) (Eq. 1 of the logit-averaging paper), or as another
+    `mixing_space` says. With `objective="mixed"` the GRPO objective, ratio included, is that of \\( p_{mix} \\), with
+    gradient through \\( z_S \\) only. With `objective="student"` it is that of the student alone, and the denominator
+    of the ratio is the probability that the token was drawn with.
 
     Every `loss_type` and `importance_sampling_level` of [`~trl.GRPOTrainer`] works: this class changes what
     log-probabilities are computed, not the loss. At weight 0 it is `GRPOTrainer`, bit for bit.
@@ -378,7 +378,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             rows (`list[dict]`):
                 Rows of a dataset, as for training. Every rank passes the same ones.
             weights (`tuple[float, ...]`):
-                Weight of each teacher: all 0 is the student alone, 1 the teacher alone.
+                Weight of each teacher: all 0 is the student alone, 1 (except in arithmetic) the teacher alone.
             progress (`Callable`, *optional*):
                 Wraps the batches as `tqdm` does.
 
