@@ -41,10 +41,10 @@ def test_card_of_an_export(tmp_path, monkeypatch, modules_cache):  # noqa: F811
 
 def test_card_of_a_sum_of_logits(tmp_path):
     parts = Part("me/student"), [Part("me/expert"), Part("me/anti")]
-    write_policy_card(tmp_path, *parts, [1.0, -1.0], "arithmetic", is_adapter=False, has_chat_template=False)
+    write_policy_card(tmp_path, *parts, [1.0, -0.7], "arithmetic", is_adapter=False, has_chat_template=False)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     (rows,) = tables_of(card).values()
-    assert [row[1] for row in rows[-3:]] == ["1", "1", "-1"]
+    assert [row[1] for row in rows[-3:]] == ["1", "1", "-0.7"]
     assert "\n\nNext-token logits are added, each times its weight.\n\n" in card and "Mixed are" not in card
 
 

@@ -359,9 +359,9 @@ def _mix(mixture: Mixture, models: list[torch.Tensor]) -> torch.Tensor:
     terms = [(one, weight) for one, weight in zip(models, weights, strict=True) if weight]
     if mixture.space == "probs":
         return torch.stack([one.log_softmax(dim=-1) + math.log(weight) for one, weight in terms]).logsumexp(dim=0)
+    total = functools.reduce(torch.add, [one * weight for one, weight in terms])
     # What one model excludes is excluded, whatever the sign of its weight
     excluded = functools.reduce(torch.logical_or, [one == -math.inf for one, _ in terms])
-    total = functools.reduce(torch.add, [one.masked_fill(excluded, 0.0) * weight for one, weight in terms])
     return total.masked_fill(excluded, -math.inf)
 
 
