@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from trl import get_peft_config
 
 import grpo_mix
 import rewards
+from trl_blend import LogitMixGRPOConfig
 from trl_blend.scripts.data import load_prompts
 
 
@@ -39,6 +42,16 @@ def test_the_testbed_run_prints_and_saves_both_tables(tmp_path):
     for policy in table["before"]:
         assert policy in result.stdout
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "README.md").is_file()
+
+
+@pytest.mark.parametrize(("space", "alone"), [("logits", ["teacher 0 alone", "teacher 1 alone"]), ("arithmetic", [])])
+def test_no_sum_of_logits_is_a_teacher_alone(tmp_path, space, alone):
+    settings = {"teacher_weight": [0.5, 0.25], "mixing_space": space, "use_cpu": True, "bf16": False}
+    args = LogitMixGRPOConfig(output_dir=str(tmp_path), disable_tqdm=True, report_to="none", **settings)
+    decoded = SimpleNamespace(rewards=torch.ones(2, 1))
+    trainer = SimpleNamespace(args=args, partners=[None, None], greedy_rewards=lambda *_: decoded)
+    policies = ["student alone", "mixed, weight 0.50/0.25", *alone]
+    assert list(grpo_mix.score_policies(trainer, [])) == policies
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
