@@ -80,6 +80,15 @@ def test_arithmetic_with_weights_that_sum_to_one_is_mixing():
     torch.testing.assert_close(arithmetic(student, [teacher]).logits, mixing(student, [teacher]).logits)
 
 
+def test_arithmetic_at_its_limits():
+    student, teacher = draw(5, 12)
+    alone = LogitArithmetic(1.0, (1.5, -1.5))(student, [teacher, teacher])
+    torch.testing.assert_close(alone.logits, student, rtol=0, atol=1e-5)
+    # `z_S + w z_T` is logit mixing with weight `w / (1 + w)` at a temperature of `1 / (1 + w)` times
+    added, mixing = LogitArithmetic(1.0, (0.6,)), LogitMixing(0.6 / 1.6)
+    torch.testing.assert_close(added(student, [teacher]).logits, 1.6 * mixing(student, [teacher]).logits)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 @pytest.mark.parametrize("rule", [ContrastiveDecoding(0.1, 0.5), LogitArithmetic(1.5, (-0.5,))])
 def test_decoding_has_the_temperature_once(student, teacher, prompts, rule, temperature):

@@ -46,10 +46,10 @@ def parent_run(models, tmp_path_factory):
     return run
 
 
-def assert_parents_first_step(ours, parent):
+def assert_parents_first_step(ours, parent, factor=1 - WEIGHT):
     assert torch.equal(ours.calls[0].inputs["completion_ids"], parent.calls[0].inputs["completion_ids"])
     assert ours.losses[0] == pytest.approx(parent.losses[0], abs=1e-6)
-    runs.assert_close_tensors(ours.gradients[0], scaled(parent.gradients[0], 1 - WEIGHT), relative=1e-4)
+    runs.assert_close_tensors(ours.gradients[0], scaled(parent.gradients[0], factor), relative=1e-4)
     for name in ("entropy", "reward", "completions/mean_length"):
         assert ours.logged(name)[0] == pytest.approx(parent.logged(name)[0], abs=1e-5)
 
@@ -83,6 +83,13 @@ def test_other_options_of_grpo_act_on_the_mixture(build, parent_run, settings):
     parent_settings = {name: value for name, value in settings.items() if name != "mixing_space"}
     ours = runs.train(build(teacher="student", teacher_weight=WEIGHT, **settings))
     assert_parents_first_step(ours, parent_run(**parent_settings))
+
+
+def test_an_expert_that_equals_the_anti_expert_leaves_grpo(build, parent_run):
+    settings = {"teacher_weight": [0.8, -0.8], "mixing_space": "arithmetic"}
+    ours = runs.train(build(teacher=["teacher", "teacher"], **settings))
+    assert_parents_first_step(ours, parent_run(), factor=1.0)
+    assert ours.logged("mixing/kl_behavior_student") == [pytest.approx(0.0, abs=1e-6)]
 
 
 @pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
