@@ -134,7 +134,7 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.train()
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    trainer.end()
+    trainer.accelerator.end_training()
 
 
 def make_parser(prog=None):

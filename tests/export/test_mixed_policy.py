@@ -118,6 +118,14 @@ def test_two_references_padded_vocabularies_and_several_sequences(models, tmp_pa
     assert "MixedPolicyError" in beams["error"] and "num_beams=1" in beams["error"]
 
 
+def test_rows_that_are_no_tokens_are_not_drawn(models, tmp_path):
+    """Both models have more rows than the tokenizer has tokens."""
+    repository = export_mixed_policy(models / "student", models / "second", 0.4, tmp_path / "p")
+    (result,) = mixed.decode_alone(tmp_path, [mixed.job(tmp_path, repository, INPUTS, TINY)])
+    assert result["scores"].shape[-1] == 70
+    assert result["scores"][..., :64].isfinite().all() and result["scores"][..., 64:].isneginf().all()
+
+
 @pytest.mark.parametrize(("weight", "model"), [(0.0, "student"), (1.0, "second")])
 def test_the_ends_of_the_scale(models, tmp_path, weight, model):
     repository = export_mixed_policy(models / "student", models / "second", weight, tmp_path / "p")

@@ -1,6 +1,7 @@
 """Losses are those of the whole models, in forms where hidden states and the output layer's weight alone are not."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.models.architectures import tiny_architecture
 from tests.tiny import VOCAB_SIZE, tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import forced, runs, scored
 from tests.trainers.trust_region_opd import policies
-from trl_blend.errors import UnsupportedError
+from trl_blend.errors import EngineError, UnsupportedError
 from trl_blend.models.fingerprint import identify_model
 
 
@@ -185,3 +186,10 @@ def test_a_step_that_leaves_some_weights_out_is_a_warning(make, caplog):
     layers[0].self_attn.o_proj = Cut(layers[0].self_attn.o_proj)
     trainer.train()
     assert "2 of the 4 weights to be trained got no gradient" in caplog.text
+
+
+def test_a_gradient_that_is_no_number_is_an_error(make):
+    trainer = make()
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(EngineError, match="Step 1: the gradient is NaN"):
+        trainer.train()

@@ -1,6 +1,6 @@
 """Checks of who is who: one function per check, each returning one finding."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl_blend.consistency.provenance import TeacherProvenance
@@ -90,7 +90,7 @@ def check_provenance(who: Identities) -> Finding:
         return Finding("provenance", "info", message, evidence, remedy)
     evidence["created_at"] = who.recorded.created_at
     if who.stated is not None:
-        compared = compare_identities(who.provenance.teacher, who.stated.teacher)
+        compared = compare_identities(who.provenance.nearest(who.stated.teacher).teacher, who.stated.teacher)
         if compared.relation in ("different", "unknown"):
             stated = who.stated.teacher.describe()
             message = f"`sft_teacher` is {stated}, but the record beside the student names {teacher}."
@@ -107,7 +107,7 @@ def check_teacher(who: Identities) -> Finding:
     if who.provenance is None or who.scoring_teacher is None:
         lack = "the teacher of the fine-tuning" if who.provenance is None else "the teacher of the log-probs"
         return Finding("teacher", "info", f"Not compared: {lack} is unknown.")
-    return _compared(
+    found = _compared(
         "teacher",
         ("scoring_teacher", "the teacher of the log-probs", who.scoring_teacher),
         ("sft_teacher", "the teacher of the fine-tuning", who.provenance.teacher),
@@ -115,6 +115,12 @@ def check_teacher(who: Identities) -> Finding:
         "Score the rollouts with the teacher of the fine-tuning, or fine-tune on samples of the scoring teacher: with "
         "two teachers the gradient is biased, live or offline.",
     )
+    number = len(who.provenance.teachers)
+    if number == 1 or found.severity != "ok":
+        return found
+    whose = f"It is one of {number} teachers of the fine-tuning; which rows were whose is not recorded."
+    evidence = found.evidence | {"teachers": number}
+    return replace(found, severity="info", message=f"{found.message} {whose}", evidence=evidence)
 
 
 def check_rollout_student(who: Identities) -> Finding:

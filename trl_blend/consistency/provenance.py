@@ -184,8 +184,8 @@ def _refuse_another(folder: Path, identities: Sequence[ModelIdentity], remedy: s
     if not (folder / PROVENANCE_FILE).is_file():
         return
     recorded = TeacherProvenance.load(folder / PROVENANCE_FILE).teachers
-    known = [any(_same(one, other) for other in recorded) for one in identities]
-    if not all(known) or len(recorded) != len(identities):
+    pairs = ((one, others) for some, others in ((identities, recorded), (recorded, identities)) for one in some)
+    if not all(any(_same(one, other) for other in others) for one, others in pairs):
         described = [" and ".join(one.describe() for one in teachers) for teachers in (recorded, identities)]
         raise ConfigError(
             f"{folder} records another teacher, {described[0]}; given was {described[1]}. Rows of one teacher, scored "
@@ -260,7 +260,7 @@ class TeacherProvenanceCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        teachers = self.teacher if isinstance(self.teacher, list) else [self.teacher]
+        teachers = self.teacher if isinstance(self.teacher, list | tuple) else [self.teacher]
         self._identities = [_identify(teacher, self.revision) for teacher in teachers]
         if state.global_step > 0:
             remedy = "Continue with the same one, or use another output_dir"

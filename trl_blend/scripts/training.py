@@ -53,7 +53,7 @@ def train_and_score(trainer: Any, score: Callable[[], Any]) -> Scores:
         stop.restore()
     if stop.checkpoint is not None:
         step, steps = trainer.state.global_step, trainer.state.max_steps
-        trainer.end()
+        trainer.accelerator.end_training()
         say_how_to_go_on(f"Stopped after step {step} of {steps}", stop.checkpoint)
         sys.exit(EXIT_INTERRUPTED)
     trainer.save_model(trainer.args.output_dir)
@@ -83,4 +83,4 @@ def finish(trainer: Any, scores: Scores, rewards: Sequence[str], num_prompts: in
     trainer.accelerator.print(f"Model saved to {folder}.")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()

@@ -13,6 +13,7 @@ from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 
 from trl_blend.generation.settings import CUTS, SAMPLES, names_with
+from trl_blend.models.limits import num_token_ids, vocabulary_rows
 from trl_blend.models.wrappers import evaluation_mode
 
 
@@ -67,7 +68,7 @@ def greedy_rewards(
     prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in mine], chat_template_kwargs)
     if isinstance(model, AbstractContextManager):
         with model as decoding:
-            settings = greedy_settings(generation_kwargs, tokenizer, eos_token_ids(decoding))
+            settings = greedy_settings(generation_kwargs, tokenizer, decoding)
             completion_ids = decode(decoding, prompt_ids, settings, batch_size, progress)
     else:
         completion_ids = model(prompt_ids)
@@ -93,13 +94,18 @@ def generating_model(model: Any, accelerator: Accelerator, **unwrapping: Any) ->
 
 
 def greedy_settings(
-    generation_kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, eos_of_model: Sequence[int]
+    generation_kwargs: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> GenerationConfig:
-    """Settings of `generate` without those of sampling, that stop at every end-of-sequence token there is."""
+    """
+    Settings of `generate` without those of sampling, that stop at every end-of-sequence token there is, and choose no
+    row of the model that is not a token.
+    """
     sampling = names_with(SAMPLES, CUTS)
     settings = {key: value for key, value in generation_kwargs.items() if key not in sampling}
     given = settings.pop("eos_token_id", ())
-    settings["eos_token_id"] = sorted({*given, *eos_of_model, tokenizer.eos_token_id})
+    ends = settings["eos_token_id"] = sorted({*given, *eos_token_ids(model), tokenizer.eos_token_id})
+    if padding := range(num_token_ids(tokenizer, ends), vocabulary_rows(model)):
+        settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or ()), *padding]
     settings.setdefault("pad_token_id", pad_token_id(tokenizer))
     return GenerationConfig(**settings, do_sample=False, disable_compile=True)
 

@@ -9,6 +9,7 @@ import copy
 import re
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
@@ -26,7 +27,7 @@ from trl_blend.models.loading import (
     supports_attention,
 )
 from trl_blend.models.output_layer import output_layer_name
-from trl_blend.models.wrappers import AdapterConfig, check_adapters_can_be_disabled
+from trl_blend.models.wrappers import AdapterConfig, check_adapters_can_be_disabled, evaluation_mode
 
 
 logger = get_logger(__name__)
@@ -325,6 +326,25 @@ def has_new_adapter(model: Any, peft_config: Any) -> bool:
         return False
     factors = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
     return bool(factors) and not any(factor.any() for factor in factors)
+
+
+@torch.no_grad()
+def check_starts_as_base(student: Any, needs: str) -> None:
+    """
+    Refuse a student whose adapters already change what it says: some start with weights of their own, and modules or
+    magnitudes may have been trained beside them.
+    """
+    row = torch.arange(min(vocabulary_rows(student), 16), device=student.device)[None]
+    with evaluation_mode(student):
+        own = student(input_ids=row).logits.float()
+    with evaluation_mode(student, disable_adapters=True):
+        base = student(input_ids=row).logits.float()
+    gap, rounding = (own - base).abs().max().item(), 10 * torch.finfo(student.dtype).eps * base.abs().max().item()
+    if not gap <= rounding:
+        raise UnsupportedError(
+            f"{needs}, which is the base with the adapters disabled, but with them a logit differs by {gap:.2g}. "
+            "Merge them into the base (`merge_and_unload`), and train a new adapter on that."
+        )
 
 
 def check_adapter_has_moved(model: Any, peft_config: Any) -> None:

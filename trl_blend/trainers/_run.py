@@ -23,7 +23,7 @@ from trl import RichProgressCallback
 from trl_blend import _compat
 from trl_blend._version import __version__
 from trl_blend.consistency.provenance import PROVENANCE_FILE
-from trl_blend.errors import ConfigError, HubError, UnsupportedError
+from trl_blend.errors import ConfigError, EngineError, HubError, UnsupportedError
 from trl_blend.export import former_export
 from trl_blend.models.loading import naming_damage
 from trl_blend.models.output_layer import give_bias
@@ -366,10 +366,12 @@ def _warn_if_failed(job: Future) -> None:
 class GradientCheckCallback(TrainerCallback):
     """
     Looks whether the weights that are to be trained got a gradient: at the first step, and at the first one after an
-    evaluation. Not with DeepSpeed, which keeps gradients to itself.
+    evaluation. Not with DeepSpeed, which keeps gradients to itself. At every log it looks whether the gradient is a
+    number; in float16 the scaler leaves out those that are not.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]: If none of them got one.
+        [`~trl_blend.errors.EngineError`]: If the norm of the gradient is NaN.
     """
 
     def __init__(self) -> None:
@@ -377,6 +379,14 @@ class GradientCheckCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._looks = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not args.fp16 and math.isnan(float((logs or {}).get("grad_norm") or 0.0)):
+            raise EngineError(
+                f"Step {state.global_step}: the gradient is NaN, and so are the weights by now. The student or a "
+                "teacher has no number for some token: check that their checkpoints are whole, or load them with "
+                "`dtype='float32'` or `'bfloat16'`. The checkpoints before this step are as they were."
+            )
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self._looks or args.deepspeed is not None or args.distributed_state.distributed_type == "DEEPSPEED":

@@ -1,7 +1,7 @@
 """Other targets and fewer positions: their limits, what they are measured by, and where the reference comes from."""
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from tests import reference, reference_divergences
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
@@ -11,6 +11,7 @@ from tests.trainers.trust_region_opd.test_reference_loss import reference_losses
 from trl_blend.errors import ConfigError, UnsupportedError
 
 
+TOKENIZER = {"processing_class": tiny_tokenizer()}
 STUDENT = {"rollout_policy": "student"}
 INTERPOLATED = {**STUDENT, "distillation_target": "interpolated", "target_weight": 0.3}
 TIP = {**STUDENT, "token_selection": "tip", "tip_entropy_quantile": 0.6, "tip_divergence_quantile": 0.7}
@@ -105,6 +106,18 @@ def test_a_reference_that_is_not_the_student_at_step_0(build_opd, name):
     with pytest.raises(error, match="`distillation_target='interpolated'` with `target_weight=0.3` needs") as raised:
         build_opd(**INTERPOLATED, **settings)
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["modules_to_save", "magnitudes"])
+def test_a_new_adapter_beside_what_was_trained(build_opd, what):
+    settings = {"modules_to_save": ["embed_tokens"]} if what == "modules_to_save" else {"use_dora": True}
+    student = get_peft_model(tiny_model(seed=0), LoraConfig(target_modules=["v_proj"], **settings))
+    build_opd(**INTERPOLATED, student=student, trainer_kwargs=TOKENIZER)
+    for name, parameter in student.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name:
+            parameter.data *= 1.1
+    with pytest.raises(UnsupportedError, match="needs the student at step 0, which is the base .* logit differs by"):
+        build_opd(**INTERPOLATED, student=student, trainer_kwargs=TOKENIZER)
 
 
 def test_a_model_that_zero_3_has_split(build_opd):

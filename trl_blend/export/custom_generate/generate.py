@@ -227,6 +227,7 @@ class Mixture(NamedTuple):
     space: str
     references: list[Any]
     weights: list[float]
+    num_tokens: int  # rows of a model beyond it are padding and no tokens
 
 
 _MIXTURES: "weakref.WeakKeyDictionary[Any, dict[str, Mixture]]" = weakref.WeakKeyDictionary()
@@ -256,24 +257,28 @@ def _read_spec(repository: Repository) -> dict[str, Any]:
 def _load_mixture(student: Any, repository: Repository, loaded_here: bool) -> Mixture:
     spec = _read_spec(repository)
     active = [(entry, weight) for entry, weight in zip(spec["references"], spec["weights"], strict=True) if weight]
-    if active:
-        _check_tokenizer(spec, repository)
+    num_tokens = _checked_tokens(spec, repository) if active else 0
+    ends = student.generation_config.eos_token_id
+    num_tokens = max([num_tokens, *(end + 1 for end in ([ends] if isinstance(ends, int) else ends or ()))])
     references = [
         _check_base(student, repository, loaded_here) if entry.get("base") else _load(entry, student, repository)
         for entry, _ in active
     ]
-    return Mixture(spec["space"], references, [weight for _, weight in active])
+    return Mixture(spec["space"], references, [weight for _, weight in active], num_tokens)
 
 
-def _check_tokenizer(spec: dict[str, Any], repository: Repository) -> None:
+def _checked_tokens(spec: dict[str, Any], repository: Repository) -> int:
+    """One more than the largest id of the tokenizer, which is the one of the export."""
     repository.file("tokenizer_config.json")
     tokenizer = AutoTokenizer.from_pretrained(repository.name, trust_remote_code=False, **repository.options)
-    text = json.dumps(tokenizer.get_vocab(), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    vocabulary = tokenizer.get_vocab()
+    text = json.dumps(vocabulary, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     if hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() != spec["tokenizer_sha256"]:
         raise MixedPolicyError(
             f"The tokenizer of {repository.name!r} was changed: its ids are not those that the student and the "
             "reference share. Restore its files, or export the policy again."
         )
+    return max(vocabulary.values()) + 1
 
 
 def _check_base(student: Any, repository: Repository, loaded_here: bool) -> None:
@@ -344,7 +349,8 @@ class MixtureProcessor(LogitsProcessor):
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         models = [scores, *(follower.step(input_ids).to(scores) for follower in self.followers)]
-        rows = min(one.shape[-1] for one in models)  # more rows than the smallest model has are padding and no tokens
+        # What the smallest model has no row for is no token either
+        rows = min([self.mixture.num_tokens, *(one.shape[-1] for one in models)])
         forbidden = scores[:, :rows] == -math.inf  # by `generate`
         models = [one[:, :rows].masked_fill(forbidden, -math.inf) / self.temperature for one in models]
         missing = (0, scores.shape[-1] - rows)

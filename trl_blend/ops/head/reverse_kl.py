@@ -35,8 +35,8 @@ class ReverseKL(NamedTuple):
         student_entropy (`torch.Tensor` of shape `(N,)`):
             Entropy of `p_S`. No gradient.
         reverse_kl (`torch.Tensor` of shape `(N,)`):
-            The divergence to read and log: `loss` itself over the full support, `Σ_k c_k` over the student's top-k,
-            whose loss is no divergence by value. No gradient.
+            The divergence to read and log: over the full support that of `loss`, without a forward KL; `Σ_k c_k` over
+            the student's top-k, whose loss is no divergence by value. No gradient.
         has_forward_kl (`torch.Tensor` of shape `(N,)`, bool, *optional*):
             With `forward_kl_entropy`, whether `loss` has the forward KL of the token, too.
     """
@@ -149,7 +149,7 @@ def reverse_kl(
 
     Returns:
         [`ReverseKL`]: `loss`, `student_entropy` and `reverse_kl` of shape `(N,)`, in float32 (float64 for float64
-        hidden states).
+        hidden states), and `has_forward_kl` with `forward_kl_entropy`.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the temperature, a weight, the entropy, `top_k`, the vocabulary size, the

@@ -40,8 +40,6 @@ def check_arguments(
     for name in ("data_collator", "compute_loss_func", "formatting_func"):
         if kwargs.get(name) is not None:
             raise ConfigError(f"`{name}` has no use here: the rows are token ids with a loss of their own. Drop it.")
-    if isinstance(train_dataset, list | tuple) and len(train_dataset) > 1:
-        _check_several(len(train_dataset), args)
     if args.stream_rollouts and isinstance(train_dataset, Dataset | IterableDataset):
         raise ConfigError(
             f"`stream_rollouts=True` reads the shards of a store, but `train_dataset` is a "
@@ -55,17 +53,26 @@ def check_arguments(
     _partners.check_student_adapters(model, peft_config, args)
 
 
-def _check_several(number: int, args: OfflineOPDConfig) -> None:
+def check_several(stores: list[RolloutStore], args: OfflineOPDConfig) -> None:
+    """Refuse what is said of one teacher where several stores are trained on."""
+    number = len(stores)
+    if number < 2:
+        return
     if args.stream_rollouts:
         raise ConfigError(
-            f"`stream_rollouts=True` reads one store after the other, and `train_dataset` has {number}: steps at the "
-            "end would see one teacher alone. Drop `stream_rollouts`, or pass one store."
+            f"`stream_rollouts=True` reads one store after the other, and there are {number}: steps at the end would "
+            "see one teacher alone. Drop `stream_rollouts`, or pass one store."
         )
     if args.teacher_model_name_or_path:
         raise ConfigError(
             f"`teacher_model_name_or_path={args.teacher_model_name_or_path!r}` scores rows of one store again, and "
-            f"`train_dataset` has {number}. Leave it out, and check each store with `trl-blend inspect "
+            f"there are {number}. Leave it out, and check each store with `trl-blend inspect "
             "--teacher_model_name_or_path`."
+        )
+    if args.sft_teacher:
+        raise ConfigError(
+            f"`sft_teacher={args.sft_teacher!r}` names one teacher, and there are {number} stores. Record theirs "
+            "beside the student: `trl-blend record-teacher`, and `--add` for the second and further ones."
         )
 
 
@@ -79,10 +86,11 @@ def check_parallelism(accelerator: Any) -> None:
         )
 
 
-def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
+def check_student_columns(args: OfflineOPDConfig, names: list[str], argument: str = "train_dataset") -> None:
     """Refuse a ratio to the rollouts' policy, or a bound on the drift, where the data do not know that policy."""
+    bounds_drift = args.max_policy_drift is not None and argument == "train_dataset"
     needed = {
-        "max_policy_drift": ("rollout_logps", "student_logps") if args.max_policy_drift is not None else (),
+        "max_policy_drift": ("rollout_logps", "student_logps") if bounds_drift else (),
         "importance_correction": ("rollout_logps",) if args.importance_correction == "token" else (),
         # Not `rollout_logps`, which are those of the tempered and cut distribution
         "reward_extrapolation": ("student_logps",) if args.reward_extrapolation != 1.0 else (),
@@ -92,7 +100,7 @@ def check_student_columns(args: OfflineOPDConfig, names: list[str]) -> None:
         if missing:
             raise ConfigError(
                 f"`{setting}={getattr(args, setting)!r}` needs the log-probabilities of the student that drew the "
-                f"rollouts, but the data lacks {', '.join(missing)}. Leave it out, or collect with `trl-blend "
+                f"rollouts, but `{argument}` lacks {', '.join(missing)}. Leave it out, or collect with `trl-blend "
                 "rollouts`."
             )
 

@@ -59,10 +59,10 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             Cap of that ratio. `None` means no cap.
         advantage_baseline (`str`, *optional*, defaults to `"none"`):
             Of `offline_loss="sampled_token"` on data with the teacher's top tokens: `"none"`, or `"kl"`
-            ([vOPD](https://huggingface.co/papers/2605.07865)): add `KL(p_θ‖p_T)` to the advantage, which then is 0 on
-            average over tokens of the student: less sampling noise. It is taken over the stored tokens and one event
-            for all others ([ours]). Wants `importance_correction="token"`, without which it only averages out as long
-            as the student is the one that drew the rollouts.
+            ([vOPD](https://huggingface.co/papers/2605.07865)): add `KL(p_θ‖p_T)` to the advantage, whose mean over
+            tokens of the student then is closer to 0: less sampling noise. It is taken over the stored tokens and one
+            event for all others, which is at most the whole ([ours]). Wants `importance_correction="token"`, without
+            which it only averages out as long as the student is the one that drew the rollouts.
         reward_extrapolation (`float`, *optional*, defaults to `1.0`):
             Of `offline_loss="sampled_token"`: the `λ` of [G-OPD](https://huggingface.co/papers/2602.12125), 1 or more.
             The advantage is `λ (log p_T - log p_ref) - (log p_θ - log p_ref)`, with the student that drew the rollouts

@@ -144,6 +144,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         self.rollout_stores, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
         if rollout_store is not None:
             self.rollout_stores, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
+        checks.check_several(self.rollout_stores, args)
         check_data(train_rows, None, args, self.rows_needed(args))
         columns = data.column_names(train_rows)
         self._loss_was_chosen, args = args.offline_loss == "auto", args.resolved(columns)
@@ -159,7 +160,6 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         self._provenance = checks.find_provenance(model, args)
         self._offline_metrics = OfflineMetrics()
         self._row_scale: float | torch.Tensor = 1.0
-        self._eval_items: list[torch.Tensor] | None = None
         super().__init__(
             model=model,
             args=args,
@@ -184,14 +184,14 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
 
     @staticmethod
     def _open_eval(eval_dataset: Any, args: OfflineOPDConfig) -> Any:
-        if eval_dataset is None:
-            return None
+        def opened(value: Any, name: str) -> Any:
+            _, rows = checks.open_rollouts(value, name, args)
+            checks.check_student_columns(args, data.column_names(rows), name)
+            return rows
+
         if isinstance(eval_dataset, dict):
-            return {
-                key: checks.open_rollouts(value, f"eval_dataset[{key!r}]", args)[1]
-                for key, value in eval_dataset.items()
-            }
-        return checks.open_rollouts(eval_dataset, "eval_dataset", args)[1]
+            return {key: opened(value, f"eval_dataset[{key!r}]") for key, value in eval_dataset.items()}
+        return None if eval_dataset is None else opened(eval_dataset, "eval_dataset")
 
     # Data
 
@@ -226,6 +226,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Predict on scored rollouts of any type that the constructor takes, see [`~transformers.Trainer`]."""
         _, rows = checks.open_rollouts(test_dataset, "test_dataset", self.args)
+        checks.check_student_columns(self.args, data.column_names(rows), "test_dataset")
         packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         prepared = self._prepare_dataset(rows, self.processing_class, self.args, packing, None, "test")
         self._offline_metrics.pause()
@@ -252,26 +253,12 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     def _scale_of_rows(self, batches, device):
         """Items that share the loss, over the sum of their weights: with it, that sum is the divisor."""
         sums = [_weighted(batch) for batch in batches if data.ROW_WEIGHT in batch]
-        if not sums or self._eval_items is not None:
+        if not sums:
             return 1.0
         items = torch.stack(sums).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items[None]).sum(0)
         return torch.where(items[1] > 0, items[0] / items[1], 0.0)
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """The loss of weighted rows is divided by their mean weight in the end, see [`~transformers.Trainer`]."""
-        items = self._eval_items = []
-        try:
-            output = super().evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
-            )
-        finally:
-            self._eval_items = None
-        if items:
-            total = self.accelerator.reduce(torch.stack(items).sum(0), reduction="sum")
-            output.metrics[f"{metric_key_prefix}_loss"] *= (total[0] / total[1]).item() if total[1] else 0.0
-        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
@@ -281,11 +268,10 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         scale: float | torch.Tensor = 1.0
         if num_items_in_batch is None:  # the parent divides by the number of tokens
             scale = mask.sum() / columns[data.WEIGHTS][:, 1:].sum().clamp(min=1.0)
-        if data.ROW_WEIGHT in inputs:
+        row_weights = inputs.pop(data.ROW_WEIGHT, None)
+        if row_weights is not None and mode == "train":
             scale = scale * self._row_scale
-            if self._eval_items is not None:
-                self._eval_items.append(_weighted(inputs | columns))
-            columns[data.WEIGHTS] = columns[data.WEIGHTS] * inputs.pop(data.ROW_WEIGHT)
+            columns[data.WEIGHTS] = columns[data.WEIGHTS] * row_weights
         # The same in all stores
         scoring = (self.rollout_stores[0].manifest.scoring if self.rollout_stores else None) or {}
         forward = OfflineForward(model, columns, self.args, scale, scoring.get("vocab_size"))

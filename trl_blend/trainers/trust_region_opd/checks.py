@@ -76,11 +76,16 @@ def check_arguments(
             )
 
 
-def _check_reference(model: Any, teachers: list, args: TrustRegionOPDConfig, peft_config: Any) -> None:
-    """Refuse an interpolated target where the student at step 0 is not there, or is the teacher."""
-    needs = (
+def needs_reference(args: TrustRegionOPDConfig) -> str:
+    """Begin of a message."""
+    return (
         f"`distillation_target='interpolated'` with `target_weight={args.target_weight}` needs the student at step 0"
     )
+
+
+def _check_reference(model: Any, teachers: list, args: TrustRegionOPDConfig, peft_config: Any) -> None:
+    """Refuse an interpolated target where the student at step 0 is not there, or is the teacher."""
+    needs = needs_reference(args)
     if not teachers:
         raise ConfigError(
             f"{needs} beside a teacher, but `teacher_model=None` means its own base. Pass `teacher_model`."

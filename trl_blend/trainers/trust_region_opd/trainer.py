@@ -25,7 +25,7 @@ from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.reverse_kl import ReverseKL, reverse_kl
 from trl_blend.ops.selection import tip_selection
 from trl_blend.schedules import linear
-from trl_blend.trainers import _cards, _engine, _partners
+from trl_blend.trainers import _cards, _engine, _partners, _record
 from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
 from trl_blend.trainers._record import RunParts
 from trl_blend.trainers._run import RunMixin, default_config
@@ -236,11 +236,21 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             suppressed = self.missing_token_ids + (self.generation_kwargs.get("suppress_tokens") or [])
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = suppressed
 
+    def teacher_parts(self) -> list[dict[str, Any]]:
+        """The teachers in the record, and the student at step 0 where the target is made with it."""
+        parts = super().teacher_parts()
+        if self._reference is not None and not isinstance(self._reference, BaseTeacher):
+            digest = _record.weights_sample(self.accelerator.unwrap_model(self._reference).named_parameters())
+            parts.append(_record.model_part("the student at step 0", digest))
+        return parts
+
     def _prepare_reference(self, model: "str | PreTrainedModel") -> None:
         """Keep the student at step 0, whole on every process. A resumed run is built from that, too."""
         self._reference: nn.Module | None = None
         self._reference_hidden: Tensor | None = None
         if self.args.uses_reference and is_peft_model(self.model):
+            if not self._dist.is_zero3:
+                _partners.check_starts_as_base(self.model, checks.needs_reference(self.args))
             self._reference = BaseTeacher(self.model)
         elif self.args.uses_reference:
             reference = _partners.copy_of_student(model, self.model, self.args)
