@@ -31,6 +31,13 @@ class Model(torch.nn.Module):
         return {"loss": ((output - labels) ** 2).mean(), "logits": output}
 
 
+class Began(TrainerCallback):
+    """Which step the training began after."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
 class Interrupt(TrainerCallback):
     """SIGINT in a step, or at the end of an evaluation; keeps the steps of the evaluations."""
 
@@ -98,8 +105,10 @@ def test_the_checkpoint_is_there(tmp_path, capsys, settings, step, evaluated):
     assert (checkpoint / "optimizer.pt").is_file()
     # The rest of the run
     resumed = make_trainer(tmp_path, **settings | {"save_strategy": "no", "load_best_model_at_end": False})
+    began = Began()
+    resumed.add_callback(began)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.state.global_step == STEPS and resumed._initial_global_step == step
+    assert resumed.state.global_step == STEPS and began.step == step
 
 
 def test_after_the_last_step_the_model_is_saved_and_not_scored(tmp_path, capfd):
