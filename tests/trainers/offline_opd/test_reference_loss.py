@@ -300,6 +300,7 @@ def test_evaluation_loss_is_the_same_quantity(build_offline, models, rows, aggre
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")  # of TRL, which builds logits for them
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_evaluation_is_of_all_rows_alike(build_offline, models, rows, layout):
     data = weighted(rows)
