@@ -144,7 +144,9 @@ reproduce: install  ## repeat the comparisons of the papers (examples/reproduce;
 	$(BIN)/python examples/reproduce/weight_sweep.py
 	$(BIN)/python examples/reproduce/logit_mixing.py
 	$(BIN)/python examples/reproduce/trust_region.py
+	$(BIN)/python examples/reproduce/off_task.py
 	$(BIN)/python examples/reproduce/offline_opd.py
+	$(BIN)/python examples/reproduce/offline_horizon.py
 	$(BIN)/python examples/reproduce/metric_ranges.py
 
 clean:  ## remove the environment, caches and build results

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from trl import DistillationConfig
 from benchmarks._memory import reset_peak, resident_bytes
 from benchmarks._report import machine
 from reproduce.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
-from reproduce.offline_opd_data import BATCH, TOP_K, Data, collect, make_data, models, score
+from reproduce.offline_opd_data import BATCH, ROLES, TOP_K, Data, collect, make_data, model_folder, score
 from reproduce.offline_opd_policies import PROMPTS, gradient_discrepancy, policy_measures
 from testbed.evaluate import load_checkpoint
 from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
@@ -76,6 +76,8 @@ class Arm:
             Whether offline and live gradients are compared on the way.
         learning_rate (`float`, *optional*):
             Constant learning rate.
+        settings (`dict[str, Any]`, *optional*):
+            Further ones of an offline arm.
     """
 
     label: str
@@ -85,6 +87,12 @@ class Arm:
     offline: bool = False
     probed: bool = False
     learning_rate: float = LEARNING_RATE
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def top_k(self) -> int | None:
+        """How many of the teacher's tokens its data hold."""
+        return TOP_K if self.loss == "top_k" or "advantage_baseline" in self.settings else None
 
 
 def _live(label: str, style: study.Style, loss: str = "sampled", **settings: Any) -> Arm:
@@ -160,8 +168,7 @@ class ProbedCurve(study.Curve):
 
 def make_trainer(arm: Arm, work: Path, seed: int, steps: int, scratch: str) -> Trainer:
     """The trainer of an arm, without what prints. An inconsistent teacher is let through with a warning."""
-    found = models(work)
-    student, teacher = (str(getattr(found, role)) for role in (arm.data.student, arm.data.teacher))
+    student, teacher = (str(model_folder(role, work)) for role in (arm.data.student, arm.data.teacher))
     settings: dict[str, Any] = {
         "output_dir": scratch,
         "max_steps": steps,
@@ -178,6 +185,7 @@ def make_trainer(arm: Arm, work: Path, seed: int, steps: int, scratch: str) -> T
         args = OfflineOPDConfig(
             offline_loss="top_k_reverse_kl" if arm.loss == "top_k" else "sampled_token",
             importance_correction="token" if arm.loss == "ratio" else "none",
+            **arm.settings,
             teacher_consistency="strict" if arm.data.teacher == "first" else "warn",
             **settings,
         )
@@ -195,15 +203,14 @@ def make_trainer(arm: Arm, work: Path, seed: int, steps: int, scratch: str) -> T
 def open_data(arm: Arm, work: Path, seed: int, steps: int) -> RolloutStore:
     """The scored rollouts of an offline arm, made where they are missing."""
     rollouts = collect(arm.data, work, seed, steps)
-    return score(arm.data, rollouts, work, seed, TOP_K if arm.loss == "top_k" else None)
+    return score(arm.data, rollouts, work, seed, arm.top_k)
 
 
 def run_arm(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Train one arm with one seed and measure it."""
     arm, work, steps = ARMS[name], settings["work_dir"], settings["steps"]
     trainer = make_trainer(arm, work, seed, steps, scratch)
-    found = models(work)
-    student, teacher = (getattr(found, role) for role in (arm.data.student, arm.data.teacher))
+    student, teacher = (model_folder(role, work) for role in (arm.data.student, arm.data.teacher))
     _, tokenizer = load_checkpoint(student)
     test = build_prompt_dataset("test", settings["n_test"])
     prompts = list(build_prompt_dataset("train", PROMPTS, 1000 + seed)["prompt"])
@@ -243,12 +250,11 @@ def run_arm(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dic
 def run_start(n_test: int, work: Path) -> dict[str, Any]:
     """Scores of both students and both teachers before training, and the KL of each pair."""
     test = build_prompt_dataset("test", n_test)
-    found = models(work)
     result: dict[str, Any] = {"n_test": n_test}
-    for name, path in found._asdict().items():
-        result[name] = study.measure_student(*load_checkpoint(path), test, 0)
+    for role in ROLES:
+        result[role] = study.measure_student(*load_checkpoint(model_folder(role, work)), test, 0)
     for student, teacher in (("early", "first"), ("early", "second"), ("late", "first")):
-        folders = getattr(found, student), getattr(found, teacher)
+        folders = model_folder(student, work), model_folder(teacher, work)
         result[f"{student}_{teacher}"] = policy_measures(load_checkpoint(folders[0])[0], *folders, 0)
     return result
 
@@ -291,7 +297,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     if not name.startswith(DATA):
         return run_arm(name, seed, settings, scratch)
     using = [arm for arm in ARMS.values() if arm.data.name() == name.removeprefix(DATA)]
-    with_top_k = any(arm.offline and arm.loss == "top_k" for arm in using)
+    with_top_k = any(arm.offline and arm.top_k for arm in using)
     return make_data(using[0].data, settings["work_dir"], seed, settings["steps"], with_top_k)
 
 

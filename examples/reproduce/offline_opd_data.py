@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset
 from filelock import FileLock
@@ -50,30 +50,30 @@ _COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d)")
 # Models
 
 
-class Models(NamedTuple):
-    """Folders of the models: students before distillation, and teachers."""
-
-    early: Path
-    late: Path
-    first: Path
-    second: Path
+SHIPPED = {"early": CHECKPOINTS / "sft_student", "first": CHECKPOINTS / "teacher"}
+ROLES = ("early", "late", "first", "second")
+"""Students before distillation, and teachers."""
 
 
-def models(folder: Path) -> Models:
-    """Where the models are. Those that are not shipped are trained into `folder` if need be, for 10 minutes."""
-    found = Models(CHECKPOINTS / "sft_student", folder / "late_student", CHECKPOINTS / "teacher", folder / "second")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "models.lock"):
-        if not (found.second / "model.safetensors").exists():
-            model, _ = load_checkpoint(found.first)
+def model_folder(role: str, work: Path) -> Path:
+    """Folder of one of [`ROLES`]. What is not shipped is trained into `work` if need be, for some minutes."""
+    if role in SHIPPED:
+        return SHIPPED[role]
+    folder = work / {"late": "late_student", "second": "second"}[role]
+    work.mkdir(parents=True, exist_ok=True)
+    with FileLock(work / "models.lock"):
+        if (folder / "model.safetensors").exists():
+            return folder
+        if role == "second":
+            teacher, _ = load_checkpoint(SHIPPED["first"])
             data = restyled_dataset(SECOND_TEACHER.max_steps * BATCH_SIZE, SECOND_TEACHER.seed)
-            fit(model.train(), SECOND_TEACHER, data, found.second, SECOND_TEACHER.seed)
-        if not (found.late / "model.safetensors").exists():
+            fit(teacher.train(), SECOND_TEACHER, data, folder, SECOND_TEACHER.seed)
+        else:
             recipe = LATE_STUDENT
-            callback = TeacherProvenanceCallback(os.path.relpath(found.first))
-            model = build_model(recipe, build_tokenizer(), recipe.seed)
-            fit(model, recipe, build_training_data(recipe, recipe.seed), found.late, recipe.seed, [callback])
-    return found
+            callback = TeacherProvenanceCallback(os.path.relpath(SHIPPED["first"]))
+            student = build_model(recipe, build_tokenizer(), recipe.seed)
+            fit(student, recipe, build_training_data(recipe, recipe.seed), folder, recipe.seed, [callback])
+    return folder
 
 
 def restyle(chain: str) -> str:
@@ -104,7 +104,7 @@ class Data:
 
     Args:
         student, teacher (`str`):
-            Fields of [`Models`].
+            Of [`ROLES`].
         rollouts_per_prompt (`int`, *optional*, defaults to `1`):
             With more rollouts there are as many fewer prompts.
         temperature, top_p (`float`, *optional*, default to `1.0`):
@@ -128,7 +128,7 @@ class Data:
 def collect(data: Data, work: Path, seed: int, steps: int) -> RolloutStore:
     """Rollouts for `steps` optimizer steps. Returns at once where they are there already."""
     return collect_rollouts(
-        str(getattr(models(work), data.student)),
+        str(model_folder(data.student, work)),
         build_prompt_dataset("train", steps * BATCH // data.rollouts_per_prompt, seed),
         RolloutConfig(
             output_dir=str(data.folder(work, seed) / "rollouts"),
@@ -148,13 +148,14 @@ def score(data: Data, rollouts: RolloutStore, work: Path, seed: int, top_k: int 
     """The teacher's scores of the rollouts. Returns at once where they are there already."""
     folder = data.folder(work, seed) / (f"{data.teacher}-top{top_k}" if top_k else data.teacher)
     args = ScoringConfig(output_dir=str(folder), top_k=top_k, dtype="float32", disable_tqdm=True)
-    return score_rollouts(rollouts, str(getattr(models(work), data.teacher)), args)
+    return score_rollouts(rollouts, str(model_folder(data.teacher, work)), args)
 
 
 def make_data(data: Data, work: Path, seed: int, steps: int, with_top_k: bool) -> dict[str, Any]:
     """Collect and score, and return what both cost; with and without the teacher's top tokens where asked for."""
     result: dict[str, Any] = {"data": asdict(data), "seed": seed, "steps": steps, "machine": machine()}
-    models(work)  # their training is not part of collecting
+    for role in (data.student, data.teacher):
+        model_folder(role, work)  # its training is not part of collecting
     with _timed(result, "collect"):
         rollouts = collect(data, work, seed, steps)
     result["tokens"] = rollouts.manifest.num_completion_tokens

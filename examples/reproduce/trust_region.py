@@ -71,12 +71,18 @@ class Arm:
             What differs from the common settings of [`make_trainer`].
         sft_steps (`int`, *optional*, defaults to `0`):
             Supervised steps on teacher rollouts that replace the first steps.
+        student (`str`, *optional*, defaults to `"student"`):
+            Checkpoint at step 0.
+        steps (`int`, *optional*):
+            If others than those of the study.
     """
 
     label: str
     style: study.Style
     settings: dict[str, Any] = field(default_factory=dict)
     sft_steps: int = 0
+    student: str = "student"
+    steps: int | None = None
 
 
 def warmup_steps(steps: int) -> int:
@@ -193,24 +199,32 @@ def supervise(
 
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Train one arm with one seed, probe the rollouts, or measure what there is before training."""
-    test = build_prompt_dataset("test", settings["n_test"])
     if name == study.START:
+        test = build_prompt_dataset("test", settings["n_test"])
         scores = {model: study.measure_student(*load_checkpoint(model), test, 0) for model in ("student", "teacher")}
         return {"n_test": settings["n_test"], **scores}
     if name == PROBE:
         return probes.run(seed, settings["n_probe"])
-    steps, model = settings["steps"], CHECKPOINTS / "student"
-    arm, prompts = make_arms(steps)[name], training_prompts(seed, steps)
-    _, tokenizer = load_checkpoint("student")
-    curve = study.Curve(
-        lambda student, step: study.measure_student(student, tokenizer, test, study.draw_of(seed, step)),
-        settings["eval_interval"],
-        steps,
-    )
+    return train(make_arms(settings["steps"])[name], name, seed, settings, scratch)
+
+
+def train(arm: Arm, name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
+    """Train one arm with one seed and measure its student on the way."""
+    test = build_prompt_dataset("test", settings["n_test"])
+    steps, model = arm.steps or settings["steps"], CHECKPOINTS / arm.student
+    prompts = training_prompts(seed, steps)
+    _, tokenizer = load_checkpoint(arm.student)
+
+    def measure(student: Any, step: int) -> dict[str, Any]:
+        scores = study.measure_student(student, tokenizer, test, study.draw_of(seed, step))
+        return scores | {"cpu_seconds": round(curve.cpu, 1)}
+
+    curve = study.Curve(measure, settings["eval_interval"], steps)
     history: list[dict[str, Any]] = []
     if arm.sft_steps:
         used, model = arm.sft_steps * BATCH // ROLLOUTS_PER_PROMPT, Path(scratch) / "sft"
-        history = supervise(prompts.select(range(used)), seed, arm.sft_steps, curve, str(model))
+        first = prompts.select(range(used))
+        history = supervise(first, seed, arm.sft_steps, curve, str(model), model=arm.student)
         curve.first, prompts = arm.sft_steps, prompts.select(range(used, len(prompts)))
     trainer = make_trainer(arm, model, prompts, seed, steps - arm.sft_steps, scratch)
     trainer.add_callback(curve)

@@ -88,6 +88,11 @@ def make_arms(steps: int) -> dict[str, Arm]:
         "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
         "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=True),
         "mixed_sft": Arm(f"{mixed}, SFT reference", (study.YELLOW, "^", "-"), annealed, reference="student"),
+        "mixed_arithmetic": Arm(
+            "mixed objective, logits added, 0.5 to 0",
+            (study.SKY, "H", ":"),
+            annealed | {"mixing_space": "arithmetic"},
+        ),
         "mixed_kept": Arm("mixed objective, 0.5 throughout", (study.GREEN, "p", ":"), {"teacher_weight": 0.5}),
         "adaptive": Arm(
             "mixed objective, adaptive weight",
@@ -220,6 +225,7 @@ _ABOVE = (
     ("The floor with the SFT reference learns what GRPO cannot.", "floor_sft", "grpo"),
     ("The mixed objective with a weight that ends at 0 learns what GRPO cannot.", "mixed", "grpo"),
     ("With the SFT reference it does.", "mixed_sft", "grpo"),
+    ("With the teacher's logits added to the student's whole ones it does.", "mixed_arithmetic", "grpo"),
     ("The floor is above the mixed objective.", "floor", "mixed"),
     ("The mixed objective at a fixed weight teaches the student alone.", "mixed_kept", "grpo"),
     ("The adaptive weight teaches the student.", "adaptive", "grpo"),
