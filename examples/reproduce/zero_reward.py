@@ -12,7 +12,7 @@ A finished run is in `results/zero_reward_runs.json` and not repeated: after an 
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from testbed.task import build_prompt_dataset
 # Shares of the steps: until the teacher's weight is 0, of a first stage, and of an arm that goes on
 DECAY, FIRST_STAGE, LONGER = 0.7, 1 / 3, 1.6
 ROLLOUTS = 128  # of a step
+MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo")  # of the first figure
 REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
 METRICS = (
     "reward",
@@ -279,7 +280,8 @@ def report(runs: Runs, folder: Path) -> str:
             f"{row['cpu_seconds']:.0f}",
         ])  # fmt: skip
     study.write_csv(folder / "zero_reward.csv", rows)
-    _plot(found, folder / "zero_reward.png")
+    _plot(found, MAIN, folder / "zero_reward.png")
+    _plot(found, found.names, folder / "zero_reward_all.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
     stage = round(FIRST_STAGE * found.steps)
     header = [
@@ -314,6 +316,8 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         "![student alone against step](zero_reward.png)",
         "",
+        "![the same for all arms](zero_reward_all.png)",
+        "",
         "## What it says",
         "",
         "A difference counts above 2 standard errors, which add the variance over seeds and over test prompts.",
@@ -328,9 +332,9 @@ def _metric(found: Results, name: str, key: str, digits: int) -> str:
     return f"{found.metric(name, key):.{digits}f}" if logged else "—"
 
 
-def _plot(found: Results, path: Path) -> None:
-    figure, (axis,) = study.panels(1, width=8.0, height=4.6)
-    for name in found.names:
+def _plot(found: Results, names: Iterable[str], path: Path) -> None:
+    figure, (axis,) = study.panels(1, width=8.0, height=4.2)
+    for name in (name for name in found.names if name in names):
         study.band(axis, *found.curve(name), found.arms[name].style, found.arms[name].label)
     axis.axvspan(0, DECAY * found.steps, color=study.GRAY, alpha=0.08, linewidth=0)
     axis.set(
