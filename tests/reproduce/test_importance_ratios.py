@@ -10,7 +10,7 @@ from testbed.task import build_prompt_dataset
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Gradients of `student` mixed with a model, by name of the ratio; rewards that have nothing to do with the text."""
+    """Gradients of `student` mixed with a model, by name of the ratio; the rewards do not look at the text."""
     monkeypatch.setattr(ratios, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr(ratios, "GROUP", 2)
     monkeypatch.setattr(ratios, "format_and_answer_reward", lambda texts, answers: [1.0, 0.0] * (len(texts) // 2))
