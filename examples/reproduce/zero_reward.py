@@ -76,8 +76,10 @@ def make_arms(steps: int) -> dict[str, Arm]:
     annealed = {"teacher_weight": 0.5, **decay}
 
     def fusion(label: str, style: study.Style, mode: str, level: str = "token", **others: Any) -> Arm:
-        settings = {"objective": "student", "is_clip_mode": mode, "importance_sampling_level": level}
-        return Arm(label, style, annealed | settings, **others)
+        settings = annealed | {"objective": "student", "is_clip_mode": mode, "importance_sampling_level": level}
+        if others.get("first_stage"):
+            settings["teacher_weight_decay_steps"] = max(1, round(DECAY * (steps - round(FIRST_STAGE * steps))))
+        return Arm(label, style, settings, **others)
 
     mixed = "mixed objective, 0.5 to 0"
     return {
@@ -104,6 +106,12 @@ def make_arms(steps: int) -> dict[str, Arm]:
             "SFT on the teacher's rollouts, then GRPO",
             (study.PURPLE, "h", "-."),
             {"teacher_weight": 0.0},
+            first_stage="sft",
+        ),
+        "sft_floor": fusion(
+            "SFT on the teacher's rollouts, then floor",
+            (study.PURPLE, "*", "-"),
+            "floor",
             first_stage="sft",
         ),
         "trb_grpo": Arm(
@@ -233,6 +241,7 @@ _ABOVE = (
     ("The floor is above SFT on the teacher's rollouts, then GRPO.", "floor", "sft_grpo"),
     ("The mixed objective is above SFT on the teacher's rollouts, then GRPO.", "mixed", "sft_grpo"),
     ("The floor is above trust-region distillation, then GRPO.", "floor", "trb_grpo"),
+    ("After SFT the floor is above plain GRPO.", "sft_floor", "sft_grpo"),
     ("The mixed objective is above trust-region distillation, then GRPO.", "mixed", "trb_grpo"),
 )
 
