@@ -280,8 +280,12 @@ class Curve(TrainerCallback):
         self._began: tuple[float, float] | None = None
         self._paused = (0.0, 0.0)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def start(self) -> None:
+        """Start the clock, which the training does where nobody has: for what is done before it and belongs to it."""
         self._began = self._began or (time.perf_counter(), time.process_time())
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         now = time.perf_counter(), time.process_time()

@@ -174,9 +174,9 @@ def until_eos(tokens: list[int], eos_token_id: int) -> list[int]:
 
 
 def supervise(
-    prompts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str, model: str = "student"
+    rollouts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str, model: str = "student"
 ) -> list[dict[str, Any]]:
-    """Supervised steps of a checkpoint on teacher rollouts of `prompts`, in order, into a folder; returns the log."""
+    """Supervised steps of a checkpoint on [`teacher_rollouts`], in order, into a folder; returns the log."""
     torch.manual_seed(seed)
     student, tokenizer = load_checkpoint(model)
     args = SFTConfig(
@@ -190,7 +190,7 @@ def supervise(
         seed=seed,
         **study.COMMON,
     )
-    trainer = SFTTrainer(model=student, args=args, train_dataset=teacher_rollouts(prompts), processing_class=tokenizer)
+    trainer = SFTTrainer(model=student, args=args, train_dataset=rollouts, processing_class=tokenizer)
     study.silenced(trainer).add_callback(curve)
     trainer.train()
     trainer.save_model(folder)
@@ -223,7 +223,8 @@ def train(arm: Arm, name: str, seed: int, settings: dict[str, Any], scratch: str
     history: list[dict[str, Any]] = []
     if arm.sft_steps:
         used, model = arm.sft_steps * BATCH // ROLLOUTS_PER_PROMPT, Path(scratch) / "sft"
-        first = prompts.select(range(used))
+        curve.start()  # drawing them is part of it
+        first = teacher_rollouts(prompts.select(range(used)))
         history = supervise(first, seed, arm.sft_steps, curve, str(model), model=arm.student)
         curve.first, prompts = arm.sft_steps, prompts.select(range(used, len(prompts)))
     trainer = make_trainer(arm, model, prompts, seed, steps - arm.sft_steps, scratch)

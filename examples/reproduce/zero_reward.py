@@ -1,7 +1,8 @@
 """
 A student that gets no reward at the start: what helps? `base` of the test-bed adds but never writes the required box,
 so that plain GRPO has nothing to learn from. All arms have equal steps, prompts and rollouts. Three go on: GRPO, since
-mixing costs more time, and two that mix, after their teacher has gone.
+mixing costs more time, and two that mix, after their teacher has gone. Three start from `student`, which gets some
+reward.
 
 ```sh
 python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report
@@ -31,7 +32,7 @@ import numpy as np
 from benchmarks._report import machine
 from reproduce import logit_mixing, trust_region
 from reproduce.logit_mixing import KINDS
-from reproduce.trust_region import BATCH, ROLLOUTS_PER_PROMPT, supervise, training_prompts
+from reproduce.trust_region import BATCH, ROLLOUTS_PER_PROMPT, supervise, teacher_rollouts, training_prompts
 from testbed.evaluate import CHECKPOINTS
 from testbed.task import build_prompt_dataset
 
@@ -40,6 +41,7 @@ from testbed.task import build_prompt_dataset
 DECAY, FIRST_STAGE, LONGER = 0.7, 1 / 3, 1.6
 ROLLOUTS = 128  # of a step
 MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo")  # of the first figure
+LENGTH = "completions/mean_length"
 REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
 METRICS = (
     "reward",
@@ -114,6 +116,11 @@ def make_arms(steps: int) -> dict[str, Arm]:
             "floor",
             first_stage="sft",
         ),
+        "some_grpo": Arm("some reward: GRPO", (study.BLACK, "o", ":"), {"teacher_weight": 0.0}, student="student"),
+        "some_fusion": fusion(
+            "some reward: logit fusion, token ratios (cap 3)", (study.RED, "X", ":"), "max", student="student"
+        ),
+        "some_floor": fusion("some reward: floor", (study.BLUE, "D", ":"), "floor", student="student"),
         "trb_grpo": Arm(
             "trust-region distillation (0.05), then GRPO",
             (study.PURPLE, "d", ":"),
@@ -123,21 +130,29 @@ def make_arms(steps: int) -> dict[str, Arm]:
     }
 
 
-def first_stage(arm: Arm, seed: int, steps: int, folder: str) -> float:
-    """Train `base` into a folder with the rollouts of `steps` steps of GRPO; returns CPU seconds."""
+def first_stage(arm: Arm, seed: int, steps: int, folder: str) -> tuple[float, float]:
+    """Train `base` into a folder with the rollouts of `steps` steps of GRPO; CPU seconds and tokens decoded."""
     steps *= ROLLOUTS // BATCH
     prompts = training_prompts(seed, steps)
     clock = study.Curve(lambda model, step: None, steps + 1, steps + 1)
+    clock.start()
     if arm.first_stage == "sft":
-        supervise(prompts, seed, steps, clock, folder, model=arm.student)
-        return clock.cpu
+        rollouts = teacher_rollouts(prompts)
+        supervise(rollouts, seed, steps, clock, folder, model=arm.student)
+        return clock.cpu, float(sum(map(sum, rollouts["completion_mask"])))
     settings = {"rollout_policy": "trust_region", "kl_budget": 0.05, "blend_warmup_steps": steps // 2}
     distilled = trust_region.Arm(arm.label, arm.style, settings)
     trainer = trust_region.make_trainer(distilled, CHECKPOINTS / arm.student, prompts, seed, steps, folder)
     trainer.add_callback(clock)
     trainer.train()
     trainer.save_model(folder)
-    return clock.cpu
+    return clock.cpu, _tokens(trainer, BATCH)
+
+
+def _tokens(trainer: Any, rollouts: int, steps: int | None = None) -> float:
+    """Tokens decoded in the first `steps` steps, of so many rollouts each."""
+    lengths = [entry[LENGTH] for entry in trainer.state.log_history if LENGTH in entry]
+    return sum(lengths[:steps]) * rollouts
 
 
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
@@ -147,10 +162,10 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
         return run_start(rows, scratch)
     arm = make_arms(steps)[name]
     last = round(LONGER * steps) if arm.goes_on else steps
-    done, earlier_seconds = 0, 0.0
+    done, earlier_seconds, earlier_tokens = 0, 0.0, 0.0
     if arm.first_stage:
         folder, done = f"{scratch}/first", round(FIRST_STAGE * steps)
-        earlier_seconds = first_stage(arm, seed, done, folder)
+        earlier_seconds, earlier_tokens = first_stage(arm, seed, done, folder)
         arm = replace(arm, student=folder)
     trainer = logit_mixing.make_trainer(arm, seed, last - done, scratch)
 
@@ -163,12 +178,11 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     trainer.add_callback(curve)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
-    lengths = [entry["completions/mean_length"] for entry in history]
     return {
         "arm": name,
         "seed": seed,
         **{option: settings[option] for option in ("steps", "n_test", "eval_interval")},
-        "rollout_tokens": round(sum(lengths[: steps - done]) * ROLLOUTS),
+        "rollout_tokens": round(earlier_tokens + _tokens(trainer, ROLLOUTS, steps - done)),
         "machine": machine(),
         "metrics": {key: [study.rounded(entry.get(key)) for entry in history] for key in METRICS},
         "curve": curve.points,
@@ -206,7 +220,7 @@ class Results:
 
     def curve(self, name: str) -> tuple[list[int], np.ndarray]:
         """Steps, and the solve rates of the student alone, of shape `(S, points)`."""
-        runs, start = self.runs.of(name), self.start("base")
+        runs, start = self.runs.of(name), self.start(self.arms[name].student)
         steps = sorted(map(int, runs[0]["curve"]))
         rates = [[start, *(self.scores(name, step=step)[i].mean() for step in steps)] for i in range(len(runs))]
         return [0, *steps], np.array(rates)
@@ -242,6 +256,9 @@ _ABOVE = (
     ("The mixed objective is above SFT on the teacher's rollouts, then GRPO.", "mixed", "sft_grpo"),
     ("The floor is above trust-region distillation, then GRPO.", "floor", "trb_grpo"),
     ("After SFT the floor is above plain GRPO.", "sft_floor", "sft_grpo"),
+    ("From a student that gets some reward, logit fusion as published is above GRPO.", "some_fusion", "some_grpo"),
+    ("From there, the floor is above GRPO.", "some_floor", "some_grpo"),
+    ("From there, the floor is above logit fusion as published.", "some_floor", "some_fusion"),
     ("The mixed objective is above trust-region distillation, then GRPO.", "mixed", "trb_grpo"),
 )
 
