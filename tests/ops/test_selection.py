@@ -55,8 +55,19 @@ def test_no_position_counts():
     assert select([math.nan] * 3, [math.nan] * 3) == [False] * 3
 
 
-def test_equal_positions_are_kept():
-    assert select([0.0] * 4, [0.0] * 4) == [True] * 4
+@pytest.mark.parametrize("quantiles", [(0.5, 1.0), (0.5, 0.8), (0.7, 0.5)])
+@pytest.mark.parametrize("tied", [50, 80, 100])
+def test_of_equal_entropies_the_share_is_kept(tied, quantiles):
+    """Such as the 0 of all positions that a student is sure of: from a threshold on would be every one."""
+    entropy, divergence = torch.rand(2, 100, dtype=torch.float64)
+    entropy[:tied] = 0.0
+    apart = entropy + 1e-9 * divergence
+    expected = reference_divergences.tip_kept(apart.tolist(), divergence.tolist(), *quantiles)
+    assert select(entropy, divergence, *quantiles) == expected
+
+
+def test_of_positions_that_are_equal_in_both_the_earlier_are_kept():
+    assert select([0.0] * 4, [0.0] * 4) == [True, True, True, False]
 
 
 @pytest.mark.parametrize("name", ["entropy_quantile", "divergence_quantile"])

@@ -19,7 +19,14 @@ from tests.models.architectures import tiny_architecture
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import runs, scored
 from tests.trainers.runs import assert_same_tensors, snapshot
-from trl_blend import LogitMixGRPOTrainer, OfflineOPDTrainer, TrustRegionOPDTrainer
+from trl_blend import (
+    LogitMixGRPOConfig,
+    LogitMixGRPOTrainer,
+    OfflineOPDConfig,
+    OfflineOPDTrainer,
+    TrustRegionOPDConfig,
+    TrustRegionOPDTrainer,
+)
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.trainers import _partners
 
@@ -61,6 +68,22 @@ def test_a_config_of_trl(models, tmp_path, trainer, config, name):
     args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(ConfigError, match=f"`args` is a {config.__name__}. Pass an? `{name}`"):
         trainer(str(models / "student"), args=args, train_dataset=runs.dataset())
+
+
+@pytest.mark.parametrize("value", ["student", AutoTokenizer], ids=["name", "class"])
+@pytest.mark.parametrize(
+    ("trainer", "config", "settings"),
+    [
+        (LogitMixGRPOTrainer, LogitMixGRPOConfig, {"teacher_weight": 0}),
+        (LogitMixGRPOTrainer, LogitMixGRPOConfig, {}),
+        (TrustRegionOPDTrainer, TrustRegionOPDConfig, {}),
+        (OfflineOPDTrainer, OfflineOPDConfig, {}),
+    ],
+)
+def test_what_is_no_tokenizer(models, tmp_path, trainer, config, settings, value):
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **settings)
+    with pytest.raises(ConfigError, match=f"`processing_class` is a {type(value).__name__}, .* Pass a tokenizer"):
+        trainer(str(models / "student"), args=args, train_dataset=runs.dataset(), processing_class=value)
 
 
 @pytest.mark.parametrize("argument", ["model", "teacher_model"])

@@ -14,12 +14,13 @@ def tip_selection(
     uncertain, and where it is sure and far from the teacher. Use it to leave the rest out of the loss, with an
     `entropy_quantile` of 0.5, where the paper keeps the upper half.
 
-    Kept are the positions whose entropy is at least the `entropy_quantile` of all entropies; of the others those whose
-    divergence is at least the `divergence_quantile` of *theirs*: a share of about
-    `1 - entropy_quantile * divergence_quantile`. A sure student mostly diverges little, so that hardly one of its
-    positions would be above a quantile of all divergences. Both thresholds are ours.
+    Kept are the positions from the `entropy_quantile` of all entropies on; of the others those from the
+    `divergence_quantile` of *their* divergences on: a share of about `1 - entropy_quantile * divergence_quantile`. A
+    sure student mostly diverges little, so that hardly one of its positions would be above a quantile of all
+    divergences. Both thresholds are ours.
 
-    No gradient: the result is boolean. Quantiles between two positions are interpolated linearly.
+    No gradient: the result is boolean. As many are kept as without ties: of equal entropies those of the larger
+    divergence, and of those the earlier ones.
 
     Args:
         student_entropy (`torch.Tensor`):
@@ -40,7 +41,20 @@ def tip_selection(
     for name, quantile in (("entropy_quantile", entropy_quantile), ("divergence_quantile", divergence_quantile)):
         if not 0.0 <= quantile <= 1.0:
             raise ConfigError(f"`{name}` is {quantile}. Set it to a number in [0, 1].")
-    # Comparisons with NaN are false, be it a position or the quantile of none
-    is_uncertain = student_entropy >= student_entropy.nanquantile(entropy_quantile)
+    by_divergence = _descending(divergence.flatten())
+    is_uncertain = _from_quantile(student_entropy, by_divergence, entropy_quantile)
     of_the_sure = divergence.masked_fill(is_uncertain | student_entropy.isnan(), torch.nan)
-    return is_uncertain | (of_the_sure >= of_the_sure.nanquantile(divergence_quantile))
+    return is_uncertain | _from_quantile(of_the_sure, by_divergence, divergence_quantile)
+
+
+def _from_quantile(values: Tensor, order: Tensor, quantile: float) -> Tensor:
+    """Where `values` are among the largest from a quantile on, the first in `order` of equal ones; never NaN."""
+    known = ~values.isnan()
+    count = known.sum()
+    kept = count - (quantile * (count - 1)).ceil()
+    ranks = order[_descending(values.flatten()[order])].argsort()
+    return (ranks.view_as(values) < kept) & known
+
+
+def _descending(values: Tensor) -> Tensor:
+    return values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(descending=True, stable=True)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.models.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
@@ -52,6 +52,15 @@ def given_teachers(teacher_model: Teacher, args: Any) -> list[str | PreTrainedMo
             f"{args.teacher_model_name_or_path!r}`. Drop one of them."
         )
     return given or named
+
+
+def check_processing_class(processing_class: Any) -> None:
+    """Refuse what is neither a tokenizer nor a processor, such as a name."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
+        raise ConfigError(
+            f"`processing_class` is a {type(processing_class).__name__}, {processing_class!r:.80}. Pass a tokenizer "
+            "of transformers, or leave it out for the one that belongs to `model`."
+        )
 
 
 def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list[float], args: Any) -> None:

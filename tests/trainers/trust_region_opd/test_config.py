@@ -177,6 +177,7 @@ OUT_OF_RANGE = [
     ({"distillation_target": "veto", "veto_weight_start": -0.1}, "veto_weight_start"),
     ({"distillation_target": "veto", "veto_weight_start": float("nan")}, "veto_weight_start"),
     ({"distillation_target": "veto", "veto_warmup_steps": 0}, "veto_warmup_steps"),
+    ({"distillation_target": "interpolated", "target_weight": 0.0}, "target_weight"),
     ({"distillation_target": "interpolated", "target_weight": -0.1}, "target_weight"),
     ({"distillation_target": "interpolated", "target_weight": float("inf")}, "target_weight"),
     ({"distillation_target": "interpolated", "target_weight": float("nan")}, "target_weight"),
@@ -199,7 +200,6 @@ def test_values_at_the_ends_of_their_ranges(make):
     make(rollout_policy="fixed_weight", teacher_weight=1.0)
     make(rollout_policy="speculative_kd", skd_top_k=1)
     make(distillation_target="veto", veto_weight_start=0.0, veto_warmup_steps=1)
-    make(distillation_target="interpolated", target_weight=0.0)
     make(distillation_target="interpolated", target_weight=2.5)
     make(token_selection="tip", tip_entropy_quantile=0.0, tip_divergence_quantile=1.0)
     make(forward_kl_entropy=0.0)

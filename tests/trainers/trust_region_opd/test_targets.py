@@ -36,13 +36,6 @@ def test_all_weight_on_the_teacher_is_the_teacher(build_opd, settings):
     assert ours.trainer._reference is None and ours.trainer.uses_own_divergence == bool(settings)
 
 
-def test_no_weight_on_the_teacher_keeps_the_student(build_opd):
-    trainer = build_opd(**{**INTERPOLATED, "target_weight": 0.0}, max_steps=2, **MERGED)
-    before, record = runs.snapshot(trainer.model), runs.train(trainer)
-    assert record.losses == [0.0, 0.0] and record.logged("blend/reverse_kl") == [0.0, 0.0]
-    runs.assert_same_tensors(runs.snapshot(trainer.model), before)
-
-
 def test_a_resumed_run_keeps_the_reference_of_the_first_step(build_opd):
     settings = {**INTERPOLATED, "per_device_train_batch_size": 2, "max_steps": 4}
     whole = runs.train(build_opd(**settings, save_strategy="steps", save_steps=2))

@@ -29,6 +29,7 @@ def check_arguments(
     """Check the constructor's arguments against each other; the errors are those of the trainer."""
     if not isinstance(args, LogitMixGRPOConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}. Pass a `LogitMixGRPOConfig`.")
+    _partners.check_processing_class(processing_class)
     _partners.check_teacher_arguments(teachers, args.teacher_weight, args)
     if not args.mixes:
         return

@@ -37,6 +37,7 @@ def check_arguments(
     """Check the constructor's arguments; the errors are those of the trainer."""
     if not isinstance(args, OfflineOPDConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}. Pass an `OfflineOPDConfig`.")
+    _partners.check_processing_class(processing_class)
     for name in ("data_collator", "compute_loss_func", "formatting_func"):
         if kwargs.get(name) is not None:
             raise ConfigError(f"`{name}` has no use here: the rows are token ids with a loss of their own. Drop it.")

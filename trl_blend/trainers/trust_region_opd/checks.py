@@ -33,6 +33,7 @@ def check_arguments(
     """Check the constructor's arguments against each other; the errors are those of the trainer."""
     if not isinstance(args, TrustRegionOPDConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}. Pass a `TrustRegionOPDConfig`.")
+    _partners.check_processing_class(processing_class)
     if len(teachers) > 1:
         raise ConfigError(f"`teacher_model` has {len(teachers)} models. Pass one: the loss has one target.")
     _partners.check_teacher_arguments(teachers, [0.0], args)

@@ -123,8 +123,8 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         veto_warmup_steps (`int`, *optional*):
             Optimizer steps in which the exponent decays linearly to 0. `50` for Veto, which is our choice.
         target_weight (`float`, *optional*):
-            Exponent \\( w \\) of the teacher in the interpolated target, 0 or more: 1 is the teacher, below 1 the
-            target lies on the way to it, above 1 beyond it (reward extrapolation). `0.5` there, which is our choice.
+            Exponent \\( w \\) of the teacher in the interpolated target, above 0: 1 is the teacher, below 1 the target
+            lies on the way to it, above 1 beyond it (reward extrapolation). `0.5` there, which is our choice.
         token_selection (`str`, *optional*, defaults to `"all"`):
             Token positions that training takes the loss over: `"all"`, or `"tip"` for those where the student is
             uncertain, and of the others those where it is farthest from the target.
@@ -264,7 +264,6 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             "num_rollouts_per_prompt": (1, math.inf, "the paper uses 4"),
             "kl_top_k": (1, math.inf, "the paper uses 16"),
             "veto_warmup_steps": (1, math.inf, "a number of optimizer steps"),
-            "target_weight": (0.0, math.inf, "1 is the teacher"),
             "tip_entropy_quantile": (0.0, 1.0, "0 keeps all positions"),
             "tip_divergence_quantile": (0.0, 1.0, "0 keeps all positions"),
             "forward_kl_entropy": (0.0, math.inf, "an entropy in nats"),
@@ -283,6 +282,11 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         if self.contrastive_alpha is not None and not 0.0 < self.contrastive_alpha <= 1.0:
             raise ConfigError(
                 f"`contrastive_alpha={self.contrastive_alpha}` must be above 0 and at most 1 (the papers use 0.1)."
+            )
+        if self.target_weight is not None and not 0.0 < self.target_weight < math.inf:
+            raise ConfigError(
+                f"`target_weight={self.target_weight}` must be positive (1 is the teacher): at 0 the target is the "
+                "student at step 0, and nothing would be trained."
             )
         if self.veto_weight_start is not None and not 0.0 <= self.veto_weight_start < 1.0:
             raise ConfigError(
