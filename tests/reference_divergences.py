@@ -103,6 +103,36 @@ def reverse_kl_loss(
     return loss, entropy(student_logprobs), total
 
 
+def iw_opd_weights(advantages: list[float], gamma: float) -> list[float]:
+    """`1 + γ (1 - Σ_{s<t} |A_s| / Σ_s |A_s|)` of the tokens of one rollout."""
+    total = sum(abs(advantage) for advantage in advantages)
+    return [1 + gamma * (1 - sum(abs(a) for a in advantages[:t]) / total) for t in range(len(advantages))]
+
+
+def iw_opd_losses(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    tokens: list[int],
+    gamma: float,
+    *,
+    behavior_logps: list[float] | None = None,
+    temperature: float = 1.0,
+    eos: tuple[int, list[int]] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """`-sg[r_t w_t A_t] log p_θ(y_t)` of the tokens of one rollout, `r` 1 or `p_θ / μ`; `log p_θ(y_t)`, and `w`."""
+    logps, advantages = [], []
+    for own, other, token in zip(student, teacher, tokens, strict=True):
+        place = eos[0] if eos is not None and token in eos[1] else token
+        logps.append(canonical_logprobs(own, temperature, eos)[place])
+        advantages.append((canonical_logprobs(other, temperature, eos)[place] - logps[-1]).item())
+    weights = iw_opd_weights(advantages, gamma)
+    ratios = [1.0] * len(tokens)
+    if behavior_logps is not None:
+        ratios = [math.exp(logp.item() - behavior) for logp, behavior in zip(logps, behavior_logps, strict=True)]
+    rows = zip(ratios, weights, advantages, logps, strict=True)
+    return [-r * w * a * logp for r, w, a, logp in rows], logps, weights
+
+
 def quantile(values: list[float], share: float) -> float:
     """Between the two values that are nearest to that share of all, linearly."""
     ordered = sorted(values)

@@ -40,6 +40,13 @@ UPDATES: dict[str, dict[str, Any]] = {
         "log_teacher_statistics": True,
     },
     "lora_interpolated": {**SGD, **STUDENT, "distillation_target": "interpolated", "log_teacher_statistics": True},
+    "iw_opd": {
+        **SGD,
+        **TRUST_REGION,
+        "gradient_accumulation_steps": 2,
+        "distillation_objective": "iw_opd",
+        "log_teacher_statistics": True,
+    },
     # Positions are chosen among those of a micro-batch of all processes, so there is one per step
     "tip": {**SGD, **STUDENT, "token_selection": "tip", "forward_kl_entropy": 2.2, "log_teacher_statistics": True},
 }

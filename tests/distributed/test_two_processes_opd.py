@@ -27,6 +27,8 @@ def test_metrics_of_the_loss_are_those_of_one_process(launched_opd, launch, name
     names = {"blend/auroc", "blend/student_logp", "blend/teacher_logp", "blend/teacher_entropy"}
     if name not in ("student", "peft_trust_region"):
         names.add("blend/reverse_kl")
+    if name == "iw_opd":
+        names.add("blend/iw_opd_weight")
     if name == "tip":
         names |= {"blend/kept_share", "blend/forward_kl_share"}
         assert all(0.0 < entry["blend/kept_share"] < 1.0 for entry in expected)

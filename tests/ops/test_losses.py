@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from tests import reference_offline
+from tests import reference_divergences, reference_offline
 from trl_blend.errors import ConfigError
-from trl_blend.ops.losses import extrapolated_logps, sampled_kl, sampled_token_loss, sequence_weights
+from trl_blend.ops.losses import (
+    extrapolated_logps,
+    iw_opd_weights,
+    sampled_kl,
+    sampled_token_loss,
+    sequence_weights,
+)
 
 
 N, V = 6, 9
@@ -229,3 +235,19 @@ def test_weights_give_the_two_means(aggregation):
 def test_unknown_aggregation():
     with pytest.raises(ConfigError, match="aggregation='mean'"):
         sequence_weights([1], "mean")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_iw_opd_weights(gamma):
+    advantages = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1] * 7, [1, 0, 0, 1, 1, 1, 0], [0] * 7])  # with a tool's answer, and an empty rollout
+    weights = iw_opd_weights(advantages.masked_fill(mask == 0, float("nan")), mask, gamma)
+    for row, values, counts in zip(weights, advantages, mask.bool(), strict=True):
+        expected = reference_divergences.iw_opd_weights(values[counts].tolist(), gamma)
+        torch.testing.assert_close(row[counts], torch.tensor(expected, dtype=torch.float64))
+    assert not weights.requires_grad and weights.isfinite().all()
+    assert gamma or (weights == 1.0).all()
+
+
+def test_iw_opd_weights_without_a_disagreement():
+    assert iw_opd_weights(torch.zeros(1, 3), torch.ones(1, 3), 0.5).tolist() == [[1.5, 1.5, 1.5]]

@@ -79,6 +79,9 @@ def trainers(models: Path, folder: Path) -> dict[str, Any]:
         "trust_region_opd_losses": lambda output: runs.build_opd(
             models, output, token_selection="tip", forward_kl_entropy=1.0, **student
         ),
+        "trust_region_opd_iw_opd": lambda output: runs.build_opd(
+            models, output, distillation_objective="iw_opd", **student
+        ),
         "trust_region_opd_skd": lambda output: runs.build_opd(models, output, rollout_policy="speculative_kd"),
     }
 

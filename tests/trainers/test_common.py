@@ -138,6 +138,7 @@ OTHER = [
     ("opd", {**STUDENT, "kl_support": "student_top_k"}),
     ("opd", {**STUDENT, "distillation_target": "veto"}),
     ("opd", {**STUDENT, "distillation_target": "interpolated"}),
+    ("opd", {**STUDENT, "distillation_objective": "iw_opd"}),
     ("opd", {**STUDENT, "token_selection": "tip"}),
     ("opd", {**STUDENT, "forward_kl_entropy": 2.2}),
     ("opd", {**STUDENT, "temperature_warmup_start": 0.8}),
@@ -252,6 +253,7 @@ RESUMED = [
     ("opd", {**OPD, **COLD}, "blend/temperature"),
     ("opd", {**OPD, **VETO}, "blend/veto_weight"),
     ("opd", {**OPD, **STUDENT, "token_selection": "tip", "forward_kl_entropy": 2.2}, "blend/reverse_kl"),
+    ("opd", {**OPD, **TRUST_REGION, "distillation_objective": "iw_opd"}, "blend/iw_opd_weight"),
     ("offline", OFFLINE, "offline/drift_kl"),
     ("offline", PACKED, "offline/drift_kl"),
 ]

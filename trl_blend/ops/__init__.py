@@ -18,6 +18,7 @@ from trl_blend.ops.importance import (
 from trl_blend.ops.losses import (
     SampledTokenLoss,
     extrapolated_logps,
+    iw_opd_weights,
     sampled_kl,
     sampled_token_loss,
     sequence_weights,
@@ -46,6 +47,7 @@ __all__ = [
     "extrapolated_logps",
     "floored_log_ratio",
     "importance_statistics",
+    "iw_opd_weights",
     "masked_mean",
     "masked_sum",
     "mix_logits",

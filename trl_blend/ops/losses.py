@@ -1,4 +1,4 @@
-"""Objectives on stored tokens: what a student learns from log-probabilities of tokens that were sampled before."""
+"""Objectives on sampled tokens: what a student learns from their log-probabilities under it and its teacher."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from trl_blend.errors import ConfigError
+
+
+# Of TRL's `IWOPDConfig.iw_opd_epsilon`, for a rollout without any disagreement
+_IW_OPD_EPSILON = 1e-8
 
 
 class SampledTokenLoss(NamedTuple):
@@ -91,6 +95,37 @@ def sampled_token_loss(
     ratio = (student_logps - rollout_logps).detach().exp()
     ratio = ratio if ratio_cap is None else ratio.clamp(max=ratio_cap)
     return SampledTokenLoss(ratio * loss, advantage, ratio)
+
+
+def iw_opd_weights(advantages: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    r"""
+    Weighs the tokens of a rollout by how little the student had disagreed with the teacher before them. Use it with a
+    `gamma` of 0.5 where late tokens of long rollouts follow prefixes that the teacher would not have written.
+
+    The weights of IW-OPD ([On the Position Bias of On-Policy Distillation](https://huggingface.co/papers/2606.22600)),
+    as in TRL's `IWOPDTrainer`:
+
+    $$
+    w_t = 1 + \gamma \left(1 - \frac{\sum_{s < t} |A_s|}{\sum_s |A_s|}\right)
+    $$
+
+    They fall from \\( 1 + \gamma \\) at the first token towards 1 at the last, and are no importance ratios. Without
+    any disagreement all are \\( 1 + \gamma \\).
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B, T)`):
+            `A_t = log p_T(y_t) - log p_S(y_t)`. Detached; values in masked places are ignored, NaN included.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Nonzero at valid tokens.
+        gamma (`float`):
+            `γ`, at least 0. At 0 all weights are 1.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: No gradient.
+    """
+    sizes = torch.where(mask != 0, advantages.detach().abs(), 0.0)
+    share = (sizes.cumsum(dim=1) - sizes) / sizes.sum(dim=1, keepdim=True).clamp(min=_IW_OPD_EPSILON)
+    return 1.0 + gamma * (1.0 - share)
 
 
 def extrapolated_logps(teacher_logps: Tensor, reference_logps: Tensor, extrapolation: float) -> Tensor:

@@ -10,11 +10,12 @@ from tests.ops.head.heads import (
     Stored,
     expected_log_probs,
     expected_reverse_kl,
+    expected_support,
     expected_top_k,
     random_head,
     stored,
 )
-from trl_blend.ops import EosMap, LMHead, mixed_log_probs, reverse_kl, top_k_divergence
+from trl_blend.ops import EosMap, LMHead, mixed_log_probs, reverse_kl, support_statistics, top_k_divergence
 
 
 N, V, TOP_K = 7, 11, 3
@@ -71,6 +72,20 @@ def interpolated(**settings) -> Function:
     return Function(call, expected, 1, random_head, False)
 
 
+def support(**settings) -> Function:
+    def targets(student):
+        return torch.arange(len(student.hidden)) % V
+
+    def call(student, teacher, **options):
+        found = support_statistics(student, teacher, targets(student), temperature=0.9, **settings, **options)
+        return found.student_logps, found.teacher_logps, found.teacher_entropy, found.student_entropy
+
+    def expected(student, teacher):
+        return expected_support(student, teacher, targets(student), temperature=0.9, **settings)
+
+    return Function(call, expected, 1, random_head, False)
+
+
 def from_store(direction: str) -> Function:
     def call(student, store, **options):
         return tuple(top_k_divergence(student, *store, direction=direction, **options))
@@ -90,6 +105,8 @@ FUNCTIONS = {
     "reverse kl, top-k": divergence(top_k=TOP_K),
     "reverse kl, top-k, veto, eos": divergence(top_k=TOP_K, veto_weight=0.4, eos=EOS),
     "reverse kl, interpolated, eos": interpolated(eos=EOS),
+    "sampled": support(),
+    "sampled, eos": support(eos=EOS),
     "stored, reverse": from_store("reverse"),
     "stored, forward": from_store("forward"),
 }

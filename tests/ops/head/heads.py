@@ -105,6 +105,26 @@ def expected_reverse_kl(
     return tuple(torch.stack(values) for values in zip(*tokens, strict=True))
 
 
+def expected_support(
+    student: LMHead,
+    teacher: LMHead,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    eos: EosMap | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`log p(target)` under student and teacher, and the entropies of teacher and student, token by token."""
+    size = min(student.weight.shape[0], teacher.weight.shape[0]) if vocab_size is None else vocab_size
+    canonical = None if eos is None else (eos.target, list(eos.merged))
+    tokens = []
+    for target, *rows in zip(targets.tolist(), logit_rows(student, size), logit_rows(teacher, size), strict=True):
+        token = eos.target if eos is not None and target in eos.merged else target
+        own, other = (reference_divergences.canonical_logprobs(row, temperature, canonical) for row in rows)
+        tokens.append((own[token], other[token], reference.entropy(other), reference.entropy(own)))
+    return tuple(torch.stack(values) for values in zip(*tokens, strict=True))
+
+
 class Stored(NamedTuple):
     """What a store holds of a teacher, in the order of the arguments of `top_k_divergence`."""
 

@@ -41,7 +41,6 @@ def test_nothing_flows_to_a_partner(function):
 def test_no_graph_when_only_partners_require_grad(function):
     student, partner = random_head(N, 4, V), random_head(N, 5, V, requires_grad=True)
     assert not any(value.requires_grad for value in function.call(student, partner))
-    assert not any(value.requires_grad for value in support_statistics(partner, student, torch.arange(N)))
 
 
 @every_function
@@ -202,8 +201,8 @@ def assert_gathered(loss, student, partner, in_backward, in_forward=True):
 def test_weights_are_gathered_in_forward_and_backward(name):
     function, student = FUNCTIONS[name], random_head(N, 4, V, bias=True, requires_grad=True)
     partner = function.partner(N, 5, V + 3 if name.startswith("reverse") else V, bias=True)
-    # The backward of the student's top-k does not need the teacher
-    in_backward = "top-k" not in name
+    # The backward of the student's top-k, or of sampled tokens, does not need the teacher
+    in_backward = "top-k" not in name and "sampled" not in name
     assert_gathered(lambda **x: function.loss(function.call(student, partner, **x)), student, partner, in_backward)
 
 

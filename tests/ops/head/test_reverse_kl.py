@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tests import reference, reference_divergences
-from tests.ops.head.heads import expected_reverse_kl, gradients, leaves, logit_rows, random_head, with_leaves
+from tests.ops.head.heads import (
+    expected_reverse_kl,
+    expected_support,
+    gradients,
+    leaves,
+    logit_rows,
+    random_head,
+    with_leaves,
+)
 from trl_blend.errors import ConfigError
 from trl_blend.ops import EosMap, LMHead, mixed_log_probs, reverse_kl, support_statistics
 
@@ -381,25 +389,21 @@ def test_support_statistics_match_the_reference(case, eos, tiles):
     student, teacher, arguments = build(case, tokens=V)
     targets = torch.arange(V)
     result = support_statistics(student, teacher, targets, eos=eos, **arguments)
-    expected = []
-    for n, rows in enumerate(zip(logit_rows(student, V), logit_rows(teacher, V))):
-        token = eos.target if eos is not None and n in eos.merged else n
-        canonical = None if eos is None else (eos.target, list(eos.merged))
-        student_row, teacher_row = (
-            reference_divergences.canonical_logprobs(row, arguments.get("temperature", 1.0), canonical) for row in rows
-        )
-        expected.append((student_row[token], teacher_row[token], reference.entropy(teacher_row)))
-    wanted = tuple(torch.stack(values).detach() for values in zip(*expected))
+    wanted = expected_support(student, teacher, targets, eos=eos, **arguments)
     torch.testing.assert_close(tuple(result), wanted, rtol=1e-12, atol=1e-12)
-    assert not any(value.requires_grad for value in result)
+    direction = torch.randn(V, dtype=torch.float64)
+    grads, expected = (gradients([one], leaves(student), [direction]) for one in (result.student_logps, wanted[0]))
+    torch.testing.assert_close(grads, expected, rtol=1e-11, atol=1e-12)
+    assert not any(value.requires_grad for value in result[1:])
 
 
 def test_support_statistics_agree_with_mixed_log_probs():
     student, teacher, targets = random_head(N, 4, V), random_head(N, 3, V), torch.randint(0, V, (N,))
     result = support_statistics(student, teacher, targets)
-    torch.testing.assert_close(result.student_logps, mixed_log_probs(student, [], [], targets).logps)
     alone = mixed_log_probs(teacher, [], [], targets)
     torch.testing.assert_close((result.teacher_logps, result.teacher_entropy), tuple(alone))
+    own = mixed_log_probs(student, [], [], targets)
+    torch.testing.assert_close((result.student_logps, result.student_entropy), tuple(own))
 
 
 @pytest.mark.parametrize("target", [-100, -1, V, 99])

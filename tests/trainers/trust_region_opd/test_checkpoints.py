@@ -36,6 +36,8 @@ def test_a_checkpoint_has_the_settings_of_the_method_beside_the_model(checkpoint
         "temperature_warmup_start": None,
         "temperature_warmup_steps": None,
         "num_rollouts_per_prompt": 1,
+        "distillation_objective": "jsd",
+        "iw_opd_gamma": None,
         "kl_support": "full",
         "kl_top_k": 16,
         "distillation_target": "teacher",

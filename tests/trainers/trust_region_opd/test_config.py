@@ -44,7 +44,7 @@ def test_inherited_settings_keep_their_defaults(tmp_path):
 
 FILLED = {name: value for settings in METHODS.values() for name, value in settings.items()}
 FILLED |= {"veto_weight_start": 0.4, "veto_warmup_steps": 50}
-FILLED |= {"target_weight": 0.5, "tip_entropy_quantile": 0.5, "tip_divergence_quantile": 0.9}
+FILLED |= {"iw_opd_gamma": 0.5, "target_weight": 0.5, "tip_entropy_quantile": 0.5, "tip_divergence_quantile": 0.9}
 FILLED |= {"temperature_warmup_start": 0.9, "temperature_warmup_steps": 25}
 
 
@@ -99,12 +99,13 @@ LOSSES = [
     ("target_weight", 0.2, "distillation_target", "interpolated"),
     ("tip_entropy_quantile", 0.2, "token_selection", "tip"),
     ("tip_divergence_quantile", 0.2, "token_selection", "tip"),
+    ("iw_opd_gamma", 1.0, "distillation_objective", "iw_opd"),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "switch", "needed"), LOSSES)
 def test_settings_of_a_loss_belong_to_it(make, name, value, switch, needed):
-    was = "teacher" if switch == "distillation_target" else "all"
+    was = {"distillation_target": "teacher", "token_selection": "all", "distillation_objective": "jsd"}[switch]
     with pytest.raises(ConfigError, match=f"`{name}={value}` has no effect with `{switch}='{was}'`. Set `{switch}='"):
         make(**{name: value})
     assert getattr(make(**{switch: needed, name: value}), name) == value
@@ -185,6 +186,7 @@ OUT_OF_RANGE = [
     ({"token_selection": "tip", "tip_divergence_quantile": -0.1}, "tip_divergence_quantile"),
     ({"forward_kl_entropy": -0.1}, "forward_kl_entropy"),
     ({"forward_kl_entropy": float("nan")}, "forward_kl_entropy"),
+    ({"distillation_objective": "iw_opd", "iw_opd_gamma": -0.1}, "iw_opd_gamma"),
 ]
 
 
@@ -203,6 +205,7 @@ def test_values_at_the_ends_of_their_ranges(make):
     make(distillation_target="interpolated", target_weight=2.5)
     make(token_selection="tip", tip_entropy_quantile=0.0, tip_divergence_quantile=1.0)
     make(forward_kl_entropy=0.0)
+    make(distillation_objective="iw_opd", iw_opd_gamma=0.0)
     make(rollout_policy="student", temperature=0.8, temperature_warmup_start=0.8, temperature_warmup_steps=1)
 
 
@@ -245,20 +248,28 @@ def test_one_temperature_is_warmed_up(make):
     make(**settings)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("kl_support", "student_top_k"),
-        ("distillation_target", "veto"),
-        ("distillation_target", "interpolated"),
-        ("token_selection", "tip"),
-        ("forward_kl_entropy", 0.8),
-    ],
-)
+OWN_LOSSES = [
+    ("kl_support", "student_top_k"),
+    ("distillation_target", "veto"),
+    ("distillation_target", "interpolated"),
+    ("token_selection", "tip"),
+    ("forward_kl_entropy", 0.8),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*OWN_LOSSES, ("distillation_objective", "iw_opd")])
 def test_own_losses_are_those_of_the_reverse_kl(make, name, value):
     with pytest.raises(ConfigError, match=f"`{name}={value!r}` is defined for the reverse KL.*`beta=0.5`"):
         make(beta=0.5, **{name: value})
     assert make(beta=0.5).beta == 0.5
+
+
+@pytest.mark.parametrize(("name", "value"), OWN_LOSSES)
+def test_a_loss_of_sampled_tokens_has_no_divergence_to_change(make, name, value):
+    with pytest.raises(
+        ConfigError, match=f"`{name}={value!r}` changes the divergence.*'iw_opd'` is a loss of sampled"
+    ):
+        make(distillation_objective="iw_opd", **{name: value})
 
 
 # Blended decoding is defined on full distributions

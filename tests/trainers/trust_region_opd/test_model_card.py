@@ -192,6 +192,11 @@ LOSSES = {
         ("forward KL", "added where the teacher's entropy is above 0.8 nats"),
         ("jin2026entropy",),
     ),
+    "iw_opd": (
+        {"distillation_objective": "iw_opd"},
+        ("divergence", "reverse KL, sampled tokens, with the weights of IW-OPD, gamma 0.5"),
+        ("xie2026position",),
+    ),
 }
 
 

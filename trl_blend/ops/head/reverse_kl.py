@@ -203,17 +203,19 @@ class SupportStatistics(NamedTuple):
         student_logps (`torch.Tensor` of shape `(N,)`):
             `log p_S(target)`.
         teacher_logps (`torch.Tensor` of shape `(N,)`):
-            `log p_T(target)`.
+            `log p_T(target)`. No gradient.
         teacher_entropy (`torch.Tensor` of shape `(N,)`):
-            Entropy of `p_T`.
+            Entropy of `p_T`. No gradient.
+        student_entropy (`torch.Tensor` of shape `(N,)`):
+            Entropy of `p_S`. No gradient.
     """
 
     student_logps: Tensor
     teacher_logps: Tensor
     teacher_entropy: Tensor
+    student_entropy: Tensor
 
 
-@torch.no_grad()
 def support_statistics(
     student: LMHead,
     teacher: LMHead,
@@ -225,10 +227,12 @@ def support_statistics(
     gather_parameters: GatherParameters = no_gather,
 ) -> SupportStatistics:
     """
-    Scores given tokens under both distributions that [`reverse_kl`] compares, without a gradient. Use it for the
-    diagnostics of a rollout: where the teacher supports what the student has sampled, and how sure it is.
+    Scores given tokens under both distributions that [`reverse_kl`] compares. Use it for a loss of sampled tokens, and
+    for the diagnostics of a rollout: where the teacher supports what the student has sampled, and how sure it is.
 
-    `log p_S(target)`, `log p_T(target)` and the entropy of `p_T`, from one pass over the vocabulary per model.
+    `log p_S(target)`, `log p_T(target)` and both entropies, from one pass over the vocabulary per model. The gradient
+    of `log p_S(target)`, `1[target] - p_S` with respect to the student's logits, reaches the tensors of `student` as
+    in [`reverse_kl`]; a stop event has that of all its tokens.
 
     Args:
         student ([`LMHead`]):
@@ -241,7 +245,7 @@ def support_statistics(
             As in [`reverse_kl`].
 
     Returns:
-        [`SupportStatistics`]: Three tensors of shape `(N,)`, in float32 (float64 for float64 hidden states).
+        [`SupportStatistics`]: Four tensors of shape `(N,)`, in float32 (float64 for float64 hidden states).
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the temperature, the vocabulary size, the EOS map or a shape is invalid.
@@ -254,20 +258,10 @@ def support_statistics(
     _check_pair(student, teacher, temperature)
     if eos is not None:
         targets = torch.where(torch.isin(targets, torch.tensor(eos.merged).to(targets)), eos.target, targets)
-    models = [tiles.tiled(head, 1.0 / temperature) for head in (student, teacher)]
-    scratch = Scratch.of(models)
-
-    def tile_logits(block: Block, rows: slice) -> Tensor:
-        return _logits(block, 0, rows, scratch)
-
+    models = [tiles.tiled(head, 1.0 / temperature) for head in (student, frozen(teacher))]
     with gather_parameters(*tiles.parameters_of(models)):
         vocab, eos_ids = _common_vocabulary(student, teacher, vocab_size, eos)
-        (_, student_logps, _), (_, teacher_logps, entropy) = (
-            tiles.softmax_statistics([model], vocab, targets, scratch, tile_logits, entropy=True, eos_ids=eos_ids)
-            for model in models
-        )
-    assert entropy is not None
-    return SupportStatistics(student_logps, teacher_logps, entropy)
+        return SupportStatistics(*tiles.run(_Support(vocab, eos_ids, targets), models, gather_parameters))
 
 
 def _check_pair(student: LMHead, teacher: LMHead, temperature: float, role: str = "teacher") -> None:
@@ -399,6 +393,50 @@ class _ReverseKL(Kernel):
                 grad.scatter_add_(1, local, torch.where(inside, coefficients, 0.0))
             for index, column in tiles.eos_columns(self.eos_ids, block):
                 grad[:, column] = at_eos[:, index]
+            return grad.mul_(scale[rows])
+
+        return gradient
+
+
+@dataclass(frozen=True)
+class _Support(Kernel):
+    """Log-probabilities of the targets under student and teacher, and without gradient both entropies."""
+
+    vocab: int
+    eos_ids: tuple[int, ...]
+    targets: Tensor
+
+    def reads_partners(self, grads: Sequence[Tensor | None]) -> bool:
+        return False
+
+    def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
+        def tile_logits(block: Block, rows: slice) -> Tensor:
+            return _logits(block, 0, rows, scratch)
+
+        settings: dict[str, Any] = {"entropy": True, "eos_ids": self.eos_ids}
+        (log_norm, logps, entropy), (_, teacher_logps, teacher_entropy) = (
+            tiles.softmax_statistics([model], self.vocab, self.targets, scratch, tile_logits, **settings)
+            for model in models
+        )
+        return [logps, teacher_logps, teacher_entropy, entropy], [log_norm, logps]
+
+    def tile_gradient(
+        self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
+    ) -> TileGradient:
+        """With respect to the student's logits it is `1[target] - p`; the tokens of a stop event share its 1."""
+        assert grads[0] is not None
+        log_norm, logps = saved
+        scale = grads[0].to(scratch.dtype).unsqueeze(1) * (models[0].factor * models[0].logit_scale)
+
+        def gradient(block: Block, rows: slice, tanh: Tensor | None) -> Tensor:
+            grad = _logits(block, 0, rows, scratch, tanh).sub_(log_norm[rows].unsqueeze(1))
+            targets = self.targets[rows]
+            stops = [(column, grad[:, column].clone()) for _, column in tiles.eos_columns(self.eos_ids, block)]
+            local, inside = tiles.local_columns(targets.unsqueeze(1), block)
+            grad.exp_().neg_().scatter_add_(1, local, inside.to(grad.dtype))
+            for column, log_probs in stops:
+                share = torch.where(targets == self.eos_ids[0], (log_probs - logps[rows]).exp(), 0.0)
+                grad[:, column] = share - log_probs.exp()
             return grad.mul_(scale[rows])
 
         return gradient

@@ -29,6 +29,7 @@ def check_arguments(
     processing_class: Any,
     peft_config: Any,
     has_rewards: bool,
+    uses_tools: bool,
 ) -> None:
     """Check the constructor's arguments against each other; the errors are those of the trainer."""
     if not isinstance(args, TrustRegionOPDConfig):
@@ -46,6 +47,12 @@ def check_arguments(
         raise ConfigError(
             f"`teacher_eos_token_id={args.teacher_eos_token_id}` has no effect without `teacher_model`: the student's "
             "own base ends its sequences as the student does. Drop it."
+        )
+    if args.distillation_objective == "iw_opd" and args.blends and (uses_tools or args.use_vllm):
+        raise UnsupportedError(
+            "`distillation_objective='iw_opd'` divides by the probability that a blended rollout was drawn with, which "
+            "is recorded for one turn and by transformers only. Leave tools out and set `use_vllm=False`, or set "
+            f"{_OFF}."
         )
     if args.uses_reference:
         _check_reference(model, teachers, args, peft_config)

@@ -41,6 +41,7 @@ _READ_BY = {
     "target_weight": ("distillation_target", "interpolated", 0.5),
     "tip_entropy_quantile": ("token_selection", "tip", 0.5),
     "tip_divergence_quantile": ("token_selection", "tip", 0.9),
+    "iw_opd_gamma": ("distillation_objective", "iw_opd", 0.5),
 }
 
 
@@ -107,6 +108,13 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
 
         > Parameters that control the loss
 
+        distillation_objective (`str`, *optional*, defaults to `"jsd"`):
+            What training minimises: `"jsd"`, the divergence that the settings below describe, or `"iw_opd"`, the
+            sampled-token loss of TRL's experimental `IWOPDTrainer`, whose weights fall with the disagreement that a
+            rollout has accumulated. Blended rollouts are corrected by `p_S / μ`, which is our choice.
+        iw_opd_gamma (`float`, *optional*):
+            How far the weights rise above 1 for `distillation_objective="iw_opd"`, 0 or more; 0 is the plain
+            sampled-token loss. `0.5` there, as in TRL.
         kl_support (`str`, *optional*, defaults to `"full"`):
             Tokens the reverse KL is taken over: `"full"` (TRL's chunked divergence, unless the models differ in
             vocabulary size or end-of-sequence tokens) or `"student_top_k"`, the `kl_top_k` most probable tokens of the
@@ -174,6 +182,8 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     num_rollouts_per_prompt: int = 1
 
     # Parameters that control the loss
+    distillation_objective: Literal["jsd", "iw_opd"] = "jsd"
+    iw_opd_gamma: float | None = None
     kl_support: Literal["full", "student_top_k"] = "full"
     kl_top_k: int = 16
     distillation_target: Literal["teacher", "veto", "interpolated"] = "teacher"
@@ -267,6 +277,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             "tip_entropy_quantile": (0.0, 1.0, "0 keeps all positions"),
             "tip_divergence_quantile": (0.0, 1.0, "0 keeps all positions"),
             "forward_kl_entropy": (0.0, math.inf, "an entropy in nats"),
+            "iw_opd_gamma": (0.0, math.inf, "TRL uses 0.5"),
         }
         for name, (low, high, hint) in ranges.items():
             value = getattr(self, name)
@@ -319,7 +330,13 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
 
     def _check_divergence(self):
         own = ("kl_support", "distillation_target", "token_selection", "forward_kl_entropy")
-        for name in own if self.beta != 1.0 else ():
+        for name in own if self.distillation_objective == "iw_opd" else ():
+            if not is_default(self, name):
+                raise ConfigError(
+                    f"`{name}={getattr(self, name)!r}` changes the divergence over the vocabulary, but "
+                    "`distillation_objective='iw_opd'` is a loss of sampled tokens. Drop one of them."
+                )
+        for name in ("distillation_objective", *own) if self.beta != 1.0 else ():
             if not is_default(self, name):
                 raise ConfigError(
                     f"`{name}={getattr(self, name)!r}` is defined for the reverse KL, but `beta={self.beta}` selects "
@@ -342,7 +359,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         """Whether the loss has something that TRL's does not."""
         target = self.uses_reference or self.distillation_target == "veto"
         selects = self.token_selection != "all" or self.forward_kl_entropy is not None
-        return self.kl_support != "full" or target or selects
+        return self.distillation_objective == "iw_opd" or self.kl_support != "full" or target or selects
 
     @property
     def blends(self) -> bool:

@@ -14,6 +14,7 @@ from trl_blend import _compat
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.reverse_kl import ReverseKL, support_statistics
+from trl_blend.ops.losses import SampledTokenLoss
 from trl_blend.ops.reduction import masked_mean
 from trl_blend.ops.vocab import EosMap
 from trl_blend.serving.statistics import Statistic
@@ -138,6 +139,12 @@ class Diagnostics:
         for name, chosen in (("forward_kl_share", result.has_forward_kl), ("kept_share", kept)):
             if chosen is not None:
                 means.add(name, chosen.float(), torch.ones_like(chosen))
+
+    def add_sampled_loss(self, result: SampledTokenLoss, weights: Tensor) -> None:
+        """Add what a loss of sampled tokens has found of `N` of them: the reverse KL, estimated, and their weights."""
+        gap = -result.advantage if result.ratio is None else -result.ratio * result.advantage
+        for name, values in (("reverse_kl", gap), ("iw_opd_weight", weights)):
+            self._loss_means[self._mode].add(name, values, values.isfinite())
 
     @torch.no_grad()
     def measure_support(self, heads: _compat.DivergenceInputs, completion_ids: Tensor, eos: EosMap | None) -> None:

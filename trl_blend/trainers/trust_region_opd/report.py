@@ -43,6 +43,7 @@ PANELS = (
         (Curve("blend/kept_share", "in the loss"), Curve("blend/forward_kl_share", "with the forward KL")),
         "share of positions",
     ),
+    Panel("IW-OPD weight", (Curve("blend/iw_opd_weight"),), "mean weight of a token"),
     Panel("Loss", (Curve("loss"),), "loss"),
     Panel(
         "Log-prob of the rollouts",
@@ -78,6 +79,8 @@ def run_parts(config: TrustRegionOPDConfig, teacher: str, rewards: str) -> RunPa
     target = "" if config.distillation_target == "teacher" else f", target {config.distillation_target}"
     if config.target_weight is not None:
         target += f" with weight {config.target_weight}"
+    if config.distillation_objective == "iw_opd":
+        target += f", loss of sampled tokens (IW-OPD) with gamma {config.iw_opd_gamma}"
     if config.token_selection == "tip":
         target += ", loss over the positions of TIP"
     if config.forward_kl_entropy is not None:
@@ -142,6 +145,8 @@ def is_baseline(config: TrustRegionOPDConfig) -> bool:
 def other_losses(config: TrustRegionOPDConfig) -> list[str]:
     """What the run does in its loss that the paper, baselines included, does not."""
     found = []
+    if config.distillation_objective == "iw_opd":
+        found.append("The sampled-token loss of IW-OPD, with its weights")
     if config.distillation_target == "interpolated":
         found.append("The target between the student at step 0 and the teacher, or beyond, with its weight")
     if config.token_selection == "tip":
@@ -203,6 +208,8 @@ def card_fields(
     """Fields of `model_cards/trust_region_opd.md`, see [`~trl_blend.trainers._run.RunMixin.card_fields`]."""
     rollouts, per_prompt = _cards.rows_per_step(config), config.num_rollouts_per_prompt
     divergence = "reverse KL" if config.beta == 1.0 else f"generalised Jensen-Shannon, beta {config.beta:g}"
+    if config.distillation_objective == "iw_opd":
+        divergence += ", from sampled tokens"
     return {
         "paper_name": "the trust-region paper",
         "paper": paper_values(config, merges_eos=eos is not None),

@@ -22,7 +22,8 @@ from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
 from trl_blend.models.own_logits import Fused, check_own_logits, head_log_probs
 from trl_blend.models.wrappers import evaluation_mode
 from trl_blend.ops.head.layer import LMHead
-from trl_blend.ops.head.reverse_kl import ReverseKL, reverse_kl
+from trl_blend.ops.head.reverse_kl import ReverseKL, reverse_kl, support_statistics
+from trl_blend.ops.losses import iw_opd_weights, sampled_token_loss
 from trl_blend.ops.selection import tip_selection
 from trl_blend.schedules import linear
 from trl_blend.trainers import _cards, _engine, _partners, _record
@@ -174,12 +175,14 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             processing_class=processing_class,
             peft_config=peft_config,
             has_rewards=bool(reward_funcs),
+            uses_tools=bool(kwargs.get("tools")) or kwargs.get("environment_factory") is not None,
         )
         check_prompt_columns(train_dataset, eval_dataset, processing_class)
         self.reward_funcs = as_reward_functions(reward_funcs)
         reward_names = [_compat.get_callable_name(function) for function in self.reward_funcs]
         self._panels = report.panels(reward_names)
         self._rule: BlendRule | None = None
+        self._behavior_logps: Tensor | None = None
         stop = args.blend_warmup_steps is not None
         with _engine.blended_engine(args, teachers, args.rule_at(0), blends=args.blends, partners_stop=stop):
             super().__init__(
@@ -289,6 +292,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             self._start_step()
         self._diagnostics.start_rollouts()
         self._table.start()
+        self._behavior_logps = None
         started = time.perf_counter()
         output = super()._generate_and_score_completions(inputs)
         seconds = time.perf_counter() - started
@@ -298,6 +302,10 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             rewards = self._reward(inputs, output)
             self._diagnostics.log_rewards(mode, rewards)
             output["verifier_reward"] = rewards[:, 0]
+        if self.args.distillation_objective == "iw_opd" and self._behavior_logps is not None:
+            width = output["completion_ids"].size(1)  # that of the longest row, or padded to a multiple
+            columns = width - self._behavior_logps.size(1)
+            output["behavior_logps"] = nn.functional.pad(self._behavior_logps, (0, columns))
         self._table.finish(len(inputs), self._rule if mode == "train" else None, rewards)
         return output
 
@@ -349,6 +357,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         ):
             completion_ids = super()._generate_single_turn(*turn)
         record = session.records[-1]
+        self._behavior_logps = record.behavior_logps
         self._diagnostics.collect(record, [len(ids) for ids in completion_ids])
         self._table.add_turn(record, prompt_ids, completion_ids)
         return completion_ids
@@ -482,6 +491,8 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         def divergence(heads: _compat.DivergenceInputs) -> _compat.DivergenceResult:
             if measures:
                 self._diagnostics.measure_support(heads, inputs["completion_ids"], self.eos)
+            if self.model.training and self.args.distillation_objective == "iw_opd":
+                return self._sampled_loss(heads, inputs)
             return self._divergence(heads) if self.uses_own_divergence else None
 
         with _compat.divergence_function(divergence):
@@ -515,6 +526,29 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             loss = torch.where(kept, scale * loss, 0.0)
         self._diagnostics.add_loss(result, kept)
         return zeros.masked_scatter(valid, loss), zeros.masked_scatter(valid, result.student_entropy)
+
+    def _sampled_loss(self, heads: _compat.DivergenceInputs, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        valid, student, teacher = valid_positions(heads)
+
+        def at_valid(values: Tensor) -> Tensor:
+            return values.to(valid.device).reshape(-1)[valid]
+
+        # Over all rows that both models have, as TRL's: any of them can have been drawn
+        found = support_statistics(
+            student,
+            teacher,
+            at_valid(inputs["completion_ids"]),
+            temperature=heads.temperature,
+            eos=self.eos,
+            gather_parameters=_compat.gather_lm_head,
+        )
+        behavior = at_valid(inputs["behavior_logps"]) if "behavior_logps" in inputs else None
+        result = sampled_token_loss(found.student_logps, found.teacher_logps, behavior)
+        zeros = result.loss.new_zeros(valid.shape)
+        advantages = zeros.masked_scatter(valid, result.advantage).view_as(heads.mask)
+        weights = at_valid(iw_opd_weights(advantages, heads.mask, self.args.iw_opd_gamma))
+        self._diagnostics.add_sampled_loss(result, weights)
+        return zeros.masked_scatter(valid, weights * result.loss), zeros.masked_scatter(valid, found.student_entropy)
 
     def _reference_head(self, student: LMHead, valid: Tensor) -> LMHead | None:
         """The reference at the tokens that count: the student's architecture with other weights."""
