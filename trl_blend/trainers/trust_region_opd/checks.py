@@ -50,9 +50,9 @@ def check_arguments(
         )
     if args.distillation_objective == "iw_opd" and args.blends and (uses_tools or args.use_vllm):
         raise UnsupportedError(
-            "`distillation_objective='iw_opd'` divides by the probability that a blended rollout was drawn with, which "
-            "is recorded for one turn and by transformers only. Leave tools out and set `use_vllm=False`, or set "
-            f"{_OFF}."
+            "`distillation_objective='iw_opd'` divides by the probability that a blended rollout was drawn with, "
+            "which is recorded for one turn and by transformers only. Leave tools out and set `use_vllm=False`, or "
+            f"set {_OFF}."
         )
     if args.uses_reference:
         _check_reference(model, teachers, args, peft_config)
