@@ -116,6 +116,8 @@ def test_record_teacher(world, tmp_path, capsys):
     assert "records another teacher" in fails(capsys, [*command, student])
     assert cli.main([*command, student, "--add"]) == 0
     assert f" and {student} (" in (output := capsys.readouterr().out) and "as the SFT teachers of" in output
+    assert cli.main([*command, student, "--add", "--route", "math", "code"]) == 0
+    assert "(route math, code) as the SFT teachers of" in capsys.readouterr().out
     assert cli.main([*command, student, "--overwrite"]) == 0
     capsys.readouterr()
     assert "is not a folder" in fails(capsys, [*command[:2], "nowhere", *command[3:], student])

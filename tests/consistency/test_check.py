@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -114,6 +115,47 @@ def test_a_teacher_with_an_adapter(world, tmp_path):
     scored = rewritten(world, tmp_path / "scored_2", teacher=str(tmp_path / "adapter"))
     finding = check_teacher_consistency(str(tmp_path / "student"), scored)["teacher"]
     assert finding.evidence["differences"] == ["the adapter's weights"]
+
+
+ROUTES = {
+    "math": ("ok", "have the same weights. It is recorded for the rows of route `math`"),
+    "code": ("error", "and the teacher of the fine-tuning of route `code`, .* differ in the weights"),
+    "prose": ("missing", "is recorded for the rows of route `math`, and not for the rows of route `prose`"),
+    None: ("info", "It is one of 2 teachers of the fine-tuning; the data have no route"),
+}
+
+
+@pytest.fixture(scope="module")
+def two_teachers(world, tmp_path_factory):
+    """The student, whose record names another teacher for the route `code`."""
+    folder = tmp_path_factory.mktemp("two")
+    student = str(shutil.copytree(world.student, folder / "student"))
+    other = save_model(changed(world.teacher_model, 1.0), folder / "other")
+    record_teacher(student, world.teacher, add=True, route="math")
+    record_teacher(student, other, add=True, route="code")
+    return student
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_teacher_of_a_route(world, two_teachers, tmp_path, route):
+    scoring = {"temperature": 1.0, "top_k": None, "dtype": "float32", **({"route": route} if route else {})}
+    severity, message = ROUTES[route]
+    report = check_teacher_consistency(two_teachers, rewritten(world, tmp_path / "scored", scoring=scoring))
+    assert report["teacher"].severity == severity and re.search(message, report["teacher"].message)
+    assert report.ok == (severity in ("ok", "info"))
+    assert ("trl-blend record-teacher --add --route prose" in report["teacher"].remedy) == (route == "prose")
+
+
+@pytest.mark.parametrize(("routes", "expected"), [(["math"], "math"), (["math", "code"], "code")])
+def test_the_routes_of_rows_that_one_teacher_has_scored(world, two_teachers, tmp_path, routes, expected):
+    number = len(world.columns["key"])
+    columns = {**world.columns, "route": [routes[n % len(routes)] for n in range(number)]}
+    scored = write_scored(tmp_path / "scored", columns, world.student, world.teacher)
+    finding = check_teacher_consistency(two_teachers, scored)["teacher"]
+    severity, message = ROUTES[expected]
+    assert finding.severity == severity and re.search(message, finding.message)
+    # Without routes in the record they tell nothing
+    assert check_teacher_consistency(world.student, scored)["teacher"].severity == "ok"
 
 
 # Provenance

@@ -131,11 +131,31 @@ def test_several_teachers(student, teacher):
     assert len(record_teacher(student, third, overwrite=True).teachers) == 1
 
 
-def test_the_nearest_teacher_comes_first():
+@pytest.mark.parametrize("routes", [(), (("math",), ("code", "prose"))])
+def test_the_nearest_teacher_comes_first(routes):
     first, second, third = (identify_model(tiny_model(seed=seed)) for seed in (1, 5, 7))
-    record = TeacherProvenance(first, "recorded", "now", others=(second,))
+    record = TeacherProvenance(first, "recorded", "now", others=(second,), routes=routes)
     assert record.nearest(second).teachers == (second, first)
+    assert record.nearest(second).routes_of_teachers == record.routes_of_teachers[::-1]
     assert record.nearest(first) == record.nearest(third) == record.nearest(None) == record
+
+
+def test_the_routes_of_a_teacher(student, teacher):
+    second = identify_model(tiny_model(seed=5))
+    record_teacher(student, teacher)  # a record of before, which gets its route with `add`
+    record_teacher(student, second, add=True, route=["code", "prose"])
+    assert read_provenance(student).routes == ((), ("code", "prose"))
+    written = record_teacher(student, teacher, add=True, route="math")
+    assert read_provenance(student) == written and written.routes == (("math",), ("code", "prose"))
+    assert record_teacher(student, second, add=True, route="code").routes == written.routes
+    assert record_teacher(student, teacher, add=True, route="logic").routes[0] == ("math", "logic")
+    with open(f"{student}/{PROVENANCE_FILE}") as file:
+        fields = json.load(file)
+    assert fields["schema_version"] == 2  # former releases read it, but not the routes
+    assert TeacherProvenance.from_dict({**fields, "routes": []}).routes == ()
+    with pytest.raises(ConfigError, match="`route='math'` is that of .* and of .* A row has one teacher"):
+        record_teacher(student, second, add=True, route="math")
+    assert record_teacher(student, second, overwrite=True, route="math").routes == (("math",),)
 
 
 def trainer(model, output_dir, callback, **settings):
@@ -180,6 +200,14 @@ def test_callback_of_several_teachers(tmp_path, teacher):
         run.train(resume_from_checkpoint=True)
     run = trainer(tiny_model(), tmp_path, TeacherProvenanceCallback([other, teacher]))  # in any order
     run.train(resume_from_checkpoint=True)
+
+
+def test_callback_of_routes(tmp_path, teacher):
+    other = identify_model(tiny_model(seed=5))
+    callback = TeacherProvenanceCallback({"math": teacher, "code": other, "logic": teacher})
+    trainer(tiny_model(), tmp_path, callback, max_steps=2).train()
+    found = read_provenance(str(tmp_path / "checkpoint-2"))
+    assert found.routes_of_teachers == [(identify_model(teacher), ("math", "logic")), (other, ("code",))]
 
 
 def test_callback_identifies_the_teacher_before_the_training(tmp_path):

@@ -111,6 +111,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--note", default="", help="free text, such as where the samples are")
     add("--overwrite", action="store_true", help="replace the record of another teacher")
     add("--add", action="store_true", help="keep the recorded teachers: the data were split between them")
+    add("--route", nargs="+", help="what its rows have in the column `route`: they are compared with this teacher")
 
 
 # What `inspect` compares scored rollouts with
@@ -136,6 +137,10 @@ def _record_teacher(
     provenance = record_teacher(
         model_name_or_path, teacher_model_name_or_path, revision=teacher_model_revision, **options
     )
-    teachers = " and ".join(teacher.describe() for teacher in provenance.teachers)
+    described = [
+        teacher.describe() + (f" (route {', '.join(routes)})" if routes else "")
+        for teacher, routes in provenance.routes_of_teachers
+    ]
+    teachers = " and ".join(described)
     tell(f"Recorded {teachers} as the SFT teacher{'s' if provenance.others else ''} of {model_name_or_path}.")
     return 0

@@ -50,7 +50,7 @@ def check_teacher_consistency(
     |---|---|
     | `manifest` | the data record who sampled and who scored them |
     | `provenance` | the teacher of the fine-tuning is recorded beside the student, or stated |
-    | `teacher` | it is the teacher of the log-probs: weights, adapter, configuration |
+    | `teacher` | it is the teacher of the log-probs, of several that of the route: weights, adapter, configuration |
     | `rollout_student` | the student that sampled the data is the one to be trained |
     | `tokenizer`, `chat_template` | student, data and teacher share them |
     | `rescored` | `teacher` gives the stored log-probs, on rows drawn at random |
@@ -107,6 +107,8 @@ def check_teacher_consistency(
     manifest = scored.manifest if isinstance(scored, RolloutStore) else None
     who = _identities(student, manifest, sft_teacher, processing_class, revision)
     rows = sample_rows(scored, max(num_rows, NUM_STATISTICS_ROWS))
+    scored_route = ((manifest.scoring if manifest is not None else None) or {}).get("route")
+    who = dataclasses.replace(who, routes=tuple(sorted({scored_route} if scored_route else set(rows.route or ()))))
     rescored = _rescore(teacher, teacher_revision, rows, num_rows, manifest, tolerance, tokens_per_batch)
     if who.scoring_teacher is None and rescored.severity == "ok":
         live = identify_model(teacher, revision=teacher_revision)

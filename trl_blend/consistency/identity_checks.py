@@ -1,9 +1,10 @@
 """Checks of who is who: one function per check, each returning one finding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trl_blend.consistency.provenance import TeacherProvenance
+from trl_blend.consistency.provenance import TeacherProvenance, same_model
 from trl_blend.consistency.report import Finding, Severity
 from trl_blend.models.identity import Comparison, ModelIdentity, compare_identities
 
@@ -38,6 +39,8 @@ class Identities:
             Who sampled the data.
         recorded, stated ([`~trl_blend.consistency.provenance.TeacherProvenance`], *optional*):
             The teacher of the student's fine-tuning: from the record beside the student, and from the caller.
+        routes (`tuple[str, ...]`):
+            Routes of the scored rows; of those drawn at random where the store has more than one.
         notes (`dict[str, str]`):
             Per role, how its identity was come by where that is not the plain way.
     """
@@ -48,6 +51,7 @@ class Identities:
     rollout_student: ModelIdentity | None = None
     recorded: TeacherProvenance | None = None
     stated: TeacherProvenance | None = None
+    routes: tuple[str, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -103,24 +107,51 @@ def check_provenance(who: Identities) -> Finding:
 
 
 def check_teacher(who: Identities) -> Finding:
-    """The teacher of the log-probs is the teacher of the fine-tuning: same weights, adapter and configuration."""
+    """
+    The teacher of the log-probs is the teacher of the fine-tuning: same weights, adapter and configuration. Of several
+    it is the one that is recorded for the route of the rows.
+    """
     if who.provenance is None or who.scoring_teacher is None:
         lack = "the teacher of the fine-tuning" if who.provenance is None else "the teacher of the log-probs"
         return Finding("teacher", "info", f"Not compared: {lack} is unknown.")
+    owners = {route: teacher for teacher, routes in who.provenance.routes_of_teachers for route in routes}
+    others = [route for route in who.routes if route in owners and not same_model(owners[route], who.scoring_teacher)]
+    of_route = f" of route `{others[0]}`" if others else ""
     found = _compared(
         "teacher",
         ("scoring_teacher", "the teacher of the log-probs", who.scoring_teacher),
-        ("sft_teacher", "the teacher of the fine-tuning", who.provenance.teacher),
+        (
+            "sft_teacher",
+            f"the teacher of the fine-tuning{of_route}",
+            owners[others[0]] if others else who.provenance.teacher,
+        ),
         who.notes,
         "Score the rollouts with the teacher of the fine-tuning, or fine-tune on samples of the scoring teacher: with "
         "two teachers the gradient is biased, live or offline.",
     )
-    number = len(who.provenance.teachers)
-    if number == 1 or found.severity != "ok":
+    number, own = len(who.provenance.teachers), who.provenance.routes_of_teachers[0][1]
+    if found.failed or (number == 1 and not own):
         return found
-    whose = f"It is one of {number} teachers of the fine-tuning; which rows were whose is not recorded."
-    evidence = found.evidence | {"teachers": number}
-    return replace(found, severity="info", message=f"{found.message} {whose}", evidence=evidence)
+    unrecorded = [route for route in who.routes if route not in owners]
+    if who.routes and not unrecorded:
+        return replace(found, message=f"{found.message} It is recorded for {_routes(who.routes)}.")
+    if unrecorded and own:
+        message = f"{found.message} But it is recorded for {_routes(own)}, and not for {_routes(unrecorded)}."
+        remedy = (
+            f"If they were its own in the fine-tuning, say so: `trl-blend record-teacher --add --route "
+            f"{' '.join(unrecorded)}`. Otherwise let their own teacher score them (`trl-blend score --route`)."
+        )
+        return replace(found, severity="missing", message=message, remedy=remedy)
+    if number == 1:
+        return found
+    whose = "the data have no route" if owners and not who.routes else "which rows were whose is not recorded"
+    message = f"{found.message} It is one of {number} teachers of the fine-tuning; {whose}."
+    evidence = found.evidence | {"teachers": number, "whose": whose}
+    return replace(found, severity="info", message=message, evidence=evidence)
+
+
+def _routes(names: Sequence[str]) -> str:
+    return f"the rows of route {' and '.join(f'`{name}`' for name in names)}"
 
 
 def check_rollout_student(who: Identities) -> Finding:

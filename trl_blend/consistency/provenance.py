@@ -44,6 +44,8 @@ class TeacherProvenance:
             Free text.
         others (`tuple[ModelIdentity, ...]`):
             Further teachers, of other rows of the fine-tuning data.
+        routes (`tuple[tuple[str, ...], ...]`):
+            Of each of the teachers, the routes that its rows have in the column `route`. Empty where none is recorded.
     """
 
     teacher: ModelIdentity
@@ -51,26 +53,31 @@ class TeacherProvenance:
     created_at: str
     note: str = ""
     others: tuple[ModelIdentity, ...] = ()
+    routes: tuple[tuple[str, ...], ...] = ()
 
     @property
     def teachers(self) -> tuple[ModelIdentity, ...]:
         """All of them."""
         return (self.teacher, *self.others)
 
+    @property
+    def routes_of_teachers(self) -> list[tuple[ModelIdentity, tuple[str, ...]]]:
+        """All of them, each with its routes."""
+        return list(zip(self.teachers, self.routes or ((),) * len(self.teachers), strict=True))
+
     def nearest(self, scoring_teacher: ModelIdentity | None) -> "TeacherProvenance":
         """The same record with the teacher first that is `scoring_teacher`, where it is one of them."""
         for index, teacher in enumerate(self.teachers if scoring_teacher is not None else ()):
-            if _same(teacher, scoring_teacher):
+            if same_model(teacher, scoring_teacher):
                 others = (*self.teachers[:index], *self.teachers[index + 1 :])
-                return replace(self, teacher=teacher, others=others)
+                routes = self.routes and (self.routes[index], *self.routes[:index], *self.routes[index + 1 :])
+                return replace(self, teacher=teacher, others=others, routes=routes)
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        fields = asdict(self)
-        if self.others:
-            return {"schema_version": SCHEMA_VERSION, **fields, "others": list(fields["others"])}
-        del fields["others"]
-        return {"schema_version": 1, **fields}
+        # What former releases do not know they do not read
+        fields = {name: value for name, value in asdict(self).items() if value or name not in ("others", "routes")}
+        return {"schema_version": SCHEMA_VERSION if self.others else 1, **fields}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TeacherProvenance":
@@ -85,7 +92,8 @@ class TeacherProvenance:
                 "Update trl_blend, or record the teacher again."
             )
         teacher, *others = map(ModelIdentity.from_dict, [fields["teacher"], *fields.get("others", [])])
-        return cls(teacher, fields["how"], fields["created_at"], fields.get("note", ""), tuple(others))
+        routes = tuple(tuple(names) for names in fields.get("routes", []))
+        return cls(teacher, fields["how"], fields["created_at"], fields.get("note", ""), tuple(others), routes)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `teacher_provenance.json` into a folder, all of it or nothing."""
@@ -117,6 +125,7 @@ def record_teacher(
     note: str = "",
     overwrite: bool = False,
     add: bool = False,
+    route: str | Sequence[str] | None = None,
 ) -> TeacherProvenance:
     """
     Record the SFT teacher beside a checkpoint, after the training. During it, [`TeacherProvenanceCallback`] does so.
@@ -135,10 +144,13 @@ def record_teacher(
         add (`bool`, *optional*, defaults to `False`):
             Whether to keep the teachers that are recorded and add this one: for a student whose fine-tuning data were
             split between teachers, as its rollouts are. The note is of all of them.
+        route (`str` or `list[str]`, *optional*):
+            Route or routes of the rows that were this teacher's, as they stand in the column `route` of the rollouts:
+            these are then compared with this teacher. Of a teacher that is recorded already, `add` adds them to it.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no such folder, the teacher cannot be read, or another one is
-            recorded there.
+            recorded there, or for the same route.
     """
     folder = Path(checkpoint_folder)
     if not folder.is_dir():
@@ -150,21 +162,22 @@ def record_teacher(
         )
     if add and overwrite:
         raise ConfigError("`add=True` keeps the recorded teachers and `overwrite=True` replaces them. Choose one.")
-    identities = [_identify(teacher, revision)]
+    routes = (route,) if isinstance(route, str) else tuple(route or ())
+    teachers = [(_identify(teacher, revision), routes)]
     if add and (folder / PROVENANCE_FILE).is_file():
         recorded = TeacherProvenance.load(folder / PROVENANCE_FILE)
-        kept = [known for known in recorded.teachers if not _same(known, identities[0])]
-        return _write(folder, [*kept, *identities], note or recorded.note)
+        return _write(folder, [*recorded.routes_of_teachers, *teachers], note or recorded.note)
     if not overwrite:
         remedy = (
             "`add=True` (`--add`) keeps both, for a student whose data were split between teachers; `overwrite=True` "
             "(`--overwrite`) replaces it"
         )
-        _refuse_another(folder, identities, remedy)
-    return _write(folder, identities, note)
+        _refuse_another(folder, [identity for identity, _ in teachers], remedy)
+    return _write(folder, teachers, note)
 
 
-def _same(first: ModelIdentity, second: ModelIdentity) -> bool:
+def same_model(first: ModelIdentity, second: ModelIdentity) -> bool:
+    """Whether both are known to be one model, up to rounding to bfloat16."""
     return compare_identities(first, second).relation not in ("different", "unknown")
 
 
@@ -172,12 +185,34 @@ def _identify(teacher: Any, revision: str | None) -> ModelIdentity:
     return teacher if isinstance(teacher, ModelIdentity) else identify_model(teacher, revision=revision)
 
 
-def _write(folder: Path, identities: Sequence[ModelIdentity], note: str) -> TeacherProvenance:
-    teacher, *others = identities
+def _write(folder: Path, teachers: Sequence[tuple[ModelIdentity, tuple[str, ...]]], note: str) -> TeacherProvenance:
+    (teacher, *others), routes = zip(*_merged(teachers), strict=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    provenance = TeacherProvenance(teacher, "recorded", now, note, tuple(others))
+    routes = routes if any(routes) else ()
+    provenance = TeacherProvenance(teacher, "recorded", now, note, tuple(others), routes)
     provenance.save(folder)
     return provenance
+
+
+def _merged(
+    teachers: Sequence[tuple[ModelIdentity, tuple[str, ...]]],
+) -> list[tuple[ModelIdentity, tuple[str, ...]]]:
+    """Each teacher once, as it was named last, with all of its routes; a route has one teacher."""
+    merged: list[tuple[ModelIdentity, tuple[str, ...]]] = []
+    for teacher, routes in teachers:
+        index = next((i for i, (known, _) in enumerate(merged) if same_model(known, teacher)), len(merged))
+        before = [route for _, known in merged[index : index + 1] for route in known]
+        merged[index : index + 1] = [(teacher, tuple(dict.fromkeys([*before, *routes])))]
+    owners = {}
+    for teacher, routes in merged:
+        for route in routes:
+            if route in owners:
+                raise ConfigError(
+                    f"`route={route!r}` is that of {owners[route].describe()} and of {teacher.describe()}. A row has "
+                    "one teacher: name another route, or start the record anew with `overwrite=True` (`--overwrite`)."
+                )
+            owners[route] = teacher
+    return merged
 
 
 def _refuse_another(folder: Path, identities: Sequence[ModelIdentity], remedy: str) -> None:
@@ -185,7 +220,7 @@ def _refuse_another(folder: Path, identities: Sequence[ModelIdentity], remedy: s
         return
     recorded = TeacherProvenance.load(folder / PROVENANCE_FILE).teachers
     pairs = ((one, others) for some, others in ((identities, recorded), (recorded, identities)) for one in some)
-    if not all(any(_same(one, other) for other in others) for one, others in pairs):
+    if not all(any(same_model(one, other) for other in others) for one, others in pairs):
         described = [" and ".join(one.describe() for one in teachers) for teachers in (recorded, identities)]
         raise ConfigError(
             f"{folder} records another teacher, {described[0]}; given was {described[1]}. Rows of one teacher, scored "
@@ -240,7 +275,8 @@ class TeacherProvenanceCallback(TrainerCallback):
 
     Args:
         teacher (`str`, [`~transformers.PreTrainedModel`] or [`~trl_blend.models.identity.ModelIdentity`]):
-            The model whose samples the SFT data are; a list of them, where each wrote a part.
+            The model whose samples the SFT data are; a list of them, where each wrote a part, or a dictionary of them
+            by the route of their rows, see [`record_teacher`].
         revision, note (`str`, *optional*):
             See [`record_teacher`].
 
@@ -255,17 +291,20 @@ class TeacherProvenanceCallback(TrainerCallback):
         self.teacher = teacher
         self.revision = revision
         self.note = note
-        self._identities: list[ModelIdentity] = []
+        self._teachers: list[tuple[ModelIdentity, tuple[str, ...]]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        teachers = self.teacher if isinstance(self.teacher, list | tuple) else [self.teacher]
-        self._identities = [_identify(teacher, self.revision) for teacher in teachers]
+        if isinstance(self.teacher, Mapping):
+            pairs = [(teacher, (route,)) for route, teacher in self.teacher.items()]
+        else:
+            pairs = [(one, ()) for one in (self.teacher if isinstance(self.teacher, list | tuple) else [self.teacher])]
+        self._teachers = [(_identify(teacher, self.revision), routes) for teacher, routes in pairs]
         if state.global_step > 0:
             remedy = "Continue with the same one, or use another output_dir"
-            _refuse_another(Path(args.output_dir), self._identities, remedy)
-        _write(Path(args.output_dir), self._identities, self.note)
+            _refuse_another(Path(args.output_dir), [identity for identity, _ in self._teachers], remedy)
+        _write(Path(args.output_dir), self._teachers, self.note)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(state, Path(args.output_dir, f"checkpoint-{state.global_step}"))
@@ -274,5 +313,5 @@ class TeacherProvenanceCallback(TrainerCallback):
         self._write(state, Path(args.output_dir))
 
     def _write(self, state: Any, folder: Path) -> None:
-        if state.is_world_process_zero and self._identities and folder.is_dir():
-            _write(folder, self._identities, self.note)
+        if state.is_world_process_zero and self._teachers and folder.is_dir():
+            _write(folder, self._teachers, self.note)

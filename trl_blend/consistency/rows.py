@@ -15,7 +15,7 @@ from trl_blend.rollouts.store import RolloutStore
 
 MAX_SHARDS = 8  # read to draw from: the cost of a sample does not grow with the store
 _REQUIRED = ("prompt_ids", "completion_ids", "teacher_logps")
-_OPTIONAL = ("key", "student_logps", "rollout_logps", "truncated")
+_OPTIONAL = ("key", "student_logps", "rollout_logps", "truncated", "route")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class SampledRows:
             Stored log-probs of the student, at temperature 1 and as sampled.
         truncated (`list[bool]`, *optional*):
             Whether the length limit was hit.
+        route (`list[str]`, *optional*):
+            Which teacher each row belongs to.
     """
 
     names: list[str]
@@ -43,6 +45,7 @@ class SampledRows:
     student_logps: list[np.ndarray] | None = None
     rollout_logps: list[np.ndarray] | None = None
     truncated: list[bool] | None = None
+    route: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.names)

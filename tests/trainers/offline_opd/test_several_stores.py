@@ -43,8 +43,8 @@ def build(folder, tmp_path):
 
     def builder(stores=("scored_sums", "scored_words"), **kwargs):
         data = [str(folder / store) if isinstance(store, str) else store for store in stores]
-        kwargs = {"teacher_consistency": "strict", "train_dataset": data, **kwargs}
-        return scored.build_offline(folder, tmp_path / "run", student=str(folder / "student"), **kwargs)
+        kwargs = {"teacher_consistency": "strict", "train_dataset": data, "student": folder / "student", **kwargs}
+        return scored.build_offline(folder, tmp_path / "run", **{**kwargs, "student": str(kwargs["student"])})
 
     return builder
 
@@ -80,6 +80,22 @@ def test_each_store_is_checked_on_its_own(build, folder):
         assert "scored_sums: " not in str(raised.value)
     finally:
         record_teacher(folder / "student", str(folder / "second"), add=True)
+
+
+def test_the_rows_of_a_route_are_those_of_its_teacher(build, folder, tmp_path):
+    student = shutil.copytree(folder / "student", tmp_path / "student")
+    for route, name in ROUTES.items():
+        record_teacher(student, str(folder / name), add=True, route=route)
+    trainer = build(student=student)
+    assert [one.severity for one in trainer.consistency_report if one.name == "teacher"] == ["ok", "ok"]
+    identity = run_of(write_card(trainer))["identity of the teacher 2"]
+    assert identity.startswith("**verified**") and identity.endswith("recorded in the student's fine-tuning")
+    # Both teachers are known, but each is that of the other rows
+    record_teacher(student, str(folder / "second"), overwrite=True, route="sums")
+    record_teacher(student, str(folder / "teacher"), add=True, route="words")
+    with pytest.raises(ConsistencyError, match=r"scored_sums: .* fine-tuning of route `sums`") as raised:
+        build(student=student)
+    assert "of the fine-tuning of route `words`" in str(raised.value)
 
 
 def test_a_mixed_precision_of_the_stores(build, folder, tmp_path):

@@ -224,8 +224,8 @@ def _state(teacher: ModelIdentity, report: ConsistencyReport | None) -> tuple[st
     if provenance != "recorded":
         return "stated", f"{recorded}; that the student was fine-tuned on it is what the user says"
     if number := compared.get("teachers"):
-        whose = f"one of the {number} recorded in the student's fine-tuning; which rows were whose is not recorded"
-        return "stated", f"{recorded}, {whose}"
+        one_of = f"one of the {number} recorded in the student's fine-tuning"
+        return "stated", f"{recorded}, {one_of}; {compared['whose']}"
     copy = ", up to rounding to bfloat16" if relation == "bfloat16_copy" else ""
     return "verified", f"{recorded}, the same as those recorded in the student's fine-tuning{copy}"
 
