@@ -36,7 +36,13 @@ from testbed.task import build_prompt_dataset
 # Shares of the steps: of a warmup, of supervised steps, and of the arm with the compute of the others
 WARMUP, SUPERVISED, LONGER = 0.75, 0.25, 1.4
 VANILLA = "vanilla"
-LOSSES = ("interpolated", "extrapolated", "tip", "forward_kl")  # changes of the loss, on the student's own rollouts
+LOSSES = (
+    "interpolated",
+    "extrapolated",
+    "tip",
+    "forward_kl",
+    "iw_opd",
+)  # changes of the loss, on the student's own rollouts
 MEASURES = {"sampled": "T = 1", "greedy": "greedy"}
 
 
@@ -77,6 +83,7 @@ def make_arms(steps: int) -> dict[str, Arm]:
         ),
         "tip": own("TIP (0.5, 0.9)", (study.GREEN, ">", ":"), settings={"token_selection": "tip"}),
         "forward_kl": own("forward KL above 0.8 nats", (study.ORANGE, "p", ":"), settings={"forward_kl_entropy": 0.8}),
+        "iw_opd": own("IW-OPD (0.5)", (study.PURPLE, "x", ":"), settings={"distillation_objective": "iw_opd"}),
     }
 
 
