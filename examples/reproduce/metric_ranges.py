@@ -1,5 +1,5 @@
 """
-What the metrics of the three trainers look like in runs that went well and in runs that did not: one run of nine arms
+What the metrics of the three trainers look like in runs that went well and in runs that did not: one run of twelve arms
 like those of the other studies, seed 0, with every metric kept.
 
 ```sh
@@ -65,6 +65,9 @@ RUNS: dict[str, Callable[[str], Any]] = {
     ),
     "trust_region_opd: student rollouts, top-16 loss": _opd(rollout_policy="student", kl_support="student_top_k"),
     "trust_region_opd: speculative KD": _opd(rollout_policy="speculative_kd"),
+    "trust_region_opd: TIP": _opd(rollout_policy="student", token_selection="tip"),
+    "trust_region_opd: forward KL above 0.8 nats": _opd(rollout_policy="student", forward_kl_entropy=0.8),
+    "trust_region_opd: IW-OPD": _opd(rollout_policy="student", distillation_objective="iw_opd"),
     "offline_opd: sampled token (forgets the task)": _offline("offline"),
     "offline_opd: sampled token, with the ratio": _offline("offline_ratio"),
     "offline_opd: top-16 reverse KL": _offline("offline_topk"),
@@ -105,7 +108,7 @@ def report(runs: study.Runs, folder: Path) -> str:
     lines = [
         "# What the metrics look like",
         "",
-        "Written by `python examples/reproduce/metric_ranges.py`; do not edit. One run (seed 0) of nine arms on the",
+        "Written by `python examples/reproduce/metric_ranges.py`; do not edit. One run (seed 0) of twelve arms on the",
         f"test-bed, {GRPO_STEPS} steps of GRPO or {OPD_STEPS} of distillation, with the settings of",
         "[logit_mixing.md](logit_mixing.md), [trust_region.md](trust_region.md) and [offline_opd.md](offline_opd.md).",
         "Every step was logged; *last 5* is the mean of the last five. One seed, one task: an example, not a norm.",
