@@ -1,5 +1,5 @@
 """
-What the metrics of the three trainers look like in runs that went well and in runs that did not: one run of twelve arms
+What the metrics of the three trainers look like in runs that went well and in runs that did not: one run each of arms
 like those of the other studies, seed 0, with every metric kept.
 
 ```sh
@@ -108,7 +108,7 @@ def report(runs: study.Runs, folder: Path) -> str:
     lines = [
         "# What the metrics look like",
         "",
-        "Written by `python examples/reproduce/metric_ranges.py`; do not edit. One run (seed 0) of twelve arms on the",
+        "Written by `python examples/reproduce/metric_ranges.py`; do not edit. One run (seed 0) of each arm on the",
         f"test-bed, {GRPO_STEPS} steps of GRPO or {OPD_STEPS} of distillation, with the settings of",
         "[logit_mixing.md](logit_mixing.md), [trust_region.md](trust_region.md) and [offline_opd.md](offline_opd.md).",
         "Every step was logged; *last 5* is the mean of the last five. One seed, one task: an example, not a norm.",
