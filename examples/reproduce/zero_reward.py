@@ -43,6 +43,8 @@ ROLLOUTS = 128  # of a step
 MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo")  # of the first figure
 LENGTH = "completions/mean_length"
 REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
+# Part of the decay in which a metric tells the arms apart: at its start all are alike
+QUARTERS = {REWARDED: (0.75, 1.0), SUPPRESSED: (0.25, 0.5)}
 METRICS = (
     "reward",
     "mixing/teacher_weight",
@@ -229,9 +231,10 @@ class Results:
         return float(study.as_rates(self.runs.start[policy][kind]).mean())
 
     def metric(self, name: str, key: str) -> float:
-        """Mean over seeds and the first half of the decay, while the teacher is there."""
-        part = slice(0, round(DECAY * self.steps / 2))
-        return float(np.nanmean(np.array([run["metrics"][key][part] for run in self.runs.of(name)], dtype=float)))
+        """Mean over seeds and one quarter of the decay."""
+        first, last = (round(DECAY * self.steps * share) for share in QUARTERS[key])
+        values = np.array([run["metrics"][key][first:last] for run in self.runs.of(name)], dtype=float)
+        return float(np.nanmean(values))
 
     def seconds(self, name: str, step: int) -> float:
         """CPU seconds of training up to a step, mean over seeds."""
@@ -334,8 +337,9 @@ def report(runs: Runs, folder: Path) -> str:
         f"{' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5 to 0 over "
         f"{round(DECAY * found.steps)} steps; a first stage takes the place of the first {stage} steps, with as "
-        f"many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* and *suppressed* are means over the "
-        f"first half of the decay: `{REWARDED}` and `{SUPPRESSED}`. Tokens and CPU seconds are those of {found.steps} "
+        f"many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* is the mean of "
+        f"`{REWARDED}` over the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. "
+        f"Tokens and CPU seconds are those of {found.steps} "
         "steps, without evaluation.",
         "",
         study.markdown_table(header, cells),
