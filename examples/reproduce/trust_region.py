@@ -151,8 +151,9 @@ def make_trainer(arm: Arm, model: Any, prompts: Dataset, seed: int, steps: int, 
 
 
 @torch.no_grad()
-def teacher_rollouts(prompts: Dataset) -> Dataset:
+def teacher_rollouts(prompts: Dataset, seed: int) -> Dataset:
     """Rollouts of the teacher at temperature 1, [`ROLLOUTS_PER_PROMPT`] per prompt, as token ids for `SFTTrainer`."""
+    torch.manual_seed(seed)
     teacher, tokenizer = load_checkpoint("teacher")
     rows: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     repeated = [prompt for prompt in prompts["prompt"] for _ in range(ROLLOUTS_PER_PROMPT)]
@@ -224,7 +225,7 @@ def train(arm: Arm, name: str, seed: int, settings: dict[str, Any], scratch: str
     if arm.sft_steps:
         used, model = arm.sft_steps * BATCH // ROLLOUTS_PER_PROMPT, Path(scratch) / "sft"
         curve.start()  # drawing them is part of it
-        first = teacher_rollouts(prompts.select(range(used)))
+        first = teacher_rollouts(prompts.select(range(used)), seed)
         history = supervise(first, seed, arm.sft_steps, curve, str(model), model=arm.student)
         curve.first, prompts = arm.sft_steps, prompts.select(range(used, len(prompts)))
     trainer = make_trainer(arm, model, prompts, seed, steps - arm.sft_steps, scratch)

@@ -139,7 +139,7 @@ def first_stage(arm: Arm, seed: int, steps: int, folder: str) -> tuple[float, fl
     clock = study.Curve(lambda model, step: None, steps + 1, steps + 1)
     clock.start()
     if arm.first_stage == "sft":
-        rollouts = teacher_rollouts(prompts)
+        rollouts = teacher_rollouts(prompts, seed)
         supervise(rollouts, seed, steps, clock, folder, model=arm.student)
         return clock.cpu, float(sum(map(sum, rollouts["completion_mask"])))
     settings = {"rollout_policy": "trust_region", "kl_budget": 0.05, "blend_warmup_steps": steps // 2}
