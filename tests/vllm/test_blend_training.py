@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from testbed import task
 from tests.vllm.engines import teacher_forced, worst_error
 from trl_blend import (
+    LogitArithmetic,
     LogitMixGRPOConfig,
     LogitMixGRPOTrainer,
     LogitMixing,
@@ -122,8 +123,17 @@ def teacher():
     return AutoModelForCausalLM.from_pretrained(TEACHER, dtype="float32").eval()
 
 
-def test_weights_reach_the_student_and_nothing_else(cpu_engine, teacher, tmp_path):
-    trainer = grpo(tmp_path / "run", max_steps=10)
+# Settings of a mixture, and its rule
+MIXTURES = {
+    "logits": ({}, LogitMixing(0.3)),
+    "arithmetic": ({"mixing_space": "arithmetic", "teacher_weight": 0.5}, LogitArithmetic(1.0, (0.5,))),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_weights_reach_the_student_and_nothing_else(cpu_engine, teacher, tmp_path, mixture):
+    given, rule = MIXTURES[mixture]
+    trainer = grpo(tmp_path / "run", max_steps=10, **given)
     before = tensors(tower(trainer, "partner_0"))
     start = tensors(tower(trainer, "student"))
     trainer.train()
@@ -137,8 +147,8 @@ def test_weights_reach_the_student_and_nothing_else(cpu_engine, teacher, tmp_pat
     assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
     assert all(abs(value - 1) < 1e-3 for value in logged(trainer, "sampling/importance_sampling_ratio/mean"))
     # What is recorded is log μ of the last weights
-    rows = draw(trainer, LogitMixing(0.3))
-    assert worst_error([student, teacher], Blend(LogitMixing(0.3)), rows) < TOLERANCE
+    rows = draw(trainer, rule)
+    assert worst_error([student, teacher], Blend(rule), rows) < TOLERANCE
 
 
 def step_of(trainer, rollouts=None):
@@ -181,10 +191,12 @@ def assert_same_step(one, other):
         torch.testing.assert_close(one["gradients"][name], gradient, atol=1e-5 * max(largest.item(), 1.0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("objective", ["mixed", "student"])
-def test_the_loss_of_given_rollouts(cpu_engine, tmp_path, objective):
-    engine = step_of(grpo(tmp_path / "engine", objective=objective))
-    plain = step_of(grpo(tmp_path / "plain", objective=objective, use_vllm=False), engine["rollouts"])
+def test_the_loss_of_given_rollouts(cpu_engine, tmp_path, objective, mixture):
+    given = {"objective": objective, **MIXTURES[mixture][0]}
+    engine = step_of(grpo(tmp_path / "engine", **given))
+    plain = step_of(grpo(tmp_path / "plain", **given, use_vllm=False), engine["rollouts"])
     assert_same_step(engine, plain)
 
 
