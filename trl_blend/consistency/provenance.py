@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from transformers import TrainerCallback
 
@@ -26,6 +26,10 @@ from trl_blend.models.wrappers import AdapterConfig
 PROVENANCE_FILE = "teacher_provenance.json"
 SCHEMA_VERSION = 2
 """Of a record of several teachers; that of one has version 1, which former releases read too."""
+
+
+Routed: TypeAlias = tuple[ModelIdentity, tuple[str, ...]]
+"""A teacher, and the routes of its rows."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,14 @@ class TeacherProvenance:
         return (self.teacher, *self.others)
 
     @property
-    def routes_of_teachers(self) -> list[tuple[ModelIdentity, tuple[str, ...]]]:
+    def routes_of_teachers(self) -> list[Routed]:
         """All of them, each with its routes."""
         return list(zip(self.teachers, self.routes or ((),) * len(self.teachers), strict=True))
 
     def nearest(self, scoring_teacher: ModelIdentity | None) -> "TeacherProvenance":
         """The same record with the teacher first that is `scoring_teacher`, where it is one of them."""
-        for index, teacher in enumerate(self.teachers if scoring_teacher is not None else ()):
-            if same_model(teacher, scoring_teacher):
+        for index, teacher in enumerate(self.teachers):
+            if scoring_teacher is not None and same_model(teacher, scoring_teacher):
                 others = (*self.teachers[:index], *self.teachers[index + 1 :])
                 routes = self.routes and (self.routes[index], *self.routes[:index], *self.routes[index + 1 :])
                 return replace(self, teacher=teacher, others=others, routes=routes)
@@ -185,7 +189,7 @@ def _identify(teacher: Any, revision: str | None) -> ModelIdentity:
     return teacher if isinstance(teacher, ModelIdentity) else identify_model(teacher, revision=revision)
 
 
-def _write(folder: Path, teachers: Sequence[tuple[ModelIdentity, tuple[str, ...]]], note: str) -> TeacherProvenance:
+def _write(folder: Path, teachers: Sequence[Routed], note: str) -> TeacherProvenance:
     (teacher, *others), routes = zip(*_merged(teachers), strict=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     routes = routes if any(routes) else ()
@@ -194,16 +198,14 @@ def _write(folder: Path, teachers: Sequence[tuple[ModelIdentity, tuple[str, ...]
     return provenance
 
 
-def _merged(
-    teachers: Sequence[tuple[ModelIdentity, tuple[str, ...]]],
-) -> list[tuple[ModelIdentity, tuple[str, ...]]]:
+def _merged(teachers: Sequence[Routed]) -> list[Routed]:
     """Each teacher once, as it was named last, with all of its routes; a route has one teacher."""
-    merged: list[tuple[ModelIdentity, tuple[str, ...]]] = []
+    merged: list[Routed] = []
     for teacher, routes in teachers:
         index = next((i for i, (known, _) in enumerate(merged) if same_model(known, teacher)), len(merged))
         before = [route for _, known in merged[index : index + 1] for route in known]
         merged[index : index + 1] = [(teacher, tuple(dict.fromkeys([*before, *routes])))]
-    owners = {}
+    owners: dict[str, ModelIdentity] = {}
     for teacher, routes in merged:
         for route in routes:
             if route in owners:
@@ -291,16 +293,17 @@ class TeacherProvenanceCallback(TrainerCallback):
         self.teacher = teacher
         self.revision = revision
         self.note = note
-        self._teachers: list[tuple[ModelIdentity, tuple[str, ...]]] = []
+        self._teachers: list[Routed] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        pairs: list[tuple[Any, tuple[str, ...]]]
         if isinstance(self.teacher, Mapping):
-            pairs = [(teacher, (route,)) for route, teacher in self.teacher.items()]
+            pairs = [(one, (route,)) for route, one in self.teacher.items()]
         else:
             pairs = [(one, ()) for one in (self.teacher if isinstance(self.teacher, list | tuple) else [self.teacher])]
-        self._teachers = [(_identify(teacher, self.revision), routes) for teacher, routes in pairs]
+        self._teachers = [(_identify(one, self.revision), routes) for one, routes in pairs]
         if state.global_step > 0:
             remedy = "Continue with the same one, or use another output_dir"
             _refuse_another(Path(args.output_dir), [identity for identity, _ in self._teachers], remedy)
