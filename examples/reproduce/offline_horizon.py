@@ -1,6 +1,6 @@
 """
 For how long, and at which learning rate, does offline distillation keep up with a live teacher? Each loss of
-`OfflineOPDTrainer`, at three learning rates and up to twice the steps of `offline_opd.py`, from the same student:
+`OfflineOPDTrainer`, at two learning rates and up to twice the steps of `offline_opd.py`, from the same student:
 
 ```sh
 python examples/reproduce/offline_horizon.py --workers 2    # 3 seeds, then the report
@@ -35,7 +35,7 @@ from testbed.evaluate import load_checkpoint
 from testbed.task import build_prompt_dataset
 
 
-RATES = ("5e-06", "2e-05", "5e-05")
+RATES = ("5e-06", "5e-05")
 LIVE, DATA, DRIFT = "live", "data", "offline/drift_kl"
 LOSSES = {
     LIVE: Arm("live, sampled token", (study.BLACK, "o", "-"), "sampled"),
