@@ -13,21 +13,25 @@ RESULTS = "examples/reproduce/results"
 GRPO_PAGE, OPD_PAGE, OFFLINE_PAGE = "examples/grpo_mix.md", "examples/trust_region_opd.md", "examples/offline_opd.md"
 # (page, section, first column there, report, first column there, whether the page shows every row)
 TABLES = [
+    ("README.md", "Results", "no reward: arm", "zero_reward.md", "arm", False),
     ("README.md", "Results", "arm", "logit_mixing.md", "arm", False),
     ("README.md", "Results", "method", "trust_region.md", "arm", False),
     ("README.md", "Results", "offline study: arm", "offline_opd.md", "arm", False),
+    (GRPO_PAGE, "What we measured", "no reward: arm", "zero_reward.md", "arm", True),
     (GRPO_PAGE, "What we measured", "arm", "logit_mixing.md", "arm", True),
     (OPD_PAGE, "What we measured", "method", "trust_region.md", "arm", True),
+    (OPD_PAGE, "What we measured", "off the task: method", "off_task.md", "arm", True),
     (OPD_PAGE, "What we measured", "rollouts at step 0", "trust_region.md", "policy", True),
+    (OFFLINE_PAGE, "What we measured", "horizon: loss", "offline_horizon.md", "loss", True),
 ]
 # What the text of a section repeats stands in these reports
 TEXTS = [
-    (GRPO_PAGE, "What we measured", ["logit_mixing.md", "weight_sweep.md"]),
-    (GRPO_PAGE, "Choosing weight and schedule", ["logit_mixing.md", "weight_sweep.md"]),
-    (OPD_PAGE, "What we measured", ["trust_region.md"]),
-    (OPD_PAGE, "Choosing a budget", ["trust_region.md"]),
-    (OFFLINE_PAGE, "What we measured", ["offline_opd.md"]),
-    ("README.md", "Results", ["logit_mixing.md", "trust_region.md", "offline_opd.md"]),
+    (GRPO_PAGE, "What we measured", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md"]),
+    (GRPO_PAGE, "Choosing weight and schedule", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md"]),
+    (OPD_PAGE, "What we measured", ["trust_region.md", "off_task.md"]),
+    (OPD_PAGE, "Choosing a budget", ["trust_region.md", "off_task.md"]),
+    (OFFLINE_PAGE, "What we measured", ["offline_opd.md", "offline_horizon.md"]),
+    ("README.md", "Results", ["zero_reward.md", "logit_mixing.md", "trust_region.md", "offline_opd.md"]),
 ]
 
 
@@ -61,6 +65,15 @@ def test_numbers_of_the_text_are_those_of_the_runs(page, heading, reports):
     assert len(numbers) >= 2
     for number in numbers:
         assert re.search(rf"(?<!\d){re.escape(number)}(?!\d)", known), number
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/recipes/no_reward.md"])
+def test_numbers_before_the_first_section_are_those_of_the_runs(page):
+    known = read(f"{RESULTS}/zero_reward.md") + read(f"{RESULTS}/off_task.md")
+    numbers = re.findall(r"(?<![\w.])\d+\.\d{3}", read(page).partition("## Install")[0])
+    assert len(numbers) >= 3
+    for number in numbers:
+        assert number in known, number
 
 
 def test_numbers_of_the_offline_page_are_those_of_the_runs():
@@ -132,7 +145,10 @@ def test_the_speeds_on_the_offline_page_are_those_of_the_benchmarks(said, batch,
     assert list(re.search(said, " ".join(read(OFFLINE_PAGE).split())).groups()) == sorted(ratios)
 
 
-@pytest.mark.parametrize(("study", "arms"), [("logit_mixing", 11), ("trust_region", 10), ("offline_opd", 15 + 6)])
+@pytest.mark.parametrize(
+    ("study", "arms"),
+    [("logit_mixing", 11), ("trust_region", 10), ("offline_opd", 15 + 6), ("zero_reward", 12), ("off_task", 14)],
+)
 def test_runs_have_three_seeds_each(study, arms):
     seeds = {}
     for key in runs_of(study):

@@ -2,11 +2,11 @@
 
 import pytest
 
-from reproduce import logit_mixing, offline_opd, trust_region
+from reproduce import logit_mixing, off_task, offline_horizon, offline_opd, trust_region, zero_reward
 from reproduce.study import RESULTS, Runs, write_report
 
 
-STUDIES = [one.STUDY for one in (logit_mixing, trust_region, offline_opd)]
+STUDIES = [one.STUDY for one in (logit_mixing, zero_reward, trust_region, off_task, offline_opd, offline_horizon)]
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)

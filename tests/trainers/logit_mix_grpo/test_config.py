@@ -142,7 +142,7 @@ def test_clip_modes_need_the_clipped_surrogate(make, mode, loss_type):
     with pytest.raises(ConfigError, match=f"`is_clip_mode='{mode}'`.*`loss_type='{loss_type}'`"):
         make(**settings)
     make(**{**settings, "is_clip_mode": "ppo"})
-    make(**{**settings, "objective": "mixed", "is_clip_mode": "max"})
+    make(**{**settings, "objective": "mixed", "is_clip_mode": "floor"})
 
 
 def test_the_cap_must_be_positive(make):
@@ -159,8 +159,8 @@ UNREAD = [
     ({"is_clip_max": 2.0}, "is_clip_max", "objective='mixed'"),
     ({"objective": "student", "is_clip_mode": "none", "is_clip_max": 2.0}, "is_clip_max", "is_clip_mode='none'"),
     ({"objective": "student", "is_clip_mode": "ppo", "is_clip_max": 2.0}, "is_clip_max", "is_clip_mode='ppo'"),
-    ({"objective": "student", "epsilon": 0.3}, "epsilon", "is_clip_mode='max'"),
-    ({"objective": "student", "epsilon_high": 0.3}, "epsilon_high", "is_clip_mode='max'"),
+    ({"objective": "student", "epsilon": 0.3}, "epsilon", "is_clip_mode='floor'"),
+    ({"objective": "student", "epsilon_high": 0.3}, "epsilon_high", "is_clip_mode='floor'"),
     ({"teacher_weight": 0.0, "mixing_space": "probs"}, "mixing_space", "teacher_weight=[0.0]"),
     ({"teacher_weight": 0.0, **DECAY}, "teacher_weight_schedule", "teacher_weight=[0.0]"),
     ({"teacher_weight": 0.0, "eval_policy": "both"}, "eval_policy", "teacher_weight=[0.0]"),
@@ -179,7 +179,7 @@ def test_settings_that_nothing_reads(make, settings, name, because):
 
 
 def test_settings_at_their_defaults_are_left_alone(make):
-    make(adaptive_scale=5.0, is_clip_max=3.0, is_clip_mode="max")
+    make(adaptive_scale=5.0, is_clip_max=3.0, is_clip_mode="floor")
     make(teacher_weight=0.0, mixing_space="logits", is_clip_max=3.0)
     # A weight that decays to 0 hands over to TRL's clipping
     make(objective="student", epsilon=0.3, **DECAY)

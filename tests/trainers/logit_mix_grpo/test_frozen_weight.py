@@ -48,7 +48,7 @@ def loss_at(weight, record, call, old_logps):
             forced.ones(rows),
             advantages,
             old_logps,
-            is_clip_mode="max",
+            is_clip_mode="floor",
             aggregation="grpo",
         )
     else:

@@ -69,7 +69,8 @@ def test_student(build):
     assert run_of(card)["teacher"] == "`teacher` (a local model), float32"
     assert rows["schedule"] == "linear to 0 in 10 steps"
     assert rows["mixing space"] == "probs"
-    assert rows["objective"] == "student, importance ratio clipping `max` at 2.5"
+    assert rows["objective"] == "student, importance ratio clipping `floor` at 2.5"
+    assert "The floor under the importance ratio of rewarded tokens" in card
     assert NOTICE not in card and "trust_remote_code" not in card and "pipeline" in names_used(card)
     assert "deployed alone" in card and "custom_generate" not in card
     assert "zhang2026logitfusion" in card and "Logit fusion" in card
@@ -119,7 +120,7 @@ def test_settings_beside_logit_fusion(build):
     settings = {"teacher_weight": 0.5, "teacher_weight_schedule": "cosine", "teacher_weight_decay_steps": 1000}
     theirs = {"learning_rate": 1e-5, "num_generations": 8, "temperature": 1.0, "is_clip_max": 3.0, "beta": 0.0}
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    student = {"objective": "student", "trainer_kwargs": {"peft_config": lora}}
+    student = {"objective": "student", "is_clip_mode": "max", "trainer_kwargs": {"peft_config": lora}}
     card = write_card(build(**student, **settings, **theirs))
     assert settings_of(card) == {"prompts per step": ("1", UNKNOWN)}
     settings["teacher_weight_decay_steps"] = 100

@@ -91,16 +91,17 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             Policy that the GRPO objective is written on. `"mixed"` (logit averaging): the mixed policy, on both sides
             of the ratio; the mixed policy is also what is meant to be deployed. `"student"` (logit fusion): the
             student, with the sampling (mixed) policy in the denominator; the student alone is deployed.
-        is_clip_mode (`str`, *optional*, defaults to `"max"`):
-            Treatment of the importance ratio `r` for `objective="student"` while the weight is positive:
-            `"ppo"` (TRL's clipping), `"none"` (loss `-rA`; the logit-fusion code uses it with
-            sequence-level ratios), `"max"` (loss `-min(r, c)A` for either sign of `A`; used there
-            with token-level ratios), `"floor"` (our choice: the coefficient of `A` times the gradient of the log-prob
-            is `r` limited to `[1, c]` where `A > 0` and to at most `c` elsewhere, so that rewarded tokens which the
-            student hardly knows are learned; biased, see [`~trl_blend.ops.importance.floored_log_ratio`]). Once the
-            weight is 0, ordinary clipping applies.
+        is_clip_mode (`str`, *optional*, defaults to `"floor"`):
+            Treatment of the importance ratio `r` for `objective="student"` while the weight is positive: `"floor"`
+            (our choice: the coefficient of `A` times the gradient of the log-prob is `r` limited to `[1, c]` where
+            `A > 0` and to at most `c` elsewhere, so that rewarded tokens which the student hardly knows are learned;
+            biased, see [`~trl_blend.ops.importance.floored_log_ratio`]), `"max"` (loss `-min(r, c)A` for either sign
+            of `A`; the logit-fusion code uses it with token-level ratios), `"none"` (loss `-rA`; used there with
+            sequence-level ratios), `"ppo"` (TRL's clipping). Once the weight is 0, ordinary clipping applies. On the
+            test-bed the floor was above `"max"`, with a student that gets no reward at the start and with one that
+            gets some.
         is_clip_max (`float`, *optional*, defaults to `3.0`):
-            The cap `c` of `is_clip_mode="max"` and `"floor"`.
+            The cap `c` of `is_clip_mode="floor"` and `"max"`.
 
         > Parameters that control the adaptive weight
 
@@ -142,7 +143,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
     # Parameters that control the objective
     objective: Literal["mixed", "student"] = "mixed"
-    is_clip_mode: Literal["ppo", "none", "max", "floor"] = "max"
+    is_clip_mode: Literal["floor", "max", "none", "ppo"] = "floor"
     is_clip_max: float = 3.0
 
     # Parameters that control the adaptive weight
@@ -257,12 +258,14 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")
         if self.is_clip_mode == "floor" and self.is_clip_max < 1:
             raise ConfigError(
-                f"`is_clip_max={self.is_clip_max}` is below the floor of `is_clip_mode='floor'`. Set it to 1 or more."
+                f"`is_clip_max={self.is_clip_max}` is below the floor of `is_clip_mode='floor'`. Set it to 1 or more, "
+                "or `is_clip_mode='max'`."
             )
         if self.is_clip_mode == "floor" and self.beta and self.use_bias_correction_kl:
             raise ConfigError(
                 f"`use_bias_correction_kl=True` would multiply the KL term of `beta={self.beta}` by the floored ratio "
-                "of `is_clip_mode='floor'`, which corrects nothing. Set `use_bias_correction_kl=False`, or `beta=0`."
+                "of `is_clip_mode='floor'`, which corrects nothing. Set `use_bias_correction_kl=False`, "
+                "`beta=0` or `is_clip_mode='max'`."
             )
         for name, value in distribution_warpers(self).items():
             raise ConfigError(

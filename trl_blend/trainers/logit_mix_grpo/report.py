@@ -153,7 +153,9 @@ def choices(config: LogitMixGRPOConfig) -> list[str]:
                 "Scale, offset and number of validation prompts of the adaptive weight, for the same reason, and the "
                 f"reward from which a response counts as right ({config.adaptive_success_threshold:g})."
             )
-    elif config.teacher_weight_schedule in ("constant", "adaptive"):
+    elif config.is_clip_mode == "floor":
+        found.append("The floor under the importance ratio of rewarded tokens, which biases the gradient.")
+    if config.objective == "student" and config.teacher_weight_schedule in ("constant", "adaptive"):
         found.append(
             f"The {config.teacher_weight_schedule} teacher weight with an objective on the student: logit fusion "
             "decays it to 0."
