@@ -204,3 +204,18 @@ def test_one_budget_per_row_and_any_leading_shape(monkeypatch):
     assert (ignored.weight == 0).all()
     empty = solve_trust_region(torch.zeros(0, 5), torch.zeros(0, 5), 0.1)
     assert all(column.shape == (0,) for column in empty)
+
+
+@pytest.mark.parametrize("budget", [0.001, 0.01, 0.05, 0.5])
+def test_drafts_of_the_student_are_accepted_at_least_as_often_as_the_bound(budget):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(500, 12, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    weight = solve_trust_region(student, teacher, budget).weight[:, None]
+    student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    blend = (student + weight * (teacher - student)).softmax(-1)
+    accepted = torch.minimum(blend, student.exp()).sum(-1)
+    bound = module.acceptance_bound(budget)
+    assert bound == pytest.approx(1 - (budget / 2) ** 0.5) and accepted.min() >= bound - 1e-3
+    # Not by much more: the bound is Pinsker's, which is tight for small budgets
+    assert accepted.mean() < bound + 0.5 * (1 - bound)
+    assert module.acceptance_bound(0.0) == 1.0 and module.acceptance_bound(3.0) == 0.0

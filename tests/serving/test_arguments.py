@@ -1,8 +1,10 @@
 """What an engine is started with, and what is refused before it starts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.tiny import tiny_model
 from trl_blend import LogitMixing
@@ -76,3 +78,64 @@ def test_an_engine_that_blends_nothing_is_refused():
 
     with pytest.raises(ConfigError, match="The engine serves a object, which blends nothing"):
         Worker().set_blend(Blend().to_dict())
+
+
+def test_drafts_are_the_students_own_samples(vllm_is, dense):
+    given = engine_arguments([Partner(dense)], Blend(), draft_model="student", draft_tokens=4)
+    assert given.pop("speculative_config") == {
+        "method": "draft_model",
+        "model": "student",
+        "num_speculative_tokens": 4,
+        "draft_sample_method": "probabilistic",
+    }
+    assert given == engine_arguments([Partner(dense)], Blend(), draft_model="student")
+
+
+class Sums:
+    def __init__(self):
+        self.told = []
+
+    def settle(self, ends, drawn):
+        self.told.append((ends.tolist(), drawn.tolist()))
+
+
+@pytest.mark.parametrize("runner", ["first", "second"])
+def test_the_model_is_told_how_many_tokens_were_drawn(runner):
+    """Both of vLLM's samplers of drafts, of two requests with two drafts and none."""
+    tokens = torch.tensor([[5, 6, -1], [7, -1, -1]])
+    if runner == "first":
+        given, output = (SimpleNamespace(cu_num_sampled_tokens=torch.tensor([3, 4])),), {}
+    else:
+        given, output = (None, SimpleNamespace(cu_num_logits=torch.tensor([0, 3, 4]))), {"num_sampled": [2, 1]}
+        output = {name: torch.tensor(value) for name, value in output.items()}
+    output = SimpleNamespace(sampled_token_ids=tokens, **output)
+
+    def sampler(*args, **kwargs):
+        return output
+
+    sampler.parse_output = "of the sampler"
+    model = SimpleNamespace(sums=Sums(), set_blend=None, drafts=[])
+    model.lead = model.drafts.append
+
+    class Worker(worker.BlendWorkerExtension):
+        model_runner = SimpleNamespace(rejection_sampler=sampler)
+
+        def get_model(self):
+            return model
+
+        def get_draft_model(self):
+            return "draft model"
+
+    engine = Worker()
+    assert engine.lead_drafts() and engine.lead_drafts()  # a trainer may come back to a server
+    observed = engine.model_runner.rejection_sampler
+    assert observed(*given) is output and observed.parse_output == "of the sampler"
+    assert model.sums.told == [([3, 4], [2, 1])] and model.drafts == ["draft model"] * 2
+
+
+def test_an_engine_without_drafts_leads_none():
+    class Worker(worker.BlendWorkerExtension):
+        def get_draft_model(self):
+            return None
+
+    assert not Worker().lead_drafts()

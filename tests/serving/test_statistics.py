@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trl_blend import LogitMixing, TrustRegion
-from trl_blend.serving.statistics import RunningSums, row_statistics
+from trl_blend.serving.statistics import OF_DRAFTS, RunningSums, drawn_tokens, row_statistics
 
 
 def logits(seed, rows=6, size=9):
@@ -53,3 +53,63 @@ def test_a_token_that_the_teacher_excludes_is_counted_nowhere():
     sums = RunningSums()
     sums.add(values, torch.ones(6, dtype=torch.bool))
     assert sums.pop()["teacher_logp_0"].count == 5
+
+
+# Drafts
+
+
+def loop(ended, ends, drawn):
+    """Row by row: whether a token was drawn from it, and what that says of the drafts."""
+    mask, values = [], {name: [] for name in OF_DRAFTS}
+    for start, end, number in zip([0, *ends], ends, drawn):
+        over, kept = False, []
+        for row in range(start, end):
+            over = over or ended[row]
+            kept.append(row - start < number and not over)
+        accepted = [kept[place] and place < number - 1 for place in range(end - start)]
+        mask += kept
+        last = end - start - 1
+        values["draft_acceptance"] += [float(yes) if place < last else math.nan for place, yes in enumerate(accepted)]
+        values["accepted_drafts"] += [float(sum(accepted)) if last else math.nan] + [math.nan] * last
+        values["passes_per_token"] += [1.0] + [0.0] * last
+    return mask, values
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tokens_drawn_with_drafts(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 6, (7,), generator=generator)
+    drawn = 1 + (torch.rand(7, generator=generator) * sizes).long()
+    ends, ended = sizes.cumsum(0), torch.rand(int(sizes.sum()), generator=generator) < 0.2
+    mask, values = drawn_tokens(ended, ends.int(), drawn)
+    expected_mask, expected = loop(ended.tolist(), ends.tolist(), drawn.tolist())
+    assert mask.tolist() == expected_mask and set(values) == set(OF_DRAFTS)
+    for name in OF_DRAFTS:
+        torch.testing.assert_close(values[name], torch.tensor(expected[name]), equal_nan=True, atol=0, rtol=0)
+
+
+def test_rows_of_refused_drafts_are_left_out():
+    """Two requests with two drafts each: one is refused at once, the other ends with its first draft."""
+    sums = RunningSums(drafts=True)
+    values = {"a": torch.tensor([1.0, 10.0, 100.0, 2.0, 20.0, 200.0])}
+    ended = torch.tensor([False, False, False, False, True, False])
+    sums.add_step(values, ended)
+    sums.settle(torch.tensor([3, 6]), torch.tensor([1, 3]))
+    assert sums.pop() == {
+        "a": (3.0, 2, 2.0),
+        "draft_acceptance": (1.0, 2, 1.0),
+        "accepted_drafts": (1.0, 2, 1.0),
+        "passes_per_token": (2.0, 2, 1.0),
+    }
+
+
+def test_a_step_without_drafts_counts_every_row():
+    sums = RunningSums(drafts=True)
+    for _ in range(2):
+        sums.add_step({"a": torch.tensor([1.0, 2.0])}, torch.tensor([False, True]))
+    found = sums.pop()
+    assert found["a"] == (2.0, 2, 1.0) and found["passes_per_token"] == (2.0, 2, 1.0)
+    assert found["draft_acceptance"] == found["accepted_drafts"] == (0.0, 0, 0.0)
+    plain = RunningSums()
+    plain.add_step({"a": torch.tensor([1.0, 2.0])}, torch.tensor([False, True]))
+    assert plain.pop() == {"a": (1.0, 1, 1.0)}

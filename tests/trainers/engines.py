@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 
-from trl_blend.serving.statistics import Statistic
+from trl_blend.serving.statistics import OF_DRAFTS, Statistic
 
 
 COMPLETION = [7, 8, 9]
@@ -27,9 +27,10 @@ class PlainEngine:
 class Engine(PlainEngine):
     """In the shape of `BlendedVLLMGeneration`: remembers what it is told, too."""
 
-    def __init__(self, *, partners, blend, partners_stop, **kwargs):
+    def __init__(self, *, partners, blend, partners_stop, draft_tokens, **kwargs):
         super().__init__(**kwargs)
         self.partners, self.blend, self.partners_stop = partners, blend, partners_stop
+        self.draft_tokens = draft_tokens
         self.rules, self.settings, self.sent = [], [], None
 
     def send_partners(self, partners):
@@ -52,6 +53,8 @@ class Engine(PlainEngine):
         sums = {name: Statistic(4.0 + index, 8, 1.0) for index, name in enumerate(names)}
         if hasattr(self.rules[-1], "kl_budget"):
             sums |= {"teacher_weight": Statistic(2.0, 8, 0.75), "kl_behavior_teacher": Statistic(16.0, 8, 3.0)}
+        if self.draft_tokens:
+            sums |= {name: Statistic(1.0 + index, 4, 1.0) for index, name in enumerate(OF_DRAFTS)}
         return sums
 
 

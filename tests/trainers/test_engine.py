@@ -62,7 +62,14 @@ def test_what_an_engine_is_started_with(vllm, folder):
     given = start(folder, partners=[None], partners_stop=True, enable_sleep_mode=True).llm.started_with
     assert given["hf_overrides"]["trl_blend"]["partners"][0]["model"] == folder  # the student's own base
     assert given["sleep_preserve_parameter_names"] == ["partner_0.*"]
-    assert given["compilation_config"] == {"cudagraph_mode": "PIECEWISE"}
+    assert given["compilation_config"] == {"cudagraph_mode": "PIECEWISE"} and "speculative_config" not in given
+
+
+def test_an_engine_that_drafts(vllm, folder):
+    engine = start(folder, draft_tokens=4)
+    drafts = engine.llm.started_with["speculative_config"]
+    assert drafts["model"] == folder and drafts["num_speculative_tokens"] == 4
+    assert engine.llm.events == [("lead_drafts",)]  # before it is sent any weights
 
 
 def test_an_engine_is_told_what_changes(vllm, folder):
@@ -162,7 +169,7 @@ def test_a_server_is_told_by_rpc(vllm, folder, monkeypatch):
     engine = start(folder, mode="server", server_base_url="http://host:1", partners=[None])
     url = "http://host:1/collective_rpc"
     first = Blend(LogitMixing(0.3)).to_dict()
-    assert engine.vllm_client.posts == [(url, "describe_blend"), (url, "set_blend", first)]
+    assert engine.vllm_client.posts == [(url, "describe_blend"), (url, "lead_drafts"), (url, "set_blend", first)]
     assert engine.take_statistics() == {"kl_behavior_student": (2.0, 4, 1.0)}
     with pytest.raises(ConfigError, match=r"The server holds 1 teacher\(s\), \['teacher'\], but the trainer has 2"):
         start(folder, mode="server", server_base_url="http://host:1", partners=[None, None])

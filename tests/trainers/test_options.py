@@ -81,6 +81,7 @@ DEFAULTS = {
         "adaptive_max_weight": 1.0,
         "adaptive_success_threshold": 1.0,
         "eval_policy": "mixed",
+        "vllm_draft_tokens": None,
     },
     TrustRegionOPDConfig: {
         "rollout_policy": "trust_region",
@@ -111,6 +112,7 @@ DEFAULTS = {
         "teacher_eos_token_id": None,
         "log_teacher_statistics": False,
         "success_threshold": 1.0,
+        "vllm_draft_tokens": None,
     },
     OfflineOPDConfig: {
         "offline_loss": "auto",
@@ -212,6 +214,30 @@ def test_values_that_no_run_can_mean(tmp_path, config, name, value):
     assert repr(value) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vllm_draft_tokens": 0}, "`vllm_draft_tokens=0` must be a number of tokens, at least 1"),
+        ({"vllm_draft_tokens": -2}, "`vllm_draft_tokens=-2` must be"),
+        ({"vllm_draft_tokens": 2.5}, "`vllm_draft_tokens=2.5` must be"),
+        ({"use_vllm": False}, "`vllm_draft_tokens=4` has no effect with `use_vllm=False`. Set `use_vllm=True`"),
+        ({"vllm_mode": "server"}, "no effect with `vllm_mode='server'`: a server drafts if it was started with"),
+        ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "`logit_bias={3: 1.0}` is nothing that vLLM can draw"),
+        ({"min_p": 0.1}, "`min_p=0.1` is nothing that vLLM can draw with drafts"),
+        ("off", "no step of this run uses a teacher"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("config", [LogitMixGRPOConfig, TrustRegionOPDConfig])
+def test_drafts_that_nothing_draws(tmp_path, config, settings, message):
+    off = {LogitMixGRPOConfig: {"teacher_weight": 0.0}, TrustRegionOPDConfig: {"rollout_policy": "student"}}
+    settings = off[config] if settings == "off" else settings
+    if not set(settings) <= {field.name for field in fields(config)}:
+        pytest.skip("TRL's distillation has no such setting")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        MAKERS[config](tmp_path, **{**DRAFTS, **settings})
+
+
 @pytest.mark.parametrize("config", PARENTS)
 def test_no_epochs_are_no_run_unless_the_steps_are_given(tmp_path, config):
     for epochs in (0, -1.0):
@@ -279,6 +305,7 @@ def parse(config, tmp_path: Path, *arguments: str, **settings):
     return args
 
 
+DRAFTS = {"use_vllm": True, "vllm_mode": "colocate", "vllm_draft_tokens": 4}
 PARSED = [
     (
         LogitMixGRPOConfig,
@@ -293,6 +320,7 @@ PARSED = [
             "objective": "student",
             "is_clip_mode": "none",
             "eval_policy": "both",
+            **DRAFTS,
         },
     ),
     (
@@ -326,6 +354,7 @@ PARSED = [
             "teacher_eos_token_id": [3, 4],
             "log_teacher_statistics": True,
             "success_threshold": 0.5,
+            **DRAFTS,
         },
     ),
     (LogitMixGRPOConfig, {"teacher_weight": [1.0, -0.5], "mixing_space": "arithmetic"}),
@@ -375,7 +404,7 @@ PARSED = [
 @pytest.mark.parametrize("config", PARENTS)
 def test_the_parsed_options_are_all_there_are(config):
     given = {name for one, values in PARSED for name in values if one is config}
-    assert given - {"max_steps"} == set(own_names(config))
+    assert given - {"max_steps", "use_vllm", "vllm_mode"} == set(own_names(config))
 
 
 @pytest.mark.parametrize(("config", "values"), PARSED)

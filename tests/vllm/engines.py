@@ -23,7 +23,7 @@ def saved(folder, arch="qwen3", *, model=None, **overrides):
 
 
 @contextmanager
-def running(student, partners=(), blend=None, **options):
+def running(student, partners=(), blend=None, draft_tokens=None, **options):
     """An engine in float32; without partners one of the student alone."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -32,9 +32,11 @@ def running(student, partners=(), blend=None, **options):
     settings |= {"logprobs_mode": "processed_logprobs", "disable_log_stats": True}
     if partners:
         named = [one if isinstance(one, Partner) else Partner(one) for one in partners]
-        settings |= engine_arguments(named, blend or Blend())
+        settings |= engine_arguments(named, blend or Blend(), draft_model=student, draft_tokens=draft_tokens)
     llm = LLM(model=student, **{**settings, **options})
     try:
+        if draft_tokens:
+            assert llm.collective_rpc("lead_drafts") == [True]
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()

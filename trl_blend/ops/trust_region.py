@@ -118,6 +118,21 @@ def solve_trust_region(
     ).solution
 
 
+def acceptance_bound(kl_budget: float) -> float:
+    r"""
+    Smallest probability with which a token that the student drafts is accepted as one of the blend, by speculative
+    sampling: \( 1 - \sqrt{\varepsilon / 2} \), or 0.
+
+    It is accepted with probability \( \sum_v \min(\mu(v), p_S(v)) = 1 - TV(\mu, p_S) \), at every prefix, and
+    \( TV(\mu, p_S) \le \sqrt{KL(\mu \| p_S) / 2} \) (Pinsker).
+
+    Args:
+        kl_budget (`float`):
+            Budget ε, in nats.
+    """
+    return max(0.0, 1.0 - math.sqrt(kl_budget / 2.0))
+
+
 @torch.no_grad()
 def solve_with_statistics(
     student_logits: Tensor,

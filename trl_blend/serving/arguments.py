@@ -19,7 +19,9 @@ OLDEST_VLLM = "0.31.0"
 _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 
 
-def engine_arguments(partners: Sequence[Partner], blend: Blend) -> dict[str, Any]:
+def engine_arguments(
+    partners: Sequence[Partner], blend: Blend, *, draft_model: str | None = None, draft_tokens: int | None = None
+) -> dict[str, Any]:
     """
     Arguments of `vllm.LLM` beside those of the student, which an engine that blends is started with. As JSON,
     `hf_overrides` is the option `--hf-overrides` of `vllm serve`.
@@ -31,10 +33,16 @@ def engine_arguments(partners: Sequence[Partner], blend: Blend) -> dict[str, Any
             Models beside the student, in the order of the rule's weights.
         blend ([`~trl_blend.serving.blend.Blend`]):
             What to draw from at first. The engine measures its memory with it.
+        draft_model (`str`, *optional*):
+            The student, as `vllm.LLM` is given it.
+        draft_tokens (`int`, *optional*):
+            Tokens that the student draws ahead before all models look at them together. Tokens of the blend are drawn
+            all the same: vLLM accepts each with the probability that makes it one of them, else draws another
+            ([speculative sampling](https://huggingface.co/papers/2211.17192)). The engine holds the student once more.
 
     Returns:
         `dict`: `hf_overrides`, `worker_extension_cls` and `sleep_preserve_parameter_names` (a sleeping engine drops
-        weights that its trainer sends again: those of the student).
+        weights that its trainer sends again: those of the student); with drafts `speculative_config`.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no partner, or the configuration of one cannot be read.
@@ -50,11 +58,19 @@ def engine_arguments(partners: Sequence[Partner], blend: Blend) -> dict[str, Any
     experts = max(_num_experts(partner) for partner in partners)
     if experts:  # vLLM prepares for experts where the engine's own configuration has some
         overrides["num_experts"] = experts
-    return {
+    arguments = {
         "hf_overrides": overrides,
         "worker_extension_cls": EXTENSION,
         "sleep_preserve_parameter_names": [f"partner_{index}.*" for index in range(len(partners))],
     }
+    if draft_tokens is not None:
+        arguments["speculative_config"] = {
+            "method": "draft_model",
+            "model": draft_model,
+            "num_speculative_tokens": draft_tokens,
+            "draft_sample_method": "probabilistic",  # of a draft's most likely tokens far fewer are accepted
+        }
+    return arguments
 
 
 def check_version() -> None:

@@ -86,6 +86,10 @@ class BlendForCausalLM(nn.Module):
         # Which tokens end a completion. CUDA graphs read it where it is, so it is changed in place
         self.register_buffer("_stops", torch.zeros(sizes[0], dtype=torch.bool), persistent=False)
         self._loaded = False
+        # A draft may be a token that a partner has no row for: it is refused, once all towers have read it
+        self._clamps = vllm_config.speculative_config is not None and self._num_tokens < self._vocab_size
+        # In a list, whose modules are not this model's own
+        self._drafting: list[nn.Module] = []
         # Graphs are captured with every tower, whatever is blended at first
         self._runs_partners = True
         self.sums = RunningSums()
@@ -110,10 +114,17 @@ class BlendForCausalLM(nn.Module):
                 "weight per partner."
             )
         self.blend, self._runs_partners = blend, blend.rule is not None
-        self.sums = RunningSums()  # another rule has other statistics
+        self.sums = RunningSums(self.sums.drafts)  # another rule has other statistics
         self._stops.zero_()
         if stops := [token for token in blend.stop_token_ids if token < self._vocab_size]:
             self._stops[torch.tensor(stops, device=self._stops.device)] = True
+
+    def lead(self, draft_model: nn.Module) -> None:
+        """
+        Let the draft model of the engine, which is the student too, take each weight that the student takes from here
+        on. Statistics are then those of the rows that tokens were drawn from, which `sums.settle` has to be told.
+        """
+        self._drafting, self.sums.drafts = [draft_model], True
 
     # What vLLM calls
 
@@ -135,7 +146,8 @@ class BlendForCausalLM(nn.Module):
             )
         hidden = [self.student(input_ids, positions)]
         if self._runs_partners:
-            hidden += [tower(input_ids, positions) for tower in self._partner_towers]
+            known = input_ids.clamp(max=self._num_tokens - 1) if self._clamps else input_ids
+            hidden += [tower(known, positions) for tower in self._partner_towers]
         else:
             hidden += [hidden[0].new_zeros(len(hidden[0]), width) for width in self._widths[1:]]
         return torch.cat([*hidden, self._stops[input_ids][:, None].to(hidden[0])], dim=-1)
@@ -158,7 +170,7 @@ class BlendForCausalLM(nn.Module):
         settings = {"temperature": blend.temperature, "eos": blend.eos, "vocab_size": tokens}
         step, partners = blend_step(blend.rule, student, partners, **settings)
         if blend.records:
-            self.sums.add(row_statistics(step, partners), ended.squeeze(-1) == 0)
+            self.sums.add_step(row_statistics(step, partners), ended.squeeze(-1) != 0)
         return step.logits * blend.temperature
 
     def _logits(self, tower: nn.Module, index: int, hidden: Tensor) -> Tensor | None:
@@ -167,6 +179,9 @@ class BlendForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the student; the partners, each with its own loader, at the first call."""
+        if self._drafting:
+            weights = list(weights)
+            self._drafting[0].load_weights(weights)
         loaded = {f"student.{name}" for name in self.student.load_weights(weights)}
         if not self._loaded:
             self._loaded = True

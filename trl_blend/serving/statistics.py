@@ -11,6 +11,10 @@ from trl_blend.generation.rules import BlendStep
 from trl_blend.ops.policies import kl_and_normalizer
 
 
+OF_DRAFTS = ("draft_acceptance", "accepted_drafts", "passes_per_token")
+"""What an engine that drafts sums up beside the statistics of the rule, see [`drawn_tokens`]."""
+
+
 class Statistic(NamedTuple):
     """Sum and number of the finite values of one quantity, and the largest of them (0 of none)."""
 
@@ -48,12 +52,83 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
-class RunningSums:
-    """Adds rows up on their device, without waiting for it, until they are asked for."""
+def drawn_tokens(ended: Tensor, ends: Tensor, drawn: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """
+    Which rows of one step a token of a completion was drawn from, and what that tells of the drafts, on their device
+    without waiting for it.
 
-    def __init__(self) -> None:
+    A step gives each request a run of rows: one for the token it ended with and one for each draft. Tokens are drawn
+    from the first rows of a run, up to the first draft that is refused.
+
+    Args:
+        ended (`torch.Tensor` of shape `(N,)`):
+            Whether the token in front of a row ended the completion.
+        ends (`torch.Tensor` of shape `(R,)`):
+            Index behind the last row of each request, whose rows lie one after the other.
+        drawn (`torch.Tensor` of shape `(R,)`):
+            Number of tokens drawn for each request.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: A mask of the rows `(N,)`, and of each row, NaN where it says
+        nothing: `draft_acceptance` (1 if its draft was accepted, 0 if refused), `accepted_drafts` (their number, at
+        the first row of a run with drafts), `passes_per_token` (1 at the first row, else 0: the models run once for
+        all rows of a run).
+    """
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    request = torch.arange(len(ends), device=ends.device).repeat_interleave(sizes, output_size=len(ended))
+    first = (ends - sizes)[request]
+    place = torch.arange(len(ended), device=ends.device) - first
+    seen = ended.cumsum(0)
+    over = seen - seen[first] + ended[first].long() > 0
+    drawn, sizes = drawn[request], sizes[request]
+    mask = (place < drawn) & ~over
+    accepted = mask & (place < drawn - 1)
+    numbers = torch.zeros(len(ends), device=ends.device).index_add(0, request, accepted.float())
+    unsaid = torch.full(ended.shape, math.nan, device=ends.device)
+    return mask, {
+        "draft_acceptance": torch.where(place < sizes - 1, accepted.float(), unsaid),
+        "accepted_drafts": torch.where((place == 0) & (sizes > 1), numbers[request], unsaid),
+        "passes_per_token": (place == 0).float(),
+    }
+
+
+class RunningSums:
+    """
+    Adds rows up on their device, without waiting for it, until they are asked for.
+
+    Args:
+        drafts (`bool`, *optional*, defaults to `False`):
+            Whether the engine drafts. Rows that it looks at are then only added when it is known which of them tokens
+            were drawn from.
+    """
+
+    def __init__(self, drafts: bool = False) -> None:
+        self.drafts = drafts
+        self._step: tuple[dict[str, Tensor], Tensor] | None = None  # of the last rows: values, and which ended before
         self._names: list[str] = []
         self._sums: Tensor | None = None  # (3, number of names): total, count, largest
+
+    def add_step(self, values: dict[str, Tensor], ended: Tensor) -> None:
+        """Add the rows of a step, but those behind the end of a completion: `ended` of shape `(N,)` says which."""
+        if not self.drafts:
+            self.add(values, ~ended)
+            return
+        self.settle()
+        self._step = values, ended
+
+    def settle(self, ends: Tensor | None = None, drawn: Tensor | None = None) -> None:
+        """
+        Add the rows of the last step that tokens were drawn from, see [`drawn_tokens`]. Without arguments there were
+        no drafts in it, and a request had one row.
+        """
+        if self._step is None:
+            return
+        (values, ended), self._step = self._step, None
+        if ends is None or drawn is None:
+            ends = torch.arange(1, len(ended) + 1, device=ended.device)
+            drawn = torch.ones_like(ends)
+        mask, of_drafts = drawn_tokens(ended, ends, drawn)
+        self.add(values | of_drafts, mask)
 
     def add(self, values: dict[str, Tensor], mask: Tensor) -> None:
         """Add `values`, each of shape `(N,)`, where `mask` is true and they are finite."""
@@ -67,6 +142,7 @@ class RunningSums:
 
     def pop(self) -> dict[str, Statistic]:
         """What was added since the last call, by name."""
+        self.settle()
         sums, self._sums = self._sums, None
         if sums is None:
             return {}

@@ -10,6 +10,32 @@ EXTENSION = "trl_blend.serving.worker.BlendWorkerExtension"
 """Value of vLLM's `worker_extension_cls`."""
 
 
+class ObservedSampler:
+    """
+    In front of the sampler of an engine that drafts: tells the model how many tokens were drawn of each request's rows.
+
+    Args:
+        sampler:
+            `RejectionSampler` of either of vLLM's model runners.
+        model ([`~trl_blend.serving.model.BlendForCausalLM`]):
+            Whose `sums` are told.
+    """
+
+    def __init__(self, sampler: Any, model: Any) -> None:
+        self._sampler, self._model = sampler, model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._sampler(*args, **kwargs)
+        if hasattr(output, "num_sampled"):  # the second runner: logits, batch, draft logits
+            self._model.sums.settle(args[1].cu_num_logits[1:], output.num_sampled)
+        else:  # the first: metadata, …
+            self._model.sums.settle(args[0].cu_num_sampled_tokens, (output.sampled_token_ids >= 0).sum(dim=-1))
+        return output
+
+
 class BlendWorkerExtension:
     """
     What vLLM adds to the worker of each device (`worker_extension_cls`). Arguments and results fit into JSON, which is
@@ -24,6 +50,20 @@ class BlendWorkerExtension:
         """What the engine holds: the names of its partners, and the blend that it draws from."""
         model = self._blend_model()
         return {"partners": [partner.model for partner in model.partners], "blend": model.blend.to_dict()}
+
+    def lead_drafts(self) -> bool:
+        """
+        Let the draft model follow the student's weights, and count what is accepted of its drafts. `False` where the
+        engine drafts nothing.
+        """
+        draft_model = self.get_draft_model()  # type: ignore[attr-defined]
+        if draft_model is None:
+            return False
+        model, runner = self._blend_model(), self.model_runner  # type: ignore[attr-defined]
+        model.lead(draft_model)
+        if not isinstance(runner.rejection_sampler, ObservedSampler):
+            runner.rejection_sampler = ObservedSampler(runner.rejection_sampler, model)
+        return True
 
     def take_blend_statistics(self) -> dict[str, list[float]]:
         """Total, count and largest value of each statistic since the last call or the last [`set_blend`]."""

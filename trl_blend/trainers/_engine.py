@@ -48,6 +48,8 @@ class BlendedVLLMGeneration(VLLMGeneration):
         partners_stop (`bool`):
             Whether the teachers leave the rollouts at some step. CUDA graphs are then captured in pieces, which
             leave them out; a graph of the whole model would run them.
+        draft_tokens (`int`, *optional*):
+            Tokens that the student drafts in a colocated engine. A server may have been started with drafts.
 
     Attributes:
         blend ([`~trl_blend.serving.blend.Blend`]): What the next call of `generate` draws from.
@@ -57,9 +59,15 @@ class BlendedVLLMGeneration(VLLMGeneration):
     """
 
     def __init__(
-        self, *args: Any, partners: Sequence[Partner | None], blend: Blend, partners_stop: bool, **kwargs: Any
+        self,
+        *args: Any,
+        partners: Sequence[Partner | None],
+        blend: Blend,
+        partners_stop: bool,
+        draft_tokens: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        self._partners, self._partners_stop = partners, partners_stop
+        self._partners, self._partners_stop, self._draft_tokens = partners, partners_stop, draft_tokens
         self.blend = self._told = blend
         self._unsent: dict[int, tuple[PreTrainedModel, bool]] = {}
         super().__init__(*args, **kwargs)
@@ -70,13 +78,16 @@ class BlendedVLLMGeneration(VLLMGeneration):
             self._check_server()
             return
         partners = [Partner(self.model.name_or_path) if one is None else one for one in self._partners]
-        arguments = engine_arguments(partners, self.blend)
+        drafts = {"draft_model": self.model.name_or_path, "draft_tokens": self._draft_tokens}
+        arguments = engine_arguments(partners, self.blend, **drafts)
         if not self.enable_sleep_mode:
             del arguments["sleep_preserve_parameter_names"]
         if self._partners_stop:
             arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
         with _compat.engine_arguments(**arguments):
             super()._init_vllm()
+        if self._draft_tokens:
+            self._call("lead_drafts")
 
     def _check_server(self) -> None:
         found = self._call("describe_blend")
@@ -85,6 +96,7 @@ class BlendedVLLMGeneration(VLLMGeneration):
                 f"The server holds {len(found['partners'])} teacher(s), {found['partners']}, but the trainer has "
                 f"{len(self._partners)}. Serve the same ones."
             )
+        self._call("lead_drafts")  # which it has if it was started with `--speculative-config`
         self._tell()
 
     def send_partners(self, partners: Mapping[int, tuple[PreTrainedModel, bool]]) -> None:
@@ -230,7 +242,11 @@ def blended_engine(
     temperature = (args.generation_kwargs or {}).get("temperature", args.temperature) or 1.0
     blend = Blend(rule, temperature, records=True)
     build = partial(
-        BlendedVLLMGeneration, partners=partners_of(teachers, args), blend=blend, partners_stop=partners_stop
+        BlendedVLLMGeneration,
+        partners=partners_of(teachers, args),
+        blend=blend,
+        partners_stop=partners_stop,
+        draft_tokens=args.vllm_draft_tokens,
     )
     return _compat.vllm_generation(build)
 

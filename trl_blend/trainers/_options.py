@@ -132,6 +132,45 @@ def check_generation_kwargs(args: Any) -> None:
             )
 
 
+def check_drafts(args: Any, blends: bool) -> None:
+    """
+    Refuse drafts that nothing draws. To be called when the dictionaries are parsed.
+
+    Args:
+        args:
+            The config, with `vllm_draft_tokens`.
+        blends (`bool`):
+            Whether any step uses a teacher.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: With the settings that contradict each other.
+    """
+    drafts = args.vllm_draft_tokens
+    if drafts is None:
+        return
+    given = f"`vllm_draft_tokens={drafts!r}`"
+    if isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
+        raise ConfigError(f"{given} must be a number of tokens, at least 1. Leave it unset for no drafts.")
+    if not args.use_vllm:
+        raise ConfigError(f"{given} has no effect with `use_vllm=False`. Set `use_vllm=True`, or leave it unset.")
+    if not blends:
+        raise ConfigError(
+            f"{given}: no step of this run uses a teacher, and the student would draft for itself. Leave it unset."
+        )
+    if args.vllm_mode == "server":
+        raise ConfigError(
+            f"{given} has no effect with `vllm_mode='server'`: a server drafts if it was started with "
+            "`--speculative-config`. Leave it unset."
+        )
+    unsupported = {"min_p": getattr(args, "min_p", None), **(args.generation_kwargs or {})}
+    for name in ("min_p", "logit_bias"):
+        if unsupported.get(name):
+            raise ConfigError(
+                f"`{name}={unsupported[name]!r}` is nothing that vLLM can draw with drafts. Leave it at its neutral "
+                "value, or leave `vllm_draft_tokens` unset."
+            )
+
+
 def _check_range(name: str, value: Any, low: float, high: float, must_be: str) -> None:
     if value is None or (isinstance(value, Real) and low <= value <= high and value != math.inf):
         return

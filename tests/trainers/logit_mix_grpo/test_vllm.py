@@ -89,3 +89,12 @@ def test_greedy_decodes_are_the_engines(build_vllm):
 def test_without_teachers_the_engine_is_the_parents(build_vllm):
     trainer = build_vllm(teacher_weight=0.0)
     assert type(trainer.vllm_generation) is PlainEngine and trainer.engine is None
+
+
+def test_what_becomes_of_the_drafts_is_logged(build_vllm):
+    trainer = build_vllm(teacher_weight=0.4, max_steps=1, vllm_mode="colocate", vllm_draft_tokens=4)
+    runs.train(trainer)
+    assert trainer.engine.draft_tokens == 4
+    (entry,) = [entry for entry in trainer.state.log_history if "mixing/draft_acceptance" in entry]
+    names = ("draft_acceptance", "accepted_drafts", "passes_per_token")
+    assert [entry[f"mixing/{name}"] for name in names] == [0.25, 0.5, 0.75]

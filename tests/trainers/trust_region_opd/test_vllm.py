@@ -131,3 +131,16 @@ def test_an_engine_that_could_emit_padding_rows_is_refused(build_vllm):
         build_vllm(rollout_policy="student", **models)
     assert len(build_vllm(**policies.padded_models(72, 64)).missing_token_ids) == 8  # a blend never draws them
     assert build_vllm(**policies.padded_models(64, 72)).missing_token_ids == []
+
+
+def test_what_becomes_of_the_drafts_is_logged(build_vllm):
+    drafts = {"vllm_mode": "colocate", "vllm_draft_tokens": 4, "max_steps": 1}
+    trainer = build_vllm(kl_budget=0.02, blend_warmup_steps=2, **drafts)
+    runs.train(trainer)
+    assert trainer.engine.draft_tokens == 4
+    (entry,) = [entry for entry in trainer.state.log_history if "blend/draft_acceptance" in entry]
+    names = ("draft_acceptance", "accepted_drafts", "passes_per_token", "draft_acceptance_bound")
+    assert [entry[f"blend/{name}"] for name in names] == [0.25, 0.5, 0.75, 0.9]
+    trainer = build_vllm(rollout_policy="fixed_weight", **drafts)
+    runs.train(trainer)
+    assert not any("blend/draft_acceptance_bound" in entry for entry in trainer.state.log_history)

@@ -11,7 +11,14 @@ from trl_blend.generation.rules import BlendRule, mixing_rule
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
 from trl_blend.ops.mixing import validate_weights
 from trl_blend.schedules import DECAYING_SCHEDULES, make_schedule
-from trl_blend.trainers._options import check_choices, check_generation_kwargs, check_run, refuse_unread, with_help
+from trl_blend.trainers._options import (
+    check_choices,
+    check_drafts,
+    check_generation_kwargs,
+    check_run,
+    refuse_unread,
+    with_help,
+)
 from trl_blend.trainers._settings import TokensUnwritten
 
 
@@ -126,6 +133,13 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         eval_policy (`str`, *optional*):
             Policy that `evaluate` samples from: `"mixed"`, `"student"` or `"both"`. Defaults to the deployed policy of
             the objective. Metrics of each policy are logged under `eval_mixed/…` and `eval_student/…`.
+
+        > Parameters that control the engine
+
+        vllm_draft_tokens (`int`, *optional*):
+            With `use_vllm=True` and `vllm_mode="colocate"`, how many tokens the student drafts before all models look
+            at them together (speculative decoding), which draws from the same policy with fewer passes of the
+            teacher. `None`: none. The engine then holds the student twice.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -156,6 +170,9 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
     # Parameters that control the evaluation
     eval_policy: Literal["mixed", "student", "both"] | None = None
+
+    # Parameters that control the engine
+    vllm_draft_tokens: int | None = None
 
     def __post_init__(self):
         # A single name or weight may be given bare; several come as a list
@@ -235,6 +252,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                 refuse_unread(self, names, switch, values[0])
 
     def _check_objective(self):
+        check_drafts(self, self.mixes)
         if self.mixes:
             check_generation_kwargs(self)
             check_one_sequence(self.generation_kwargs, "num_generations")

@@ -31,6 +31,7 @@ from trl_blend.ops.importance import (
 )
 from trl_blend.ops.reduction import masked_mean
 from trl_blend.schedules import DECAYING_SCHEDULES
+from trl_blend.serving.statistics import OF_DRAFTS
 from trl_blend.trainers import _cards, _engine, _partners
 from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
 from trl_blend.trainers._greedy import own_share
@@ -353,6 +354,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         sums = engine.take_statistics()
         names = {"kl_behavior_student": "kl_behavior_student"}
         names |= {f"teacher_logp_{i}": f"teacher_logp{self._suffix(i)}" for i in range(len(self.args.teacher_weight))}
+        names |= {name: name for name in OF_DRAFTS if name in sums}
         for name, logged in names.items():
             self._rollout_means.add_sum(logged, sums[name].total, sums[name].count)
         return drawn

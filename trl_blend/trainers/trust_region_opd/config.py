@@ -19,6 +19,7 @@ from trl_blend.generation.settings import check_one_sequence, distribution_warpe
 from trl_blend.schedules import make_schedule
 from trl_blend.trainers._options import (
     check_choices,
+    check_drafts,
     check_generation_kwargs,
     check_run,
     is_default,
@@ -163,6 +164,13 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             `reward_funcs` have them anyway.
         success_threshold (`float`, *optional*, defaults to `1.0`):
             Value of the first reward function from which a rollout counts as right in `blend/auroc`.
+
+        > Parameters that control the engine
+
+        vllm_draft_tokens (`int`, *optional*):
+            With `use_vllm=True` and `vllm_mode="colocate"`, how many tokens the student drafts before all models look
+            at them together (speculative decoding), which draws from the same policy with fewer passes of the
+            teacher. `None`: none. The engine then holds the student twice.
     """
 
     # Parameters that control the rollouts
@@ -202,6 +210,9 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     # Parameters that control the logging
     log_teacher_statistics: bool = False
     success_threshold: float = 1.0
+
+    # Parameters that control the engine
+    vllm_draft_tokens: int | None = None
 
     def __post_init__(self):
         if isinstance(self.teacher_eos_token_id, int):
@@ -317,6 +328,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
                 f"`generation_kwargs` has `temperature={temperature}`, which overrides the temperature warmup towards "
                 f"`temperature={self.temperature}`. Set `temperature` only."
             )
+        check_drafts(self, self.blends)
         if not self.blends:
             return
         check_generation_kwargs(self)

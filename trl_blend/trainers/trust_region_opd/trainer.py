@@ -16,7 +16,7 @@ from trl import DistillationTrainer
 from trl_blend import _compat
 from trl_blend.errors import ConfigError
 from trl_blend.generation.hooks import blended_generation
-from trl_blend.generation.rules import BlendRule, LogitMixing
+from trl_blend.generation.rules import BlendRule, LogitMixing, TrustRegion
 from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
 from trl_blend.models.own_logits import Fused, check_own_logits, head_log_probs
@@ -25,6 +25,7 @@ from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.reverse_kl import ReverseKL, reverse_kl, support_statistics
 from trl_blend.ops.losses import iw_opd_weights, sampled_token_loss
 from trl_blend.ops.selection import tip_selection
+from trl_blend.ops.trust_region import acceptance_bound
 from trl_blend.schedules import linear
 from trl_blend.trainers import _cards, _engine, _partners, _record
 from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
@@ -370,7 +371,10 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         engine.set_rule(rule, self.eos_token_ids, eos=self.eos, vocab_size=tokens, records=blends)
         completion_ids = super()._generate_single_turn(*turn)
         if rule is not None:
-            self._diagnostics.collect_sums(engine.take_statistics())
+            sums = engine.take_statistics()
+            self._diagnostics.collect_sums(sums)
+            if isinstance(rule, TrustRegion) and "draft_acceptance" in sums:
+                self._log_metrics("train", {"blend/draft_acceptance_bound": acceptance_bound(rule.kl_budget)})
         return completion_ids
 
     def decode_greedily(self, prompt_ids: list[list[int]], *, teacher: bool = False) -> list[list[int]]:
