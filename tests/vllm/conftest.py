@@ -19,6 +19,20 @@ def keep_weights_on_the_cpu(patch):
     patch.setattr(vllm_generation, "LLM", engine)
 
 
+def expand_on_the_cpu(patch):
+    """
+    Lets an engine sample drafts on a CPU, where the kernel that repeats a value of a request for each of its tokens
+    writes into a copy, so that vLLM reads whatever was in memory.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    def expand(values, ends, num_tokens, replace_from=0, replace_to=0):
+        values = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
+        return values.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), output_size=num_tokens)
+
+    patch.setattr(rejection_sampler, "expand_batch_to_tokens", expand)
+
+
 @pytest.fixture
 def cpu_engine(monkeypatch):
     """Trainers may be built; what their engine has set up for all processes together is gone after the test."""

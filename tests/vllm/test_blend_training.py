@@ -13,6 +13,7 @@ from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM
 
 from testbed import task
+from tests.vllm.conftest import expand_on_the_cpu
 from tests.vllm.engines import teacher_forced, worst_error
 from trl_blend import (
     LogitArithmetic,
@@ -23,6 +24,7 @@ from trl_blend import (
     TrustRegionOPDConfig,
     TrustRegionOPDTrainer,
 )
+from trl_blend.ops.trust_region import acceptance_bound
 from trl_blend.serving.blend import Blend
 
 
@@ -294,6 +296,44 @@ def test_greedy_decodes_and_evaluation_are_the_engines(cpu_engine, tmp_path):
     metrics = trainer.evaluate()
     assert {"eval_mixed/reward", "eval_student/reward"} <= metrics.keys()
     assert 0.0 < logged(trainer, "adaptive/next_teacher_weight")[0] < 1.0
+
+
+def assert_the_draft_model_is_the_student(trainer):
+    (draft,) = trainer.engine.llm.collective_rpc(lambda worker: tensors(worker.get_draft_model()))
+    student = tensors(tower(trainer, "student"))
+    assert draft.keys() == student.keys() and all(torch.equal(draft[name], student[name]) for name in student)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_drafts_follow_the_weights(cpu_engine, monkeypatch, teacher, tmp_path, adapters):
+    expand_on_the_cpu(monkeypatch)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = grpo(tmp_path / "run", vllm_draft_tokens=4, trainer={"peft_config": lora} if adapters else {})
+    trainer.train()
+    student = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).eval()
+    student = student.merge_and_unload() if adapters else student
+    rows = draw(trainer, LogitMixing(0.3))
+    assert worst_error([student, teacher], Blend(LogitMixing(0.3)), rows) < TOLERANCE
+    assert_the_draft_model_is_the_student(trainer)
+    assert len(logged(trainer, "mixing/passes_per_token")) == 3
+    assert max(logged(trainer, "mixing/passes_per_token")) < 0.6
+    assert 0.5 < min(logged(trainer, "mixing/draft_acceptance"))
+    # The correction compares the mixture of the engine with that of the trainer
+    assert max(logged(trainer, "sampling/sampling_logp_difference/max")) < 1e-3
+    if not adapters:
+        assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
+
+
+def test_drafts_inside_the_trust_region(cpu_engine, monkeypatch, tmp_path):
+    expand_on_the_cpu(monkeypatch)
+    trainer = opd(tmp_path / "run", max_steps=3, vllm_draft_tokens=4)
+    trainer.train()
+    acceptance, bound = (logged(trainer, f"blend/draft_acceptance{name}") for name in ("", "_bound"))
+    assert bound == [pytest.approx(acceptance_bound(budget)) for budget in (0.05, 0.025)]
+    assert len(acceptance) == 2 and all(one > other for one, other in zip(acceptance, bound))
+    assert max(logged(trainer, "blend/passes_per_token")) < 0.35
+    assert_the_draft_model_is_the_student(trainer)
+    assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
 
 
 def test_two_processes(tmp_path):
