@@ -7,7 +7,7 @@ from trl_blend import LogitMixing, ProbabilityMixing, export_mixed_policy
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation import LogitArithmetic
 from trl_blend.serving.blend import Blend, Partner
-from trl_blend.serving.folder import blend_of_folder, student_of_folder
+from trl_blend.serving.folder import blend_of_folder, config_of_folder, student_of_folder
 
 
 def export(folder, student, weight, **settings):
@@ -31,8 +31,14 @@ def test_the_student_of_a_folder(tmp_path):
     found, expected = student_of_folder(folder), tiny_model().config
     assert (type(found), found.hidden_size, found.vocab_size) == (type(expected), expected.hidden_size, 64)
     assert found.architectures == ["Qwen3ForCausalLM"]
-    with pytest.raises(ConfigError, match="holds no mixed policy. Serve a folder that `trl-blend export` wrote"):
-        student_of_folder(f"{folder}/reference")
+    expected.update({"architectures": ["TrlBlendForCausalLM"]})
+    assert config_of_folder(folder).to_dict() == {**expected.to_dict(), "dtype": "float32"}
+
+
+def test_experts_of_a_reference_are_announced(tmp_path):
+    teacher = tiny_model("qwen3_moe", num_experts=6)
+    export_mixed_policy(tiny_model(), teacher, 0.3, tmp_path / "mixed", processing_class=tiny_tokenizer())
+    assert config_of_folder(str(tmp_path / "mixed")).num_experts == 6
 
 
 def test_refusals(tmp_path):

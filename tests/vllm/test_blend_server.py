@@ -2,26 +2,28 @@
 
 import json
 import os
+import subprocess
+import sys
 import urllib.request
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.vllm.engines import SHAPE, generate, prompts, running, saved, worst_error
+from tests.vllm.conftest import expand_on_the_cpu
+from tests.vllm.engines import SHAPE, generate, prompts, running, saved, set_blend, worst_error
 from tests.vllm.test_offline_rollouts import serving
 from trl_blend import LogitMixing, ProbabilityMixing, TrustRegion, export_mixed_policy
+from trl_blend.serving import ARCHITECTURE
 from trl_blend.serving.blend import Blend
-from trl_blend.serving.plugin import ARCHITECTURE, CONFIG_FORMAT
 from trl_blend.serving.worker import EXTENSION
 
 
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 5e-5
-OVERRIDES = {"architectures": [ARCHITECTURE]}
-EXPORTED = {"hf_overrides": OVERRIDES, "config_format": CONFIG_FORMAT, "worker_extension_cls": EXTENSION}
+MIXTURE = Blend(ProbabilityMixing((0.3,)))
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +58,91 @@ def draw(url, model, temperature=1.0):
     return rows
 
 
-def test_a_server_of_an_exported_policy(mixed, monkeypatch):
+@pytest.fixture(scope="module")
+def server(mixed):
+    """Nothing but the folder says what is served; the other options are for what the tests ask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        options = ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", EXTENSION]
+        with serving(*options, model=mixed[0]) as url:
+            yield url
+
+
+def test_an_exported_policy_is_served_as_the_mixture(server, mixed):
     folder, models = mixed
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    options = [
-        "--config-format",
-        CONFIG_FORMAT,
-        "--hf-overrides",
-        json.dumps(OVERRIDES),
-        "--worker-extension-cls",
-        EXTENSION,
-    ]
-    with serving("--logprobs-mode", "processed_logprobs", *options, model=folder) as url:
-        (found,) = call(url, "describe_blend")
-        blend = Blend.from_dict(found["blend"])
-        assert blend == Blend(ProbabilityMixing((0.3,))) and found["partners"] == [os.path.join(folder, "reference")]
-        assert worst_error(models, blend, draw(url, folder)) < TOLERANCE
-        blend = Blend(TrustRegion(0.05), temperature=0.7, records=True)
-        call(url, "set_blend", blend.to_dict())
-        rows = draw(url, folder, 0.7)
-        assert worst_error(models, blend, rows) < TOLERANCE
-        (sums,) = call(url, "take_blend_statistics")
-        # A step ahead of the end-of-sequence token is counted where nobody said which token that is
-        assert 0 <= sums["kl_behavior_student"][1] - sum(len(ids) for _, ids, _ in rows) <= len(rows)
+    (found,) = call(server, "describe_blend")
+    assert found["partners"] == [os.path.join(folder, "reference")] and Blend.from_dict(found["blend"]) == MIXTURE
+    assert worst_error(models, MIXTURE, draw(server, folder)) < TOLERANCE
+    assert worst_error(models, Blend(ProbabilityMixing((0.0,))), draw(server, folder)) > 20 * TOLERANCE
+
+
+@pytest.fixture
+def client(server):
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{server}/v1", api_key="none")
+
+
+AS_IDS = {"return_tokens_as_token_ids": True}
+
+
+def ids_of(tokens):
+    return [int(token.removeprefix("token_id:")) for token in tokens]
+
+
+def test_greedy_completions_are_those_of_transformers(client, mixed):
+    """Of 200 prompts, by the code in the folder; in one batch, and streamed."""
+    folder, _ = mixed
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(6, 60, (200, 7), generator=generator)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=True).eval()
+    expected = model.generate(batch, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(batch))[:, 7:]
+    expected = [ids[: ids.index(1) + 1] if 1 in ids else ids for ids in expected.tolist()]
+    settings = {"model": folder, "max_tokens": 12, "temperature": 0.0, "logprobs": 0, "extra_body": AS_IDS}
+    choices = client.completions.create(prompt=batch.tolist(), **settings).choices
+    assert [ids_of(choice.logprobs.tokens) for choice in choices] == expected
+    for prompt, ids in zip(batch.tolist()[:5], expected):
+        parts = client.completions.create(prompt=prompt, stream=True, **settings)
+        assert sum((ids_of(part.choices[0].logprobs.tokens) for part in parts), []) == ids
+
+
+def test_chat(client, mixed):
+    folder, models = mixed
+    chat = [{"role": "user", "content": "a b c"}]
+    prompt = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    settings = {"model": folder, "messages": chat, "max_tokens": 12, "logprobs": True, "extra_body": AS_IDS}
+    choices = client.chat.completions.create(n=3, temperature=1.0, seed=0, **settings).choices
+    drawn = [choice.logprobs.content for choice in choices]
+    rows = [(prompt, ids_of([one.token for one in row]), [one.logprob for one in row]) for row in drawn]
+    assert len({tuple(ids) for _, ids, _ in rows}) > 1 and worst_error(models, MIXTURE, rows) < TOLERANCE
+    parts = client.chat.completions.create(temperature=0.0, stream=True, **settings)
+    streamed = [one.token for part in parts if part.choices[0].logprobs for one in part.choices[0].logprobs.content]
+    whole = client.chat.completions.create(temperature=0.0, **settings).choices[0].logprobs.content
+    assert streamed == [one.token for one in whole]
+
+
+def test_what_a_server_draws_from_is_changed(server, mixed):
+    """The last test of this server."""
+    folder, models = mixed
+    blend = Blend(TrustRegion(0.05), temperature=0.7, records=True)
+    call(server, "set_blend", blend.to_dict())
+    rows = draw(server, folder, 0.7)
+    assert worst_error(models, blend, rows) < TOLERANCE
+    (sums,) = call(server, "take_blend_statistics")
+    # A step ahead of the end-of-sequence token is counted where nobody said which token that is
+    assert 0 <= sums["kl_behavior_student"][1] - sum(len(ids) for _, ids, _ in rows) <= len(rows)
+
+
+@pytest.mark.parametrize("options", [[], ["--trust-remote-code"]])
+def test_without_this_package_nothing_is_served(mixed, monkeypatch, options):
+    """vLLM loads no plugins then, which is all that it has of this package."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", mixed[0], *options]
+    monkeypatch.setenv("VLLM_PLUGINS", "none")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert ("vLLM decodes this mixed policy where `trl_blend` is installed" if options else "trust_remote_code") in (
+        done.stderr + done.stdout
+    )
 
 
 def reload(model, weights, config):
@@ -90,10 +154,16 @@ def reload(model, weights, config):
     finalize_layerwise_reload(model, config)
 
 
-def test_weights_that_a_server_takes_reach_the_student_only(mixed, cpu_engine, tmp_path):
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_weights_that_a_server_takes_reach_the_student_only(mixed, cpu_engine, monkeypatch, drafts):
+    expand_on_the_cpu(monkeypatch)
     folder, models = mixed
     trained = tiny_model(seed=5, **SHAPE)
-    with running(folder, **EXPORTED) as llm:
+    speculation = {"method": "draft_model", "model": folder, "num_speculative_tokens": drafts}
+    speculation["draft_sample_method"] = "probabilistic"
+    with running(folder, worker_extension_cls=EXTENSION, speculative_config=speculation if drafts else None) as llm:
+        assert llm.collective_rpc("lead_drafts") == [bool(drafts)]
+        assert worst_error(models, MIXTURE, generate(llm, prompts())) < TOLERANCE
         (tower,) = llm.apply_model(lambda model: model.partner_0)
         before = {name: tensor.clone() for name, tensor in tower.named_parameters()}
         config, weights = llm.llm_engine.model_config, list(trained.named_parameters())
@@ -102,14 +172,20 @@ def test_weights_that_a_server_takes_reach_the_student_only(mixed, cpu_engine, t
         after = dict(tower.named_parameters())
         assert all(torch.equal(before[name], after[name]) for name in before)
         rows = generate(llm, prompts())
-        assert worst_error([trained, models[1]], Blend(ProbabilityMixing((0.3,))), rows) < TOLERANCE
+        assert worst_error([trained, models[1]], MIXTURE, rows) < TOLERANCE
+        if drafts:  # which are the new student's own, so that it accepts them all
+            set_blend(llm, Blend(LogitMixing(0.0), records=True))
+            generate(llm, prompts())
+            (sums,) = llm.collective_rpc("take_blend_statistics")
+            accepted, tested, _ = sums["draft_acceptance"]
+            assert accepted > 0.99 * tested > 10
 
 
 def test_wrong_folders(tmp_path):
     student = saved(tmp_path / "student")
     with (
         pytest.raises(Exception, match="holds no mixed policy: it has no mixing.json"),
-        running(student, hf_overrides=OVERRIDES),
+        running(student, hf_overrides={"architectures": [ARCHITECTURE]}),
     ):
         pass
     with (
@@ -117,13 +193,3 @@ def test_wrong_folders(tmp_path):
         running(student, ["/nowhere"], Blend(LogitMixing(0.3))),
     ):
         pass
-
-
-def test_the_policy_is_decoded_as_by_transformers(mixed):
-    """The same folder, greedily, by the code in it."""
-    folder, _ = mixed
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", trust_remote_code=True).eval()
-    with running(folder, **EXPORTED) as llm:
-        for prompt, ids, _ in generate(llm, prompts(4), temperature=0.0, max_tokens=8):
-            output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8)
-            assert output[0, len(prompt) :].tolist() == ids

@@ -9,3 +9,6 @@ Blended decoding inside vLLM: one engine that holds a student and its partners a
 * `statistics`: sums of what the rule reports, over the tokens that the engine draws.
 * `worker`: the calls that reach an engine between two generations.
 """
+
+ARCHITECTURE = "TrlBlendForCausalLM"
+"""Name that `architectures` of a configuration has to hold for vLLM to build a blend."""

@@ -9,8 +9,8 @@ from packaging.version import Version
 
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.models.loading import find_config
+from trl_blend.serving import ARCHITECTURE
 from trl_blend.serving.blend import Blend, Partner
-from trl_blend.serving.plugin import ARCHITECTURE
 from trl_blend.serving.worker import EXTENSION
 
 
@@ -51,15 +51,9 @@ def engine_arguments(
     check_version()
     if not partners:
         raise ConfigError("`partners` is empty. Name at least one model beside the student.")
-    overrides: dict[str, Any] = {
-        "architectures": [ARCHITECTURE],
-        "trl_blend": {"partners": [asdict(partner) for partner in partners], "blend": blend.to_dict()},
-    }
-    experts = max(_num_experts(partner) for partner in partners)
-    if experts:  # vLLM prepares for experts where the engine's own configuration has some
-        overrides["num_experts"] = experts
-    arguments = {
-        "hf_overrides": overrides,
+    content = {"partners": [asdict(partner) for partner in partners], "blend": blend.to_dict()}
+    arguments: dict[str, Any] = {
+        "hf_overrides": {**overrides_of(partners), "trl_blend": content},
         "worker_extension_cls": EXTENSION,
         "sleep_preserve_parameter_names": [f"partner_{index}.*" for index in range(len(partners))],
     }
@@ -71,6 +65,15 @@ def engine_arguments(
             "draft_sample_method": "probabilistic",  # of a draft's most likely tokens far fewer are accepted
         }
     return arguments
+
+
+def overrides_of(partners: Sequence[Partner]) -> dict[str, Any]:
+    """What the configuration of the student has to say of its partners before vLLM builds anything."""
+    overrides: dict[str, Any] = {"architectures": [ARCHITECTURE]}
+    experts = max((_num_experts(partner) for partner in partners), default=0)
+    if experts:  # vLLM prepares for experts where the engine's own configuration has some
+        overrides["num_experts"] = experts
+    return overrides
 
 
 def check_version() -> None:

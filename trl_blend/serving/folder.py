@@ -3,10 +3,11 @@
 from typing import Any
 
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.export.model_files import holds_policy, student_config
+from trl_blend.export.model_files import student_config
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 from trl_blend.generation.rules import mixing_rule
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
+from trl_blend.serving.arguments import overrides_of
 from trl_blend.serving.blend import Blend, Partner
 
 
@@ -43,17 +44,26 @@ def student_of_folder(name: str, revision: str | None = None) -> Any:
     Args:
         name, revision:
             See [`blend_of_folder`].
+    """
+    return student_config(find_checkpoint(name, revision).folder)
+
+
+def config_of_folder(name: str, revision: str | None = None) -> Any:
+    """
+    Configuration of a mixed policy as an engine reads it: that of its student, with the architecture of a blend, and
+    the largest number of experts of a reference that has some.
+
+    Args:
+        name, revision:
+            See [`blend_of_folder`].
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If it holds no mixed policy.
+        See [`blend_of_folder`].
     """
-    folder = find_checkpoint(name, revision).folder
-    if not holds_policy(folder):
-        raise ConfigError(
-            f"{name!r} holds no mixed policy. Serve a folder that `trl-blend export` wrote, or leave `config_format` "
-            "out."
-        )
-    return student_config(folder)
+    partners, _ = blend_of_folder(name, revision)
+    config = student_of_folder(name, revision)
+    config.update(overrides_of(partners))
+    return config
 
 
 def _partner(source: ModelSource, student: Checkpoint) -> Partner:

@@ -19,8 +19,9 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation.step import blend_step
 from trl_blend.ops.vocab import align_vocab
+from trl_blend.serving import ARCHITECTURE
 from trl_blend.serving.blend import Blend, Partner
-from trl_blend.serving.folder import blend_of_folder
+from trl_blend.serving.folder import blend_of_folder, student_of_folder
 from trl_blend.serving.statistics import RunningSums, row_statistics
 
 
@@ -52,6 +53,12 @@ class BlendForCausalLM(nn.Module):
         [`~trl_blend.errors.UnsupportedError`]: With pipeline parallelism, and for a model with another input than
             tokens (images, prompt embeddings) or another state than a cache of keys and values.
     """
+
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        # The draft model of an exported mixed policy comes with the policy's configuration. It is the student
+        if prefix.startswith("draft_model"):
+            return _tower(_student_config(vllm_config), "the draft model", prefix)
+        return super().__new__(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -224,6 +231,8 @@ def _student_config(vllm_config: VllmConfig) -> VllmConfig:
         model_config.config_format,
         token=model_config.hf_token,
     )
+    if own.architectures == [ARCHITECTURE]:
+        own = student_of_folder(model_config.model, model_config.revision)
     config = model_config.hf_config
     for name in ("architectures", "trl_blend", "num_experts"):
         if hasattr(own, name):

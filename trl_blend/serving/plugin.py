@@ -1,27 +1,28 @@
 """The entry point of vLLM's plugin group `vllm.general_plugins`, loaded by every process of every engine."""
 
-ARCHITECTURE = "TrlBlendForCausalLM"
-"""Name that `architectures` of a configuration has to hold for vLLM to build a blend."""
-
-
-CONFIG_FORMAT = "trl_blend"
-"""Value of vLLM's `config_format` for an exported mixed policy, whose configuration has its student's inside."""
+from trl_blend.serving import ARCHITECTURE
 
 
 def register() -> None:
-    """Tell vLLM where the architecture and the format are. Nothing is loaded before an engine asks for one of them."""
+    """Tell vLLM of the architecture, and which folders have it. Nothing is loaded before an engine asks for one."""
     from vllm import ModelRegistry
-    from vllm.transformers_utils.config import register_config_parser
-    from vllm.transformers_utils.config_parser_base import ConfigParserBase
+    from vllm.transformers_utils.config import HFConfigParser, register_config_parser
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-    class MixedPolicyParser(ConfigParserBase):
-        """Reads the configuration of the student of an exported mixed policy, without the code in the folder."""
+    class ConfigParser(HFConfigParser):
+        """
+        vLLM's own, but for an exported mixed policy, whose configuration it could only read by running the code beside
+        it. That is not registered with transformers, where others would be given a student without its teachers.
+        """
 
         def parse(self, model, trust_remote_code, revision=None, code_revision=None, **kwargs):
-            from trl_blend.serving.folder import student_of_folder
+            content = get_hf_file_to_dict("config.json", model, revision) or {}
+            if content.get("model_type") == "mixed_policy":
+                from trl_blend.serving.folder import config_of_folder
 
-            config = student_of_folder(str(model), revision)
-            return config.to_dict(), config
+                config = config_of_folder(str(model), revision)
+                return config.to_dict(), config
+            return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
 
     ModelRegistry.register_model(ARCHITECTURE, "trl_blend.serving.model:BlendForCausalLM")
-    register_config_parser(CONFIG_FORMAT)(MixedPolicyParser)
+    register_config_parser("hf")(ConfigParser)

@@ -127,6 +127,12 @@ class MixedPolicyConfig:
     @classmethod
     def from_pretrained(cls, name: str, **kwargs: Any) -> Any:
         """The student's configuration, which leads to the class below."""
+        caller = sys._getframe(1).f_back  # of AutoConfig
+        if caller is not None and caller.f_globals.get("__name__") == "vllm.transformers_utils.config":
+            raise MixedPolicyError(
+                "vLLM decodes this mixed policy where `trl_blend` is installed, and only there. Run `pip install "
+                "trl_blend` in its environment; `--trust-remote-code` is then not needed."
+            )
         content, kwargs = PretrainedConfig.get_config_dict(name, **kwargs)
         shared = {key: content[key] for key in ("architectures", "auto_map")}
         student = content["student"] | shared | {key: content[key] for key in content if key.startswith("_")}
