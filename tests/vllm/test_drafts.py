@@ -106,7 +106,7 @@ def test_statistics_are_those_of_the_drawn_tokens(drafting):
     for name in ("teacher_weight", "kl_behavior_student", "kl_behavior_teacher"):
         values = torch.cat([step.statistics[name] for _, step, _ in steps])
         assert sums[name][0] == pytest.approx(values.sum().item(), rel=1e-3)
-    # Every token is the first of a pass, or a draft that was accepted, or drawn in place of a refused one or behind all
+    # A pass gives the drafts that were accepted and, but where one of them is the end, a token more
     passes, accepted = sums["passes_per_token"][0], sums["accepted_drafts"][0]
     assert sums["draft_acceptance"][0] == accepted and tokens - passes <= accepted <= tokens
     assert acceptance_bound(0.05) < accepted / sums["draft_acceptance"][1] < 1.0

@@ -12,7 +12,7 @@ EXTENSION = "trl_blend.serving.worker.BlendWorkerExtension"
 
 class ObservedSampler:
     """
-    In front of the sampler of an engine that drafts: tells the model how many tokens were drawn of each request's rows.
+    In front of the sampler of an engine that drafts: tells the model how many tokens were drawn for each request.
 
     Args:
         sampler:
