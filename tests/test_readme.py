@@ -126,6 +126,15 @@ def test_what_missed_its_bar_is_shown():
     assert [row for row in table(section(read("README.md"), "Results"), "quantity") if row["met"] == "**no**"]
 
 
+def test_the_roofline_is_that_of_the_script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
+    import roofline
+
+    report, page = read("examples/benchmarks/results/roofline.md"), read(GRPO_PAGE)
+    assert roofline.table() in report and roofline.memory() in report
+    assert roofline.table() in page and roofline.memory().replace("\n", " ") in page.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("said", "batch", "order"),
     [
