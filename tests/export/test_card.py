@@ -27,6 +27,7 @@ def test_card_of_an_export(tmp_path, monkeypatch, modules_cache):  # noqa: F811
         "tags": ["custom_generate", "trl-blend"],
     }
     (rows,) = tables_of(card).values()
+    assert "serves the mixture where `trl_blend` is installed, with `vllm serve`" in card
     assert [row[1] for row in rows[-3:]] == ["0.5", "0.3", "0.2"] and "Mixed are the next-token logits." in card
     assert [row[0].split("`")[1] for row in rows[-3:]] == ["student", "teacher", "base"]
 
@@ -56,6 +57,7 @@ def test_card_of_an_adapter_on_the_hub(tmp_path, chat):
     assert "license" not in metadata_of(card)
     assert metadata_of(card)["base_model"] == ["me/lora", "google/gemma-2-2b"]
     assert "| the base of that adapter | 0.25 |" in card and "`aaaaaaaaaaaa`" in card
+    assert "vllm" not in card  # which loads whole models
     assert "`peft` has to be installed" in card and "Mixed are the next-token probabilities." in card
     assert ("apply_chat_template" in card) == chat
 

@@ -62,7 +62,7 @@ def engine_arguments(
             "method": "draft_model",
             "model": draft_model,
             "num_speculative_tokens": draft_tokens,
-            "draft_sample_method": "probabilistic",  # of a draft's most likely tokens far fewer are accepted
+            "draft_sample_method": "probabilistic",  # a most likely token would be accepted with its own probability
         }
     return arguments
 

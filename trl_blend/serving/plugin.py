@@ -17,7 +17,7 @@ def register() -> None:
 
         def parse(self, model, trust_remote_code, revision=None, code_revision=None, **kwargs):
             content = get_hf_file_to_dict("config.json", model, revision) or {}
-            if content.get("model_type") == "mixed_policy":
+            if any(str(code).endswith("generate.MixedPolicy") for code in (content.get("auto_map") or {}).values()):
                 from trl_blend.serving.folder import config_of_folder
 
                 config = config_of_folder(str(model), revision)
