@@ -57,8 +57,8 @@ def drawn_tokens(ended: Tensor, ends: Tensor, drawn: Tensor) -> tuple[Tensor, di
     Which rows of one step a token of a completion was drawn from, and what that tells of the drafts, on their device
     without waiting for it.
 
-    A step gives each request a run of rows: one behind its last token, and one behind each draft. Tokens are drawn from
-    the first rows of a run: up to the one whose draft is refused, in place of which another is drawn.
+    A step gives each request a run of rows: one behind its last token, and one behind each draft. Tokens are drawn
+    from the first rows of a run: up to the one whose draft is refused, in place of which another is drawn.
 
     Args:
         ended (`torch.Tensor` of shape `(N,)`):

@@ -166,8 +166,8 @@ def check_drafts(args: Any, blends: bool) -> None:
     for name in ("min_p", "logit_bias"):
         if unsupported.get(name):
             raise ConfigError(
-                f"vLLM has no `{name}` with drafts, and `{name}={unsupported[name]!r}`. Leave it at its neutral value, or "
-                "leave `vllm_draft_tokens` unset."
+                f"vLLM has no `{name}` with drafts, and `{name}={unsupported[name]!r}`. Leave it at its neutral "
+                "value, or leave `vllm_draft_tokens` unset."
             )
 
 
