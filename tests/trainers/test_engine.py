@@ -72,6 +72,32 @@ def test_an_engine_that_drafts(vllm, folder):
     assert engine.llm.events == [("lead_drafts",)]  # before it is sent any weights
 
 
+def test_an_engine_without_memory(vllm, folder, monkeypatch):
+    def no_room(**settings):
+        raise ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.")
+
+    monkeypatch.setattr(trl_vllm, "LLM", no_room)
+    with pytest.raises(EngineError, match="caches of 2 models: No available memory.*`vllm_gpu_memory_utilization`"):
+        start(folder)
+    monkeypatch.setattr(trl_vllm, "LLM", lambda **settings: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        start(folder)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Connection refused."), type("EngineDeadError", (Exception,), {})()]
+)
+def test_an_engine_that_is_gone(vllm, folder, monkeypatch, error):
+    engine = start(folder)
+
+    def gone(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(engine.llm, "generate", gone)
+    with pytest.raises(EngineError, match="draws no more rollouts.*`resume_from_checkpoint=True`"):
+        engine.generate(prompts=[[5, 6]], images=None, num_generations=1)
+
+
 def test_an_engine_is_told_what_changes(vllm, folder):
     engine = start(folder, temperature=0.7)
     engine.set_rule(LogitMixing(0.3), [1], records=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.generation.vllm_generation import VLLMGeneration
 
 from trl_blend import _compat
-from trl_blend.errors import ConfigError, EngineError, UnsupportedError
+from trl_blend.errors import ConfigError, EngineError, TrlBlendError, UnsupportedError
 from trl_blend.generation.rules import BlendRule
 from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.loading import base_of_adapter
@@ -84,8 +84,17 @@ class BlendedVLLMGeneration(VLLMGeneration):
             del arguments["sleep_preserve_parameter_names"]
         if self._partners_stop:
             arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
-        with _compat.engine_arguments(**arguments):
-            super()._init_vllm()
+        try:
+            with _compat.engine_arguments(**arguments):
+                super()._init_vllm()
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, TrlBlendError) or "memory" not in str(error):
+                raise
+            raise EngineError(
+                f"The engine has not enough memory for the weights and caches of {len(partners) + 1} models: {error} "
+                "Raise `vllm_gpu_memory_utilization` (vLLM's `gpu_memory_utilization`), or lower "
+                "`vllm_max_model_length`."
+            ) from error
         if self._draft_tokens:
             self._call("lead_drafts")
 
@@ -121,9 +130,20 @@ class BlendedVLLMGeneration(VLLMGeneration):
         """Draw from `blend`, see [`~trl.generation.vllm_generation.VLLMGeneration.generate`]."""
         if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:
             self.sync_weights()  # an engine that sleeps has no memory to be told anything
-        if self.blend != self._told:
-            self._tell()
-        return super().generate(*args, **kwargs)
+        try:
+            if self.blend != self._told:
+                self._tell()
+            return super().generate(*args, **kwargs)
+        except Exception as error:
+            # No connection to a server, or vLLM's word for an engine that is gone
+            gone = isinstance(error, OSError) or type(error).__name__ == "EngineDeadError"
+            if isinstance(error, TrlBlendError) or not gone:
+                raise
+            where = f"server at {self.vllm_client.base_url}" if self.mode == "server" else "engine"
+            raise EngineError(
+                f"The vLLM {where} draws no more rollouts: {error} Start it again, and resume from the last "
+                "checkpoint (`resume_from_checkpoint=True`)."
+            ) from error
 
     def set_rule(self, rule: BlendRule | None, stop_token_ids: Sequence[int], **settings: Any) -> None:
         """
