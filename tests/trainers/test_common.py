@@ -242,8 +242,8 @@ COLD = {**STUDENT, "temperature_warmup_start": 0.5, "temperature_warmup_steps": 
 # And a metric that moves after the checkpoint
 RESUMED = [
     *(
-        ("grpo", {**GRPO, **schedule, "objective": objective}, "mixing/teacher_weight")
-        for objective in ("mixed", "student")
+        ("grpo", {**GRPO, **schedule, **objective}, "mixing/teacher_weight")
+        for objective in ({"objective": "mixed"}, {"objective": "student", "is_clip_mode": "max"})
         for schedule in SCHEDULES.values()
     ),
     ("grpo", PEFT_REUSE, None),
@@ -407,7 +407,8 @@ def test_there_is_no_second_copy(make, kind):
     assert kind == "grpo" or not list(trainer.teacher_model.parameters())
 
 
-ADAPTERS = [("grpo", {**TWO_UPDATES, "objective": o, "beta": b}) for o in ("mixed", "student") for b in (0.0, 0.1)]
+BETAS = ({"beta": 0.0}, {"beta": 0.1, "use_bias_correction_kl": False})
+ADAPTERS = [("grpo", {**TWO_UPDATES, "objective": o, **beta}) for o in ("mixed", "student") for beta in BETAS]
 ADAPTERS += [("opd", {**OPD_LORA, **TRUST_REGION})]
 
 

@@ -38,6 +38,7 @@ def test_a_checkpoint_has_the_settings_of_the_method_beside_the_model(checkpoint
         "num_rollouts_per_prompt": 1,
         "distillation_objective": "jsd",
         "iw_opd_gamma": None,
+        "vllm_draft_tokens": None,
         "kl_support": "full",
         "kl_top_k": 16,
         "distillation_target": "teacher",
