@@ -181,8 +181,8 @@ def report(runs: Runs, folder: Path) -> str:
     return "\n".join([
         "# Distilling a student whose rollouts are off the task",
         "",
-        "Written by `python examples/reproduce/off_task.py`; do not edit. The student is `base`, which adds but never "
-        f"writes the box. Right and in the format before training: {start}. "
+        "Written by `python examples/reproduce/off_task.py`; do not edit. The student is `base`, which adds but "
+        f"hardly ever writes the box. Right and in the format before training: {start}. "
         f"{study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {BATCH} rollouts ({ROLLOUTS_PER_PROMPT} of each prompt, no prompt twice, the same in "

@@ -1,8 +1,8 @@
 """
-A student that gets no reward at the start: what helps? `base` of the test-bed adds but never writes the required box,
-so that plain GRPO has nothing to learn from. All arms have equal steps, prompts and rollouts. Three go on: GRPO, since
-mixing costs more time, and two that mix, after their teacher has gone. Three start from `student`, which gets some
-reward.
+A student that gets no reward at the start: what helps? `base` of the test-bed adds but hardly ever writes the required
+box, so that plain GRPO has next to nothing to learn from. All arms have equal steps, prompts and rollouts. Three go on:
+GRPO, since mixing costs more time, and two that mix, after their teacher has gone. Three start from `student`, which
+gets some reward.
 
 ```sh
 python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report
@@ -330,8 +330,9 @@ def report(runs: Runs, folder: Path) -> str:
         "# A student that gets no reward at the start",
         "",
         "Written by `python examples/reproduce/zero_reward.py`; do not edit. The student is `base`, which adds but "
-        f"never writes the box. Solved before training, greedy: {start}; mixture of `base` and `teacher` at 0.5 "
-        f"{found.start('mixed'):.3f}. {study.machine_text(found.first['machine'])}",
+        f"hardly ever writes the box. Solved before training, greedy: {start}; mixture of `base` and `teacher` at 0.5 "
+        f"{found.start('mixed'):.3f}. The answer of `base`, in any form: {found.start('base', 'answer'):.3f}. "
+        f"{study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate 3e-5, "
         f"{' or '.join(map(str, seeds))} seeds, "

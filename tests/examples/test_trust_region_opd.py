@@ -124,7 +124,7 @@ def test_every_method_of_the_page_is_a_matter_of_flags(tmp_path):
     page = (ROOT / "examples" / "trust_region_opd.md").read_text(encoding="utf-8")
     table = page[page.index("| method | settings |") :].split("\n\n")[0]
     methods = re.findall(r"\| `([a-z_]+=[^|]*)` \|", table)
-    assert len(methods) == 11
+    assert len(methods) == 13
     for settings in methods:
         pairs = dict(pair.split("=") for pair in settings.split(", "))
         flags = [text for name, value in pairs.items() for text in (f"--{name}", value.strip('"'))]

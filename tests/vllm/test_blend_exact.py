@@ -256,3 +256,13 @@ def test_the_plugin_costs_nothing_without_a_blend():
     assert done.returncode == 0, done.stderr
     modules = "trl_blend trl_blend._version trl_blend.serving trl_blend.serving.plugin"
     assert done.stdout.splitlines()[-1] == f"True True {modules}"
+
+
+def test_drafts_are_refused_where_their_sampler_is_wrong(tmp_path):
+    """That of vLLM 0.31 on a CPU; `test_drafts` corrects it."""
+    folders, _ = write_pair(tmp_path, PAIRS["deeper"])
+    with (
+        pytest.raises(Exception, match="draws wrong tokens from drafts on 'cpu'"),
+        running(folders[0], folders[1:], Blend(LogitMixing(0.3)), draft_tokens=2),
+    ):
+        pass

@@ -78,7 +78,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             Weight \\( w \\) of the teacher in the mixed policy, at step 0 if it moves: a number in `[0, 1]`, or one
             per teacher with a sum of at most 1; with `mixing_space="arithmetic"` any numbers. `0` reproduces
             [`~trl.GRPOTrainer`]. The default is the logit-fusion code's starting value. On the test-bed a larger
-            weight gives a better mixture, and a smaller one (0.1) a better student alone.
+            weight gives a better mixture.
         teacher_weight_schedule (`str`, *optional*, defaults to `"constant"`):
             How the weight moves with the optimizer step: `"constant"`, `"linear"` or `"cosine"` decay to 0 in
             `teacher_weight_decay_steps` steps, or `"adaptive"` (Algorithm 2 of the logit-averaging paper).
