@@ -1,7 +1,7 @@
 """
 A student that gets no reward at the start: what helps? `base` of the test-bed adds but hardly ever writes the required
-box, so that plain GRPO has next to nothing to learn from. All arms have equal steps, prompts and rollouts. Three go on:
-GRPO, since mixing costs more time, and two that mix, after their teacher has gone. Three start from `student`, which
+box, so that plain GRPO has next to nothing to learn from. All arms have equal steps, prompts and rollouts. Three go
+on: GRPO, since mixing costs more time, and two that mix, after their teacher has gone. Three start from `student`, which
 gets some reward.
 
 ```sh
