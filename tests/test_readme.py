@@ -46,7 +46,7 @@ def keyed(rows, *columns):
 def test_tables_are_those_of_the_runs(page, heading, first, report, column, whole):
     shown = table(section(read(page), heading), first)
     rows = table(read(f"{RESULTS}/{report}"), column)
-    columns = [column, "policy"] if column == "arm" and "policy" in rows[0] else [column]
+    columns = [column, *(name for name in ("policy", "learning rate") if name in rows[0] and name != column)]
     full = keyed(rows, *columns)
     shown = [{(column if name == first else name): value for name, value in row.items()} for row in shown]
     assert len(keyed(shown, *columns)) >= 4 and (not whole or len(shown) == len(full))
@@ -156,7 +156,14 @@ def test_the_speeds_on_the_offline_page_are_those_of_the_benchmarks(said, batch,
 
 @pytest.mark.parametrize(
     ("study", "arms"),
-    [("logit_mixing", 11), ("trust_region", 10), ("offline_opd", 15 + 6), ("zero_reward", 12), ("off_task", 14)],
+    [
+        ("logit_mixing", 11),
+        ("trust_region", 10),
+        ("offline_opd", 15 + 6),
+        ("zero_reward", 12),
+        ("off_task", 14),
+        ("offline_horizon", 8 + 1),
+    ],
 )
 def test_runs_have_three_seeds_each(study, arms):
     seeds = {}
