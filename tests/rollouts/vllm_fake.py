@@ -21,6 +21,7 @@ class FakeVllm:
         max_model_len (`int`): Context.
         failures (`list`): What the next completions get instead of an answer: a status, `"drop"` or `"hang"`.
         change: Called with every answer before it is sent.
+        awaited (`int`): No completion is answered before as many have been at the server at once.
     """
 
     def __init__(self, model, name="teacher", logprobs_mode="processed_logprobs", max_model_len=256):
@@ -29,7 +30,8 @@ class FakeVllm:
         self.released = threading.Event()
         self.requests, self.headers = [], []
         self.lock = threading.Lock()
-        self.running = self.most_at_once = 0
+        self.arrival = threading.Condition()
+        self.running = self.most_at_once = self.awaited = 0
 
     @property
     def scoring_requests(self):
@@ -105,12 +107,16 @@ def serving(fake):
                 return None
             if failure is not None:
                 return self.answer(failure, {"error": {"message": f"injected {failure}"}})
-            fake.running += 1
-            fake.most_at_once = max(fake.most_at_once, fake.running)
+            with fake.arrival:
+                fake.running += 1
+                fake.most_at_once = max(fake.most_at_once, fake.running)
+                fake.arrival.notify_all()
+                fake.arrival.wait_for(lambda: fake.most_at_once >= fake.awaited, timeout=30)
             try:
                 return self.answer(*fake.complete(body))
             finally:
-                fake.running -= 1
+                with fake.arrival:
+                    fake.running -= 1
 
         def answer(self, status, value):
             content = value if isinstance(value, bytes) else json.dumps(value).encode()
