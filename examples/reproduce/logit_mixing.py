@@ -27,8 +27,8 @@ from reproduce.study import Claim, Estimate, Runs, comparable, difference, large
 # isort: split
 import numpy as np
 
-from testbed.evaluate import CHECKPOINTS
 from testbed.task import answer_reward, build_prompt_dataset, format_and_answer_reward, format_reward
+from testbed.tasks import ADDITION, TASKS, Task
 from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer
 
 
@@ -114,13 +114,13 @@ FIGURES = {
 # Running
 
 
-def make_trainer(arm: Arm, seed: int, steps: int, scratch: str) -> LogitMixGRPOTrainer:
+def make_trainer(arm: Arm, seed: int, steps: int, scratch: str, task: Task = TASKS[ADDITION]) -> LogitMixGRPOTrainer:
     """The trainer of an arm: equal prompts, batch, learning rate and steps for every arm of a seed."""
     args = LogitMixGRPOConfig(
         output_dir=scratch,
         per_device_train_batch_size=128,
         num_generations=8,
-        max_completion_length=56,
+        max_completion_length=task.max_new_tokens + 8,
         learning_rate=3e-5,
         temperature=1.0,
         max_steps=steps,
@@ -130,12 +130,12 @@ def make_trainer(arm: Arm, seed: int, steps: int, scratch: str) -> LogitMixGRPOT
         **arm.settings,
     )
     trainer = LogitMixGRPOTrainer(
-        model=str(CHECKPOINTS / arm.student),
-        teacher_model=str(CHECKPOINTS / arm.reference),
+        model=str(task.model(arm.student)),
+        teacher_model=str(task.model(arm.reference)),
         reward_funcs=REWARDS,
         args=args,
-        train_dataset=build_prompt_dataset("train", 4000),
-        eval_dataset=build_prompt_dataset("validation", 200),
+        train_dataset=task.prompts("train", 4000),
+        eval_dataset=task.prompts("validation", 200),
     )
     return study.silenced(trainer)
 

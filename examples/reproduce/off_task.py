@@ -1,11 +1,12 @@
 """
 Distillation of a student whose own rollouts are off the task: does it help to draw the first ones with the teacher?
 `base` of the test-bed is distilled from `teacher` with equal prompts and steps, with each rollout policy and with each
-change of the loss that `TrustRegionOPDTrainer` has:
+change of the loss that `TrustRegionOPDTrainer` has, on either task of the test-bed:
 
 ```sh
 python examples/reproduce/off_task.py --workers 2    # all arms, 3 seeds, then the report
 python examples/reproduce/off_task.py --report       # only rebuild it from the finished runs
+python examples/reproduce/off_task.py --task sorting --arms vanilla trust_0.05 trust_0.2 contrastive sft
 ```
 
 A finished run is in `results/off_task_runs.json` and not repeated: after an interruption, start the command again.
@@ -30,7 +31,7 @@ import numpy as np
 from reproduce import trust_region
 from reproduce.trust_region import BATCH, LEARNING_RATE, ROLLOUTS_PER_PROMPT, Arm
 from testbed.evaluate import load_checkpoint
-from testbed.task import build_prompt_dataset
+from testbed.tasks import ADDITION, TASKS
 
 
 # Shares of the steps: of a warmup, of supervised steps, and of the arm with the compute of the others
@@ -90,9 +91,13 @@ def make_arms(steps: int) -> dict[str, Arm]:
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Train one arm with one seed, or measure what there is before training."""
     if name == study.START:
-        test = build_prompt_dataset("test", settings["n_test"])
-        scores = {model: study.measure_student(*load_checkpoint(model), test, 0) for model in ("base", "teacher")}
-        return {"n_test": settings["n_test"], **scores}
+        task = TASKS[settings["task"]]
+        test, limit = task.prompts("test", settings["n_test"]), task.max_new_tokens
+        scores = {
+            model: study.measure_student(*load_checkpoint(task.model(model)), test, 0, limit)
+            for model in ("base", "teacher")
+        }
+        return {"task": settings["task"], "n_test": settings["n_test"], **scores}
     return trust_region.train(make_arms(settings["steps"])[name], name, seed, settings, scratch)
 
 
@@ -170,8 +175,8 @@ def report(runs: Runs, folder: Path) -> str:
         rows.append(row)
         rates = [found.rate(name, decoding, step) for decoding in DECODINGS for step in found.points]
         cells.append([found.arms[name].label, *rates, f"{row['cpu_seconds']:.0f}"])
-    study.write_csv(folder / "off_task.csv", rows)
-    _plot(found, folder / "off_task.png")
+    study.write_csv(folder / f"{runs.name}.csv", rows)
+    _plot(found, folder / f"{runs.name}.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
     start = "; ".join(
         f"`{model}` " + ", ".join(f"{found.before(model, decoding):.3f} {text}" for decoding, text in MEASURES.items())
@@ -181,8 +186,8 @@ def report(runs: Runs, folder: Path) -> str:
     return "\n".join([
         "# Distilling a student whose rollouts are off the task",
         "",
-        "Written by `python examples/reproduce/off_task.py`; do not edit. The student is `base`, which adds but "
-        f"hardly ever writes the box. Right and in the format before training: {start}. "
+        f"Written by `python examples/reproduce/off_task.py{runs.command}`; do not edit. The student is `base`, which "
+        f"{runs.task.about_base}. Right and in the format before training: {start}. "
         f"{study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {BATCH} rollouts ({ROLLOUTS_PER_PROMPT} of each prompt, no prompt twice, the same in "
@@ -194,7 +199,7 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         study.markdown_table(header, cells),
         "",
-        "![accuracy against step](off_task.png)",
+        f"![accuracy against step]({runs.name}.png)",
         "",
         "## What it says",
         "",
@@ -219,7 +224,7 @@ def _plot(found: Results, path: Path) -> None:
 
 STUDY = study.Study(
     name="off_task",
-    options={"steps": 40, "eval_interval": 10, "n_test": 300},
+    options={"steps": 40, "eval_interval": 10, "n_test": 300, "task": ADDITION},
     arms=lambda settings: make_arms(settings["steps"]),
     work=work,
     report=report,

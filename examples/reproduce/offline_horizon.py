@@ -30,9 +30,9 @@ import numpy as np
 from benchmarks._report import machine
 from reproduce import offline_opd
 from reproduce.offline_opd import Arm
-from reproduce.offline_opd_data import BATCH, TOP_K, Data, make_data, model_folder
+from reproduce.offline_opd_data import BATCH, TOP_K, Data, make_data
 from testbed.evaluate import load_checkpoint
-from testbed.task import build_prompt_dataset
+from testbed.tasks import ADDITION, TASKS
 
 
 RATES = ("5e-06", "5e-05")
@@ -62,19 +62,22 @@ ARMS = {f"{loss}_{rate}": (loss, rate) for rate in RATES for loss in LOSSES}
 
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Train one arm, make the data of all offline ones, or measure the student before training."""
-    steps, folder = settings["steps"], Path(settings["work_dir"])
-    test = build_prompt_dataset("test", settings["n_test"])
-    student = model_folder("early", folder)
+    steps, folder, task = settings["steps"], Path(settings["work_dir"]), TASKS[settings["task"]]
+    test, data = task.prompts("test", settings["n_test"]), Data(task=settings["task"])
+    student = data.model(data.student, folder)
     if name == study.START:
-        return {"n_test": settings["n_test"], **study.measure_student(*load_checkpoint(student), test, 0)}
+        scores = study.measure_student(*load_checkpoint(student), test, 0, task.max_new_tokens)
+        return {"task": settings["task"], "n_test": settings["n_test"], **scores}
     if name == DATA:
-        return make_data(Data(), folder, seed, steps, with_top_k=True)
+        return make_data(data, folder, seed, steps, with_top_k=True)
     loss, rate = ARMS[name]
-    arm = replace(LOSSES[loss], learning_rate=float(rate))
+    arm = replace(LOSSES[loss], learning_rate=float(rate), data=data)
     trainer = offline_opd.make_trainer(arm, folder, seed, steps, scratch)
     _, tokenizer = load_checkpoint(student)
     curve = study.Curve(
-        lambda model, step: study.measure_student(model, tokenizer, test, study.draw_of(seed, step)),
+        lambda model, step: study.measure_student(
+            model, tokenizer, test, study.draw_of(seed, step), task.max_new_tokens
+        ),
         settings["eval_interval"],
         steps,
     )
@@ -156,15 +159,16 @@ def report(runs: Runs, folder: Path) -> str:
             found.rate(loss, rate, last, "greedy"),
             found.drift(loss, rate, last),
         ])  # fmt: skip
-    study.write_csv(folder / "offline_horizon.csv", rows)
-    _plot(found, folder / "offline_horizon.png")
+    study.write_csv(folder / f"{runs.name}.csv", rows)
+    _plot(found, folder / f"{runs.name}.png")
     seeds = " or ".join(map(str, sorted({len(runs.of(name)) for name in runs.names(ARMS)})))
+    student, teacher = (runs.task.model(name).name for name in ("sft_student", "teacher"))
     header = ["loss", "learning rate", *(f"T = 1, {step}" for step in found.steps), f"greedy, {last}", "drift"]
     return "\n".join([
         "# How long offline distillation keeps up",
         "",
-        "Written by `python examples/reproduce/offline_horizon.py`; do not edit. Student and teacher are "
-        f"`sft_student` and `teacher` of the test-bed; before training {found.start:.3f} at T = 1. "
+        f"Written by `python examples/reproduce/offline_horizon.py{runs.command}`; do not edit. Student and teacher "
+        f"are `{student}` and `{teacher}` of the test-bed; before training {found.start:.3f} at T = 1. "
         f"{study.machine_text(found.first['machine'])}",
         "",
         f"{seeds} seeds; {BATCH} rollouts per step, one of each prompt, none used twice; constant learning rate, "
@@ -174,7 +178,7 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         study.markdown_table(header, cells),
         "",
-        "![accuracy against step](offline_horizon.png)",
+        f"![accuracy against step]({runs.name}.png)",
         "",
         "## What it says",
         "",
@@ -201,7 +205,7 @@ def _plot(found: Results, path: Path) -> None:
 
 STUDY = study.Study(
     name="offline_horizon",
-    options={"steps": 80, "n_test": 300, "eval_interval": 20, "work_dir": "outputs/offline_horizon"},
+    options={"steps": 80, "n_test": 300, "eval_interval": 20, "work_dir": "outputs/offline_horizon", "task": ADDITION},
     arms=lambda settings: ARMS,
     work=work,
     report=report,

@@ -43,7 +43,8 @@ from reproduce.live_opd import LiveOPDTrainer, SampledTokenOPDTrainer
 from reproduce.offline_opd_data import BATCH, ROLES, TOP_K, Data, collect, make_data, model_folder, score
 from reproduce.offline_opd_policies import PROMPTS, gradient_discrepancy, policy_measures
 from testbed.evaluate import load_checkpoint
-from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
+from testbed.task import build_prompt_dataset
+from testbed.tasks import TASKS
 from trl_blend import OfflineOPDConfig, OfflineOPDTrainer, RolloutStore
 
 
@@ -168,7 +169,8 @@ class ProbedCurve(study.Curve):
 
 def make_trainer(arm: Arm, work: Path, seed: int, steps: int, scratch: str) -> Trainer:
     """The trainer of an arm, without what prints. An inconsistent teacher is let through with a warning."""
-    student, teacher = (str(model_folder(role, work)) for role in (arm.data.student, arm.data.teacher))
+    student, teacher = (str(arm.data.model(role, work)) for role in (arm.data.student, arm.data.teacher))
+    task = TASKS[arm.data.task]
     settings: dict[str, Any] = {
         "output_dir": scratch,
         "max_steps": steps,
@@ -193,10 +195,10 @@ def make_trainer(arm: Arm, work: Path, seed: int, steps: int, scratch: str) -> T
             OfflineOPDTrainer(model=student, args=args, train_dataset=open_data(arm, work, seed, steps))
         )
     args = DistillationConfig(
-        max_completion_length=MAX_NEW_TOKENS, temperature=1.0, beta=1.0, shuffle_dataset=False, **settings
+        max_completion_length=task.max_new_tokens, temperature=1.0, beta=1.0, shuffle_dataset=False, **settings
     )
     trainer_class = LiveOPDTrainer if arm.loss == "full" else SampledTokenOPDTrainer
-    prompts = build_prompt_dataset("train", steps * BATCH, seed)
+    prompts = task.prompts("train", steps * BATCH, seed)
     return study.silenced(trainer_class(model=student, teacher_model=teacher, args=args, train_dataset=prompts))
 
 

@@ -26,8 +26,9 @@ from datasets import Dataset
 from filelock import FileLock
 
 from benchmarks._report import machine
-from testbed.evaluate import CHECKPOINTS, load_checkpoint
-from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset, chain_of_thought, prompt_text, sample_operands
+from testbed.evaluate import load_checkpoint
+from testbed.task import chain_of_thought, prompt_text, sample_operands
+from testbed.tasks import ADDITION, TASKS, Task
 from testbed.tokenizer import build_tokenizer
 from testbed.train import BATCH_SIZE, LARGE, RECIPES, Recipe, build_model, build_training_data, fit
 from trl_blend import (
@@ -50,27 +51,27 @@ _COLUMN = re.compile(r"(\d)\+(\d)\+(\d)=(\d\d)")
 # Models
 
 
-SHIPPED = {"early": CHECKPOINTS / "sft_student", "first": CHECKPOINTS / "teacher"}
+SHIPPED = {"early": "sft_student", "first": "teacher"}
 ROLES = ("early", "late", "first", "second")
 """Students before distillation, and teachers."""
 
 
-def model_folder(role: str, work: Path) -> Path:
+def model_folder(role: str, work: Path, task: Task = TASKS[ADDITION]) -> Path:
     """Folder of one of [`ROLES`]. What is not shipped is trained into `work` if need be, for some minutes."""
     if role in SHIPPED:
-        return SHIPPED[role]
+        return task.model(SHIPPED[role])
     folder = work / {"late": "late_student", "second": "second"}[role]
     work.mkdir(parents=True, exist_ok=True)
     with FileLock(work / "models.lock"):
         if (folder / "model.safetensors").exists():
             return folder
         if role == "second":
-            teacher, _ = load_checkpoint(SHIPPED["first"])
+            teacher, _ = load_checkpoint(model_folder("first", work))
             data = restyled_dataset(SECOND_TEACHER.max_steps * BATCH_SIZE, SECOND_TEACHER.seed)
             fit(teacher.train(), SECOND_TEACHER, data, folder, SECOND_TEACHER.seed)
         else:
             recipe = LATE_STUDENT
-            callback = TeacherProvenanceCallback(os.path.relpath(SHIPPED["first"]))
+            callback = TeacherProvenanceCallback(os.path.relpath(model_folder("first", work)))
             student = build_model(recipe, build_tokenizer(), recipe.seed)
             fit(student, recipe, build_training_data(recipe, recipe.seed), folder, recipe.seed, [callback])
     return folder
@@ -104,11 +105,13 @@ class Data:
 
     Args:
         student, teacher (`str`):
-            Of [`ROLES`].
+            Of [`ROLES`]; those that are not shipped are there for addition only.
         rollouts_per_prompt (`int`, *optional*, defaults to `1`):
             With more rollouts there are as many fewer prompts.
         temperature, top_p (`float`, *optional*, default to `1.0`):
             How the rollouts are drawn. The paper's are 0.7 and 0.9; 1 is what live distillation draws.
+        task (`str`, *optional*, defaults to `"addition"`):
+            Of [`~testbed.tasks.TASKS`].
     """
 
     student: str = "early"
@@ -116,9 +119,14 @@ class Data:
     rollouts_per_prompt: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
+    task: str = ADDITION
+
+    def model(self, role: str, work: Path) -> Path:
+        return model_folder(role, work, TASKS[self.task])
 
     def folder(self, work: Path, seed: int) -> Path:
-        sampling = f"{self.student}-{self.rollouts_per_prompt}-{self.temperature:g}-{self.top_p:g}-seed{seed}"
+        task = "" if self.task == ADDITION else f"{self.task}-"
+        sampling = f"{task}{self.student}-{self.rollouts_per_prompt}-{self.temperature:g}-{self.top_p:g}-seed{seed}"
         return work / "stores" / sampling
 
     def name(self) -> str:
@@ -127,15 +135,16 @@ class Data:
 
 def collect(data: Data, work: Path, seed: int, steps: int) -> RolloutStore:
     """Rollouts for `steps` optimizer steps. Returns at once where they are there already."""
+    task = TASKS[data.task]
     return collect_rollouts(
-        str(model_folder(data.student, work)),
-        build_prompt_dataset("train", steps * BATCH // data.rollouts_per_prompt, seed),
+        str(data.model(data.student, work)),
+        task.prompts("train", steps * BATCH // data.rollouts_per_prompt, seed),
         RolloutConfig(
             output_dir=str(data.folder(work, seed) / "rollouts"),
             num_rollouts_per_prompt=data.rollouts_per_prompt,
             temperature=data.temperature,
             top_p=data.top_p,
-            max_completion_length=MAX_NEW_TOKENS,
+            max_completion_length=task.max_new_tokens,
             batch_size=BATCH,
             seed=seed,
             dtype="float32",
@@ -148,14 +157,14 @@ def score(data: Data, rollouts: RolloutStore, work: Path, seed: int, top_k: int 
     """The teacher's scores of the rollouts. Returns at once where they are there already."""
     folder = data.folder(work, seed) / (f"{data.teacher}-top{top_k}" if top_k else data.teacher)
     args = ScoringConfig(output_dir=str(folder), top_k=top_k, dtype="float32", disable_tqdm=True)
-    return score_rollouts(rollouts, str(model_folder(data.teacher, work)), args)
+    return score_rollouts(rollouts, str(data.model(data.teacher, work)), args)
 
 
 def make_data(data: Data, work: Path, seed: int, steps: int, with_top_k: bool) -> dict[str, Any]:
     """Collect and score, and return what both cost; with and without the teacher's top tokens where asked for."""
     result: dict[str, Any] = {"data": asdict(data), "seed": seed, "steps": steps, "machine": machine()}
     for role in (data.student, data.teacher):
-        model_folder(role, work)  # its training is not part of collecting
+        data.model(role, work)  # its training is not part of collecting
     with _timed(result, "collect"):
         rollouts = collect(data, work, seed, steps)
     result["tokens"] = rollouts.manifest.num_completion_tokens

@@ -34,7 +34,8 @@ from tqdm import tqdm  # noqa: E402
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback  # noqa: E402
 
 from testbed.evaluate import generate_texts  # noqa: E402
-from testbed.task import format_and_answer_reward  # noqa: E402
+from testbed.task import MAX_NEW_TOKENS, format_and_answer_reward  # noqa: E402
+from testbed.tasks import ADDITION, TASKS, Task  # noqa: E402
 
 
 matplotlib.use("Agg")
@@ -68,7 +69,8 @@ class Study:
 
     Args:
         name (`str`):
-            Of its files in `results/`; the runs are in `<name>_runs.json`.
+            Of its files in `results/`; the runs are in `<name>_runs.json`, with an option `task` other than addition
+            in `<name>_<task>_runs.json`.
         options (`dict[str, Any]`):
             Settings of a run with their defaults; options of the command line. A finished run with other values of
             those that it records is not continued.
@@ -98,15 +100,16 @@ class Study:
         parser.add_argument("--arms", nargs="+", default=[], help="what to run; all by default")
         parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
         for name, default in self.options.items():
-            parser.add_argument(f"--{name}", type=type(default), default=default)
+            choices = TASKS if name == "task" else None
+            parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
         parser.add_argument("--workers", type=int, default=1)
         parser.add_argument("--output_dir", type=Path, default=RESULTS)
         parser.add_argument("--report", action="store_true", help="only rebuild the report from the finished runs")
         args = parser.parse_args()
-        runs = Runs(args.output_dir / f"{self.name}_runs.json")
-        failed = 0
-        if not args.report:
-            failed = self.run(runs, {name: getattr(args, name) for name in self.options}, args)
+        settings = {name: getattr(args, name) for name in self.options}
+        task = settings.get("task", ADDITION)
+        runs = Runs(args.output_dir / f"{self.name if task == ADDITION else f'{self.name}_{task}'}_runs.json")
+        failed = 0 if args.report else self.run(runs, settings, args)
         if not all(name in runs.results for name in self.once[:1]):
             raise SystemExit(f"No finished runs in {runs.path}: start without `--report` first.")
         print(write_report(self, runs, args.output_dir))
@@ -135,7 +138,7 @@ def write_report(study: Study, runs: "Runs", folder: Path) -> str:
     """Write the report of what is finished; returns its Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     text = study.report(runs, folder)
-    (folder / f"{study.name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{runs.name}.md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -151,6 +154,21 @@ class Runs:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def name(self) -> str:
+        """What the files of its report are called."""
+        return self.path.name.removesuffix("_runs.json")
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.start.get("task", ADDITION)]
+
+    @property
+    def command(self) -> str:
+        """The options that name it."""
+        task = self.start.get("task", ADDITION)
+        return "" if task == ADDITION else f" --task {task}"
 
     @property
     def start(self) -> dict[str, Any]:
@@ -304,7 +322,9 @@ class Curve(TrainerCallback):
         self._paused = self._paused[0] + taken[0], self._paused[1] + taken[1]
 
 
-def measure_student(model: Any, tokenizer: Any, test: Any, draw: int) -> dict[str, str]:
+def measure_student(
+    model: Any, tokenizer: Any, test: Any, draw: int, max_new_tokens: int = MAX_NEW_TOKENS
+) -> dict[str, str]:
     """
     Scores of a student on the test prompts, one digit per prompt: `greedy` 0 or 1, `sampled` the number of right
     completions among [`SAMPLES`] at temperature 1, drawn with the seed `draw`. Leaves the random state as it was.
@@ -313,7 +333,7 @@ def measure_student(model: Any, tokenizer: Any, test: Any, draw: int) -> dict[st
     torch.manual_seed(draw)
     rights = []
     for sample in range(SAMPLES + 1):
-        texts = generate_texts(model, tokenizer, list(test["prompt"]), 250, do_sample=sample > 0)
+        texts = generate_texts(model, tokenizer, list(test["prompt"]), 250, max_new_tokens, do_sample=sample > 0)
         rights.append([int(reward) for reward in format_and_answer_reward(texts, list(test["answer"]))])
     torch.set_rng_state(state)
     greedy, sampled = rights[0], np.sum(rights[1:], axis=0).tolist()

@@ -34,8 +34,9 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks._report import machine
 from reproduce import trust_region_probes as probes
-from testbed.evaluate import CHECKPOINTS, load_checkpoint
-from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset, format_and_answer_reward, format_reward
+from testbed.evaluate import load_checkpoint
+from testbed.task import build_prompt_dataset, format_and_answer_reward, format_reward
+from testbed.tasks import ADDITION, TASKS, Task
 from trl_blend import TrustRegionOPDConfig, TrustRegionOPDTrainer
 
 
@@ -119,19 +120,21 @@ def make_arms(steps: int) -> dict[str, Arm]:
 # Running
 
 
-def training_prompts(seed: int, steps: int) -> Dataset:
+def training_prompts(seed: int, steps: int, task: Task = TASKS[ADDITION]) -> Dataset:
     """The prompts of a run in the order in which they are used, the same for every arm of a seed; none comes twice."""
-    return build_prompt_dataset("train", steps * BATCH // ROLLOUTS_PER_PROMPT, seed)
+    return task.prompts("train", steps * BATCH // ROLLOUTS_PER_PROMPT, seed)
 
 
-def make_trainer(arm: Arm, model: Any, prompts: Dataset, seed: int, steps: int, scratch: str) -> TrustRegionOPDTrainer:
+def make_trainer(
+    arm: Arm, model: Any, prompts: Dataset, seed: int, steps: int, scratch: str, task: Task = TASKS[ADDITION]
+) -> TrustRegionOPDTrainer:
     """The trainer of an arm, which uses `prompts` in order."""
     args = TrustRegionOPDConfig(
         output_dir=scratch,
         per_device_train_batch_size=BATCH,
         num_rollouts_per_prompt=ROLLOUTS_PER_PROMPT,
         shuffle_dataset=False,
-        max_completion_length=MAX_NEW_TOKENS,
+        max_completion_length=task.max_new_tokens,
         learning_rate=LEARNING_RATE,
         temperature=1.0,
         max_steps=steps,
@@ -142,7 +145,7 @@ def make_trainer(arm: Arm, model: Any, prompts: Dataset, seed: int, steps: int, 
     )
     trainer = TrustRegionOPDTrainer(
         model=str(model),
-        teacher_model=str(CHECKPOINTS / "teacher"),
+        teacher_model=str(task.model("teacher")),
         args=args,
         train_dataset=prompts,
         reward_funcs=[format_and_answer_reward, format_reward],
@@ -151,16 +154,16 @@ def make_trainer(arm: Arm, model: Any, prompts: Dataset, seed: int, steps: int, 
 
 
 @torch.no_grad()
-def teacher_rollouts(prompts: Dataset, seed: int) -> Dataset:
+def teacher_rollouts(prompts: Dataset, seed: int, task: Task = TASKS[ADDITION]) -> Dataset:
     """Rollouts of the teacher at temperature 1, [`ROLLOUTS_PER_PROMPT`] per prompt, as token ids for `SFTTrainer`."""
     torch.manual_seed(seed)
-    teacher, tokenizer = load_checkpoint("teacher")
+    teacher, tokenizer = load_checkpoint(task.model("teacher"))
     rows: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     repeated = [prompt for prompt in prompts["prompt"] for _ in range(ROLLOUTS_PER_PROMPT)]
     ids, mask = study.left_padded(tokenizer, repeated)
     for start in range(0, len(ids), probes.BATCH):
         some = slice(start, start + probes.BATCH)
-        drawn = study.generate(teacher, ids[some], mask[some], MAX_NEW_TOKENS)
+        drawn = study.generate(teacher, ids[some], mask[some], task.max_new_tokens)
         for prompt, kept, answer in zip(ids[some], mask[some], drawn.tolist(), strict=True):
             question = prompt[kept.bool()].tolist()
             answer = until_eos(answer, tokenizer.eos_token_id)
@@ -175,7 +178,7 @@ def until_eos(tokens: list[int], eos_token_id: int) -> list[int]:
 
 
 def supervise(
-    rollouts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str, model: str = "student"
+    rollouts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str, model: str | Path
 ) -> list[dict[str, Any]]:
     """Supervised steps of a checkpoint on [`teacher_rollouts`], in order, into a folder; returns the log."""
     torch.manual_seed(seed)
@@ -211,24 +214,26 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
 
 def train(arm: Arm, name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Train one arm with one seed and measure its student on the way."""
-    test = build_prompt_dataset("test", settings["n_test"])
-    steps, model = arm.steps or settings["steps"], CHECKPOINTS / arm.student
-    prompts = training_prompts(seed, steps)
-    _, tokenizer = load_checkpoint(arm.student)
+    task = TASKS[settings.get("task", ADDITION)]
+    test = task.prompts("test", settings["n_test"])
+    steps, model = arm.steps or settings["steps"], task.model(arm.student)
+    prompts = training_prompts(seed, steps, task)
+    _, tokenizer = load_checkpoint(model)
 
     def measure(student: Any, step: int) -> dict[str, Any]:
-        scores = study.measure_student(student, tokenizer, test, study.draw_of(seed, step))
+        scores = study.measure_student(student, tokenizer, test, study.draw_of(seed, step), task.max_new_tokens)
         return scores | {"cpu_seconds": round(curve.cpu, 1)}
 
     curve = study.Curve(measure, settings["eval_interval"], steps)
     history: list[dict[str, Any]] = []
     if arm.sft_steps:
-        used, model = arm.sft_steps * BATCH // ROLLOUTS_PER_PROMPT, Path(scratch) / "sft"
+        used, folder = arm.sft_steps * BATCH // ROLLOUTS_PER_PROMPT, Path(scratch) / "sft"
         curve.start()  # drawing them is part of it
-        first = teacher_rollouts(prompts.select(range(used)), seed)
-        history = supervise(first, seed, arm.sft_steps, curve, str(model), model=arm.student)
+        first = teacher_rollouts(prompts.select(range(used)), seed, task)
+        history = supervise(first, seed, arm.sft_steps, curve, str(folder), model)
+        model = folder
         curve.first, prompts = arm.sft_steps, prompts.select(range(used, len(prompts)))
-    trainer = make_trainer(arm, model, prompts, seed, steps - arm.sft_steps, scratch)
+    trainer = make_trainer(arm, model, prompts, seed, steps - arm.sft_steps, scratch, task)
     trainer.add_callback(curve)
     trainer.train()
     history = [entry for entry in [*history, *trainer.state.log_history] if "loss" in entry]

@@ -12,11 +12,14 @@ python examples/reproduce/zero_reward.py --report                         # only
 A finished run is in `results/zero_reward_runs.json` and not repeated: after an interruption, start the command again.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 
 if __name__ == "__main__":  # run as a file: make the packages of `examples` importable
@@ -28,17 +31,20 @@ from reproduce.study import Claim, Estimate, Runs, difference, over_seeds, verdi
 
 # isort: split
 import numpy as np
+import torch
+from torch import Tensor
 
 from benchmarks._report import machine
 from reproduce import logit_mixing, trust_region
 from reproduce.logit_mixing import KINDS
 from reproduce.trust_region import BATCH, ROLLOUTS_PER_PROMPT, supervise, teacher_rollouts, training_prompts
-from testbed.evaluate import CHECKPOINTS
-from testbed.task import build_prompt_dataset
+from testbed.tasks import ADDITION, TASKS, Task
+from trl_blend.trainers.logit_mix_grpo import trainer as logit_mix
 
 
 # Shares of the steps: until the teacher's weight is 0, of a first stage, and of an arm that goes on
 DECAY, FIRST_STAGE, LONGER = 0.7, 1 / 3, 1.6
+SHAPE = 0.1
 ROLLOUTS = 128  # of a step
 MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo")  # of the first figure
 LENGTH = "completions/mean_length"
@@ -66,11 +72,14 @@ class Arm(logit_mixing.Arm):
             `"trust_region"`.
         goes_on (`bool`, *optional*, defaults to `False`):
             Whether it is trained for `LONGER` times the steps.
+        shaped (`bool`, *optional*, defaults to `False`):
+            Whether ratios are those of [`shaped_log_ratio`].
     """
 
     student: str = "base"
     first_stage: str | None = None
     goes_on: bool = False
+    shaped: bool = False
 
 
 def make_arms(steps: int) -> dict[str, Arm]:
@@ -92,6 +101,7 @@ def make_arms(steps: int) -> dict[str, Arm]:
         "fusion_token": fusion("logit fusion, token ratios (cap 3)", (study.RED, "X", "--"), "max"),
         "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", "sequence"),
         "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=True),
+        "shaped": fusion("LUFFY's shaped ratios", (study.YELLOW, "v", "--"), "floor", shaped=True),
         "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
         "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=True),
         "mixed_sft": Arm(f"{mixed}, SFT reference", (study.YELLOW, "^", "-"), annealed, reference="student"),
@@ -132,19 +142,19 @@ def make_arms(steps: int) -> dict[str, Arm]:
     }
 
 
-def first_stage(arm: Arm, seed: int, steps: int, folder: str) -> tuple[float, float]:
+def first_stage(arm: Arm, seed: int, steps: int, folder: str, task: Task) -> tuple[float, float]:
     """Train `base` into a folder with the rollouts of `steps` steps of GRPO; CPU seconds and tokens decoded."""
     steps *= ROLLOUTS // BATCH
-    prompts = training_prompts(seed, steps)
+    prompts = training_prompts(seed, steps, task)
     clock = study.Curve(lambda model, step: None, steps + 1, steps + 1)
     clock.start()
     if arm.first_stage == "sft":
-        rollouts = teacher_rollouts(prompts, seed)
-        supervise(rollouts, seed, steps, clock, folder, model=arm.student)
+        rollouts = teacher_rollouts(prompts, seed, task)
+        supervise(rollouts, seed, steps, clock, folder, task.model(arm.student))
         return clock.cpu, float(sum(map(sum, rollouts["completion_mask"])))
     settings = {"rollout_policy": "trust_region", "kl_budget": 0.05, "blend_warmup_steps": steps // 2}
     distilled = trust_region.Arm(arm.label, arm.style, settings)
-    trainer = trust_region.make_trainer(distilled, CHECKPOINTS / arm.student, prompts, seed, steps, folder)
+    trainer = trust_region.make_trainer(distilled, task.model(arm.student), prompts, seed, steps, folder, task)
     trainer.add_callback(clock)
     trainer.train()
     trainer.save_model(folder)
@@ -159,17 +169,18 @@ def _tokens(trainer: Any, rollouts: int, steps: int | None = None) -> float:
 
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Train one arm with one seed, or measure what there is before training."""
-    steps, rows = settings["steps"], list(build_prompt_dataset("test", settings["n_test"]))
+    task = TASKS[settings["task"]]
+    steps, rows = settings["steps"], list(task.prompts("test", settings["n_test"]))
     if name == study.START:
-        return run_start(rows, scratch)
+        return {"task": settings["task"], **run_start(rows, scratch, task)}
     arm = make_arms(steps)[name]
     last = round(LONGER * steps) if arm.goes_on else steps
     done, earlier_seconds, earlier_tokens = 0, 0.0, 0.0
     if arm.first_stage:
         folder, done = f"{scratch}/first", round(FIRST_STAGE * steps)
-        earlier_seconds, earlier_tokens = first_stage(arm, seed, done, folder)
+        earlier_seconds, earlier_tokens = first_stage(arm, seed, done, folder, task)
         arm = replace(arm, student=folder)
-    trainer = logit_mixing.make_trainer(arm, seed, last - done, scratch)
+    trainer = logit_mixing.make_trainer(arm, seed, last - done, scratch, task)
 
     def measure(model: Any, step: int) -> dict[str, Any]:
         seconds = round(curve.cpu + earlier_seconds, 1)
@@ -178,7 +189,8 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     curve = study.Curve(measure, settings["eval_interval"], last)
     curve.first = done
     trainer.add_callback(curve)
-    trainer.train()
+    with mock.patch.object(logit_mix, "floored_log_ratio", shaped_log_ratio) if arm.shaped else nullcontext():
+        trainer.train()
     history = [entry for entry in trainer.state.log_history if "reward" in entry]
     return {
         "arm": name,
@@ -191,11 +203,22 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     }
 
 
-def run_start(rows: list[dict[str, Any]], scratch: str) -> dict[str, Any]:
+def shaped_log_ratio(log_ratio: Tensor, advantages: Tensor, clip_max: float) -> Tensor:
+    r"""
+    What takes the place of the floor in the arm `"shaped"`: \\( r (1 + γ)^2 / (r + γ)^2 \\) with γ = 0.1, the
+    coefficient of the gradient of \\( r / (r + γ) \\), 1 at r = 1, for either sign of the advantage.
+
+    Source: LUFFY, arXiv 2504.14945.
+    """
+    log_ratio = log_ratio.detach()
+    return log_ratio + 2 * (math.log1p(SHAPE) - torch.log(log_ratio.exp() + SHAPE))
+
+
+def run_start(rows: list[dict[str, Any]], scratch: str, task: Task) -> dict[str, Any]:
     """Greedy scores of each checkpoint before training, and of the mixtures that the arms start from."""
     arms, found = make_arms(1), {}
     for reference, name in (("teacher", "mixed"), ("student", "mixed_sft")):
-        trainer = logit_mixing.make_trainer(arms[name], 0, 1, f"{scratch}/{name}")
+        trainer = logit_mixing.make_trainer(arms[name], 0, 1, f"{scratch}/{name}", task)
         for policy, weight in (("base", 0.0), (reference, 1.0), (name, 0.5)):
             found[policy] = logit_mixing.greedy_bits(trainer, rows, (weight,))
     return {"n_test": len(rows), **found}
@@ -248,6 +271,8 @@ _ABOVE = (
     ("The floor does.", "floor", "grpo"),
     ("The floor is above logit fusion as published.", "floor", "fusion_token"),
     ("The floor is above sequence-level ratios.", "floor", "fusion_sequence"),
+    ("The floor is above LUFFY's shaped ratios.", "floor", "shaped"),
+    ("LUFFY's shaped ratios do.", "shaped", "grpo"),
     ("The floor with the SFT reference learns what GRPO cannot.", "floor_sft", "grpo"),
     ("The mixed objective with a weight that ends at 0 learns what GRPO cannot.", "mixed", "grpo"),
     ("With the SFT reference it does.", "mixed_sft", "grpo"),
@@ -308,9 +333,9 @@ def report(runs: Runs, folder: Path) -> str:
             f"{row['rollout_tokens'] / 1000:.0f}k",
             f"{row['cpu_seconds']:.0f}",
         ])  # fmt: skip
-    study.write_csv(folder / "zero_reward.csv", rows)
-    _plot(found, MAIN, folder / "zero_reward.png")
-    _plot(found, found.names, folder / "zero_reward_all.png")
+    study.write_csv(folder / f"{runs.name}.csv", rows)
+    _plot(found, MAIN, folder / f"{runs.name}.png")
+    _plot(found, found.names, folder / f"{runs.name}_all.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
     stage = round(FIRST_STAGE * found.steps)
     header = [
@@ -329,9 +354,9 @@ def report(runs: Runs, folder: Path) -> str:
     return "\n".join([
         "# A student that gets no reward at the start",
         "",
-        "Written by `python examples/reproduce/zero_reward.py`; do not edit. The student is `base`, which adds but "
-        f"hardly ever writes the box. Solved before training, greedy: {start}; mixture of `base` and `teacher` at 0.5 "
-        f"{found.start('mixed'):.3f}. The answer of `base`, in any form: {found.start('base', 'answer'):.3f}. "
+        f"Written by `python examples/reproduce/zero_reward.py{runs.command}`; do not edit. The student is `base`, "
+        f"which {runs.task.about_base}. Solved before training, greedy: {start}; mixture of `base` and `teacher` at "
+        f"0.5 {found.start('mixed'):.3f}. The answer of `base`, in any form: {found.start('base', 'answer'):.3f}. "
         f"{study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate 3e-5, "
@@ -345,9 +370,9 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         study.markdown_table(header, cells),
         "",
-        "![student alone against step](zero_reward.png)",
+        f"![student alone against step]({runs.name}.png)",
         "",
-        "![the same for all arms](zero_reward_all.png)",
+        f"![the same for all arms]({runs.name}_all.png)",
         "",
         "## What it says",
         "",
@@ -378,7 +403,7 @@ def _plot(found: Results, names: Iterable[str], path: Path) -> None:
 
 STUDY = study.Study(
     name="zero_reward",
-    options={"steps": 60, "eval_interval": 20, "n_test": 300},
+    options={"steps": 60, "eval_interval": 20, "n_test": 300, "task": ADDITION},
     arms=lambda settings: make_arms(settings["steps"]),
     work=work,
     report=report,

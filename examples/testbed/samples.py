@@ -5,7 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from testbed.evaluate import generate_texts
-from testbed.task import MAX_NEW_TOKENS, build_prompt_dataset
+from testbed.tasks import ADDITION, TASKS, Task
 
 
 def build_teacher_dataset(
@@ -15,6 +15,7 @@ def build_teacher_dataset(
     seed: int = 0,
     temperature: float = 1.0,
     batch_size: int = 512,
+    task: Task = TASKS[ADDITION],
 ) -> Dataset:
     """
     Sample one completion per training prompt and return a conversational prompt-completion dataset.
@@ -35,12 +36,16 @@ def build_teacher_dataset(
             Temperature of the samples; nothing else is cut off.
         batch_size (`int`, *optional*, defaults to `512`):
             Prompts per call of `generate`.
+        task ([`~testbed.tasks.Task`], *optional*):
+            What the prompts are of. Defaults to addition.
     """
-    prompts = list(build_prompt_dataset("train", n, seed)["prompt"])
+    prompts = list(task.prompts("train", n, seed)["prompt"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        texts = generate_texts(model, tokenizer, prompts, batch_size, do_sample=True, temperature=temperature)
-    ended = [len(tokenizer(text)["input_ids"]) < MAX_NEW_TOKENS for text in texts]
+        texts = generate_texts(
+            model, tokenizer, prompts, batch_size, task.max_new_tokens, do_sample=True, temperature=temperature
+        )
+    ended = [len(tokenizer(text)["input_ids"]) < task.max_new_tokens for text in texts]
     return Dataset.from_dict(
         {
             "prompt": [prompt for prompt, keep in zip(prompts, ended, strict=True) if keep],

@@ -33,9 +33,11 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from testbed import sorting
 from testbed.evaluate import CHECKPOINTS, evaluate, load_checkpoint
 from testbed.samples import build_teacher_dataset
-from testbed.task import build_prompt_dataset, build_sft_dataset
+from testbed.task import build_sft_dataset
+from testbed.tasks import ADDITION, TASKS, Task
 from testbed.tokenizer import build_tokenizer
 from trl_blend.consistency.provenance import TeacherProvenanceCallback
 
@@ -69,6 +71,8 @@ class Recipe:
             Checkpoint whose own samples are the training data. By default the data are the reference completions.
         samples (`int`):
             Number of samples of the teacher, one per prompt; a longer training goes through them again.
+        digits (`tuple[int, ...]`, *optional*):
+            Lengths of the numbers of the sorting task, in training and validation. By default the task is addition.
     """
 
     hidden_size: int
@@ -86,6 +90,11 @@ class Recipe:
     seed: int = 0
     teacher: str | None = None
     samples: int = 12_800
+    digits: tuple[int, ...] | None = None
+
+    @property
+    def task(self) -> Task:
+        return TASKS[ADDITION if self.digits is None else "sorting"]
 
 
 SMALL = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn_size": 384}
@@ -96,6 +105,18 @@ RECIPES = {
     "teacher": Recipe(**LARGE, learning_rate=1.5e-3, max_steps=350, eval_every=50),
     "sft_student": Recipe(
         **SMALL, learning_rate=2e-3, max_steps=400, stop_at=0.35, eval_every=5, seed=2, teacher="teacher"
+    ),
+    "sort_base": Recipe(**SMALL, learning_rate=2e-3, max_steps=400, eval_every=50, digits=(2, 3, 4)),
+    "sort_teacher": Recipe(**SMALL, learning_rate=2e-3, max_steps=600, eval_every=50, digits=(2, 3, 4, 5, 6)),
+    "sort_sft_student": Recipe(
+        **SMALL,
+        learning_rate=2e-3,
+        max_steps=400,
+        stop_at=0.35,
+        eval_every=5,
+        seed=2,
+        teacher="sort_teacher",
+        digits=sorting.DIGITS,
     ),
 }
 
@@ -125,22 +146,21 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -
 
 
 class StopOnValidation(TrainerCallback):
-    """Decode the validation prompts greedily every `eval_every` steps; stop once the answer rate reaches `stop_at`."""
+    """Decode the validation prompts greedily every `eval_every` steps; stop at the answer rate `stop_at`."""
 
-    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, eval_every: int, stop_at: float) -> None:
-        self.dataset = dataset
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.recipe = recipe
+        self.dataset = recipe.task.prompts("validation", 256, **({"digits": recipe.digits} if recipe.digits else {}))
         self.tokenizer = tokenizer
-        self.eval_every = eval_every
-        self.stop_at = stop_at
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> TrainerControl:
         # Nothing is learnt in the first 60 steps: decoding until then would only cost time.
-        if state.global_step % self.eval_every == 0 and state.global_step >= 60:
-            result = evaluate(model, self.tokenizer, self.dataset)
+        if state.global_step % self.recipe.eval_every == 0 and state.global_step >= 60:
+            result = evaluate(model, self.tokenizer, self.dataset, max_new_tokens=self.recipe.task.max_new_tokens)
             print(f"step {state.global_step}: validation {result}", flush=True)
-            control.should_training_stop |= result.answer_rate >= self.stop_at
+            control.should_training_stop |= result.answer_rate >= self.recipe.stop_at
         return control
 
 
@@ -157,9 +177,12 @@ def build_training_data(recipe: Recipe, seed: int, checkpoints: str | Path = CHE
             Folder that holds the teacher. Defaults to the shipped checkpoints.
     """
     if recipe.teacher is None:
-        return build_sft_dataset("train", recipe.max_steps * BATCH_SIZE, seed, recipe.boxed_fraction)
+        rows = recipe.max_steps * BATCH_SIZE
+        if recipe.digits is None:
+            return build_sft_dataset("train", rows, seed, recipe.boxed_fraction)
+        return sorting.build_sft_dataset("train", rows, seed, recipe.digits)
     model, tokenizer = load_checkpoint(Path(checkpoints) / recipe.teacher)
-    return build_teacher_dataset(model, tokenizer, recipe.samples, seed)
+    return build_teacher_dataset(model, tokenizer, recipe.samples, seed, task=recipe.task)
 
 
 def fit(
@@ -206,13 +229,12 @@ def fit(
         disable_tqdm=True,
         seed=seed,
     )
-    validation = build_prompt_dataset("validation", 256)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[StopOnValidation(validation, tokenizer, recipe.eval_every, recipe.stop_at), *callbacks],
+        callbacks=[StopOnValidation(recipe, tokenizer), *callbacks],
     )
     trainer.train()
     model.config.use_cache = True  # the trainer turned it off

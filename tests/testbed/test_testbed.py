@@ -25,11 +25,13 @@ from testbed.task import (
     sample_operands,
     split_of,
 )
+from testbed.tasks import TASKS
 from testbed.tokenizer import CHAT_TEMPLATE, build_tokenizer
 from trl_blend.consistency.provenance import read_provenance
 from trl_blend.models.fingerprint import identify_model
 
 
+ROLES = ("base", "student", "sft_student", "teacher")
 SPLITS = ("train", "validation", "test")
 REWARDS = (accuracy_reward, format_reward, format_and_answer_reward, answer_reward)
 RIGHT = r"<think>3+6+0=09,2+5+0=07,1+4+0=05</think>\boxed{579}"
@@ -273,10 +275,10 @@ def test_evaluation_of_a_model_follows_a_patched_generate_and_restores_training_
 
 def test_checkpoints_are_small_bfloat16_and_complete():
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 15_000_000
-    assert {path.name for path in CHECKPOINTS.iterdir()} == {"student", "base", "teacher", "sft_student"}
-    for name in ("student", "base", "teacher", "sft_student"):
-        folder = CHECKPOINTS / name
+    assert sum(path.stat().st_size for path in files) < 20_000_000
+    names = {name for task in TASKS.values() for name in map(task.checkpoints.get, ROLES, ROLES)}
+    assert {path.name for path in CHECKPOINTS.iterdir()} == names
+    for folder in CHECKPOINTS.iterdir():
         tokenizer = build_tokenizer()
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation["eos_token_id"] == tokenizer.eos_token_id

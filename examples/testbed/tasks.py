@@ -1,0 +1,54 @@
+"""The tasks of the test-bed as the studies take them: prompts, limit on length, and checkpoints under common names."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+
+from testbed import sorting, task
+from testbed.evaluate import CHECKPOINTS
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One task. All are scored with the reward functions of [`~testbed.task`].
+
+    Args:
+        prompts (`Callable`):
+            `(split, n, seed=0) -> Dataset`.
+        max_new_tokens (`int`):
+            Limit on the length of a completion.
+        about_base (`str`):
+            What keeps `base` from rewards, for reports.
+        checkpoints (`dict[str, str]`, *optional*):
+            Names of its checkpoints in the test-bed, where they differ: `"base"`, which gets no reward, `"student"`,
+            `"sft_student"`, which has learned from samples of the teacher, and `"teacher"`.
+    """
+
+    prompts: Callable[..., Dataset]
+    max_new_tokens: int
+    about_base: str
+    checkpoints: dict[str, str] = field(default_factory=dict)
+
+    def model(self, name: str) -> Path:
+        """Folder of a checkpoint, or the path that `name` is."""
+        return CHECKPOINTS / self.checkpoints.get(name, name)
+
+
+ADDITION = "addition"
+TASKS = {
+    ADDITION: Task(task.build_prompt_dataset, task.MAX_NEW_TOKENS, "adds but hardly ever writes the box"),
+    "sorting": Task(
+        sorting.build_prompt_dataset,
+        sorting.MAX_NEW_TOKENS,
+        "knows the format but has only seen numbers of 2 to 4 digits, while those of the task have 5 or 6",
+        {
+            "base": "sort_base",
+            "student": "sort_sft_student",
+            "sft_student": "sort_sft_student",
+            "teacher": "sort_teacher",
+        },
+    ),
+}
