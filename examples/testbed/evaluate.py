@@ -1,8 +1,10 @@
 """
-Batched evaluation on the add3cot task. Without arguments, the shipped checkpoints, greedy and at temperature 1:
+Batched evaluation on a task of the test-bed. Without arguments, the shipped checkpoints on addition, greedy and at
+temperature 1:
 
 ```sh
 python examples/testbed/evaluate.py
+python examples/testbed/evaluate.py --task sorting
 python examples/testbed/evaluate.py --models path/to/checkpoint --n 500
 ```
 """
@@ -28,13 +30,10 @@ from testbed.task import (
     MAX_NEW_TOKENS,
     accuracy_reward,
     answer_reward,
-    build_prompt_dataset,
     format_and_answer_reward,
     format_reward,
 )
-
-
-CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+from testbed.tasks import ADDITION, CHECKPOINTS, TASKS
 
 
 def standard_error(rate: float, n: int) -> float:
@@ -189,6 +188,7 @@ def load_checkpoint(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokeni
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["student", "base", "teacher", "sft_student"])
+    parser.add_argument("--task", default=ADDITION, choices=TASKS)
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--data_seed", type=int, default=0)
@@ -196,23 +196,24 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     args = parser.parse_args()
 
-    dataset = build_prompt_dataset(args.split, args.n, args.data_seed)
+    task = TASKS[args.task]
+    dataset = task.prompts(args.split, args.n, args.data_seed)
     print(f"{args.n} {args.split} prompts, rate ± standard error\n")
     print("| model | decoding | answer | format | boxed answer | answer and format | seconds |")
     print("|---|---|---|---|---|---|---|")
-    for name in args.models:
-        model, tokenizer = load_checkpoint(name)
+    for path in dict.fromkeys(map(task.model, args.models)):
+        model, tokenizer = load_checkpoint(path)
         for do_sample in (False, True):
             torch.manual_seed(args.sampling_seed)
             start = time.perf_counter()
-            result = evaluate(model, tokenizer, dataset, args.batch_size, do_sample=do_sample)
+            result = evaluate(model, tokenizer, dataset, args.batch_size, task.max_new_tokens, do_sample=do_sample)
             cells = " | ".join(
                 f"{getattr(result, key + '_rate'):.3f} ± {getattr(result, key + '_se'):.3f}"
                 for key in ("answer", "format", "boxed", "reward")
             )
             seconds = time.perf_counter() - start
             decoding = "T = 1" if do_sample else "greedy"
-            print(f"| {Path(name).name} | {decoding} | {cells} | {seconds:.0f} |", flush=True)
+            print(f"| {path.name} | {decoding} | {cells} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from testbed import sorting, task
-from testbed.evaluate import CHECKPOINTS
+
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Task:
 
     def model(self, name: str) -> Path:
         """Folder of a checkpoint, or the path that `name` is."""
-        return CHECKPOINTS / self.checkpoints.get(name, name)
+        shipped = CHECKPOINTS / self.checkpoints.get(name, name)
+        return shipped if shipped.is_dir() else Path(name)
 
 
 ADDITION = "addition"
