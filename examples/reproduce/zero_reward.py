@@ -46,7 +46,8 @@ from trl_blend.trainers.logit_mix_grpo import trainer as logit_mix
 DECAY, FIRST_STAGE, LONGER = 0.7, 1 / 3, 1.6
 SHAPE = 0.1
 ROLLOUTS = 128  # of a step
-MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo")  # of the first figure
+# Of the first figure
+MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo", "fusion_token_0.8", "floor_0.8", "mixed_0.8")
 LENGTH = "completions/mean_length"
 REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
 # Part of the decay in which a metric tells the arms apart: at its start all are alike
@@ -88,8 +89,11 @@ def make_arms(steps: int) -> dict[str, Arm]:
 
     annealed = {"teacher_weight": 0.5, **decay}
 
-    def fusion(label: str, style: study.Style, mode: str, level: str = "token", **others: Any) -> Arm:
-        settings = annealed | {"objective": "student", "is_clip_mode": mode, "importance_sampling_level": level}
+    def fusion(
+        label: str, style: study.Style, mode: str, level: str = "token", weight: float = 0.5, **others: Any
+    ) -> Arm:
+        settings = {"objective": "student", "is_clip_mode": mode, "importance_sampling_level": level}
+        settings |= {"teacher_weight": weight, **decay}
         if others.get("first_stage"):
             settings["teacher_weight_decay_steps"] = max(1, round(DECAY * (steps - round(FIRST_STAGE * steps))))
         return Arm(label, style, settings, **others)
@@ -101,6 +105,9 @@ def make_arms(steps: int) -> dict[str, Arm]:
         "fusion_token": fusion("logit fusion, token ratios (cap 3)", (study.RED, "X", "--"), "max"),
         "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", "sequence"),
         "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=True),
+        "fusion_token_0.8": fusion("logit fusion, token ratios, from 0.8", (study.RED, "X", ":"), "max", weight=0.8),
+        "floor_0.8": fusion("floor, from 0.8", (study.BLUE, "D", ":"), "floor", weight=0.8),
+        "mixed_0.8": Arm("mixed objective, 0.8 to 0", (study.GREEN, "P", ":"), {"teacher_weight": 0.8, **decay}),
         "shaped": fusion("LUFFY's shaped ratios", (study.YELLOW, "v", "--"), "floor", shaped=True),
         "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
         "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=True),
@@ -271,6 +278,11 @@ _ABOVE = (
     ("The floor does.", "floor", "grpo"),
     ("The floor is above logit fusion as published.", "floor", "fusion_token"),
     ("The floor is above sequence-level ratios.", "floor", "fusion_sequence"),
+    ("From a weight of 0.8, logit fusion as published learns what GRPO cannot.", "fusion_token_0.8", "grpo"),
+    ("From 0.8 the floor does.", "floor_0.8", "grpo"),
+    ("From 0.8 the mixed objective does.", "mixed_0.8", "grpo"),
+    ("From 0.8 the floor is above logit fusion as published.", "floor_0.8", "fusion_token_0.8"),
+    ("From 0.8 the floor is above SFT on the teacher's rollouts, then GRPO.", "floor_0.8", "sft_grpo"),
     ("The floor is above LUFFY's shaped ratios.", "floor", "shaped"),
     ("LUFFY's shaped ratios do.", "shaped", "grpo"),
     ("The floor with the SFT reference learns what GRPO cannot.", "floor_sft", "grpo"),
