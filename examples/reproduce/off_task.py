@@ -1,7 +1,8 @@
 """
 Distillation of a student whose own rollouts are off the task: does it help to draw the first ones with the teacher?
 `base` of the test-bed is distilled from `teacher` with equal prompts and steps, with each rollout policy and with each
-change of the loss that `TrustRegionOPDTrainer` has, on either task of the test-bed:
+change of the loss that `TrustRegionOPDTrainer` has, on either task of the test-bed. On addition, rollouts at step 0
+are probed too (the paper's Figures 7 and 4):
 
 ```sh
 python examples/reproduce/off_task.py --workers 2    # all arms, 3 seeds, then the report
@@ -29,7 +30,8 @@ from reproduce.study import DECODINGS, Claim, Estimate, Runs, difference, over_s
 import numpy as np
 
 from reproduce import trust_region
-from reproduce.trust_region import BATCH, LEARNING_RATE, ROLLOUTS_PER_PROMPT, Arm
+from reproduce import trust_region_probes as probes
+from reproduce.trust_region import BATCH, LEARNING_RATE, PROBE, ROLLOUTS_PER_PROMPT, Arm
 from testbed.evaluate import load_checkpoint
 from testbed.tasks import ADDITION, TASKS
 
@@ -37,6 +39,7 @@ from testbed.tasks import ADDITION, TASKS
 # Shares of the steps: of a warmup, of supervised steps, and of the arm with the compute of the others
 WARMUP, SUPERVISED, LONGER = 0.75, 0.25, 1.4
 VANILLA = "vanilla"
+PROBED, CUT = (0.0, 0.01, 0.05, 0.2), (0.0, 0.05, 0.2)  # budgets of both probes of the rollouts at step 0
 LOSSES = (
     "interpolated",
     "extrapolated",
@@ -89,7 +92,9 @@ def make_arms(steps: int) -> dict[str, Arm]:
 
 
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
-    """Train one arm with one seed, or measure what there is before training."""
+    """Train one arm with one seed, probe the rollouts, or measure what there is before training."""
+    if name == PROBE:
+        return probes.run(seed, settings["n_probe"], "base", PROBED, CUT)
     if name == study.START:
         task = TASKS[settings["task"]]
         test, limit = task.prompts("test", settings["n_test"]), task.max_new_tokens
@@ -105,7 +110,7 @@ class Results:
     """The finished runs."""
 
     def __init__(self, runs: Runs) -> None:
-        self.runs, self.names = runs, runs.names(make_arms(1))
+        self.runs, self.names, self.probes = runs, runs.names(make_arms(1)), runs.of(PROBE)
         if VANILLA not in self.names:
             raise SystemExit(f"No finished runs of {VANILLA} in {runs.path}, which every arm is compared with.")
         self.first = runs.of(VANILLA)[0]
@@ -159,6 +164,8 @@ def claims(found: Results) -> Iterator[Claim]:
             )
             cost = f"{found.seconds(name, step):.0f} and {found.seconds(VANILLA, rival):.0f} CPU seconds"
             yield f"{label} is above vanilla OPD, {when}.", verdict(gaps["sampled"]), f"{numbers}; {cost}."
+    if found.probes:
+        yield from probes.claims(found.probes)
 
 
 def report(runs: Runs, folder: Path) -> str:
@@ -201,6 +208,7 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         f"![accuracy against step]({runs.name}.png)",
         "",
+        *(probes.report(found.probes, folder, runs.name) if found.probes else []),
         "## What it says",
         "",
         "Judged at T = 1; a difference counts above 2 standard errors, which add the variance over seeds and over "
@@ -224,8 +232,8 @@ def _plot(found: Results, path: Path) -> None:
 
 STUDY = study.Study(
     name="off_task",
-    options={"steps": 40, "eval_interval": 10, "n_test": 300, "task": ADDITION},
-    arms=lambda settings: make_arms(settings["steps"]),
+    options={"steps": 40, "eval_interval": 10, "n_test": 300, "n_probe": 200, "task": ADDITION},
+    arms=lambda settings: [*make_arms(settings["steps"]), *([PROBE] if settings["task"] == ADDITION else [])],
     work=work,
     report=report,
 )

@@ -1,5 +1,5 @@
 """
-The probes of `trust_region.py`: rollouts of the untrained student under budgets of the trust region, without training.
+The probes of `trust_region.py` and `off_task.py`: rollouts of an untrained student under budgets of the trust region.
 
 * Support (the paper's Figure 7): log-probability of the rollouts under the teacher, their reward, and how well the
   teacher's support `mean_t(log p_T - log p_S)` tells right rollouts from wrong ones.
@@ -90,11 +90,13 @@ class Prober:
             Draws the training prompts and the rollouts.
         n (`int`):
             Number of prompts.
+        student (`str`, *optional*, defaults to `"student"`):
+            Checkpoint.
     """
 
-    def __init__(self, seed: int, n: int):
+    def __init__(self, seed: int, n: int, student: str = "student"):
         self.seed = seed
-        self.student, self.tokenizer = load_checkpoint("student")
+        self.student, self.tokenizer = load_checkpoint(student)
         self.teacher, _ = load_checkpoint(TEACHER)
         rows = build_prompt_dataset("train", n, seed)
         self.prompts, self.prompt_mask = study.left_padded(self.tokenizer, list(rows["prompt"]) * ROLLOUTS)
@@ -175,16 +177,22 @@ class Prober:
 
 
 @torch.no_grad()
-def run(seed: int, n: int) -> dict[str, Any]:
-    """Both probes with one sampling seed."""
-    prober = Prober(seed, n)
+def run(
+    seed: int,
+    n: int,
+    student: str = "student",
+    budgets: tuple[float, ...] = BUDGETS,
+    prefix_budgets: tuple[float, ...] = PREFIX_BUDGETS,
+) -> dict[str, Any]:
+    """Both probes with one sampling seed; all budgets of the second, the first of which is 0, are in the first."""
+    prober = Prober(seed, n, student)
     result: dict[str, Any] = {"seed": seed, "n_probe": n, "rollouts_per_prompt": ROLLOUTS, "machine": machine()}
     result |= {"support": {}, "prefixes": {}, "ended": {}}
-    for budget in (*BUDGETS, TEACHER):
+    for budget in (*budgets, TEACHER):
         rollouts = prober.rollouts(budget)
         measured = prober.support(rollouts)
         result["support"][f"{budget}"] = {name: float(f"{value:.6g}") for name, value in measured.items()}
-        if budget in PREFIX_BUDGETS:
+        if budget in prefix_budgets:
             models = {"teacher": prober.teacher, "student": prober.student}
             result["prefixes"][f"{budget}"] = {
                 name: {str(length): prober.continued(rollouts, length, model) for length in LENGTHS}
@@ -275,21 +283,21 @@ def claims(probes: list[dict[str, Any]]) -> Iterator[Claim]:
 # Report
 
 
-def report(probes: list[dict[str, Any]], folder: Path) -> list[str]:
-    """Write two CSV files and two figures; returns Markdown lines."""
+def report(probes: list[dict[str, Any]], folder: Path, stem: str = "trust_region") -> list[str]:
+    """Write two CSV files and two figures, whose names begin with `stem`; returns Markdown lines."""
     policies, lengths = _cut(probes)
     all_policies = list(probes[0]["support"])
     study.write_csv(
-        folder / "trust_region_support.csv",
+        folder / f"{stem}_support.csv",
         [
             {"policy": policy, "seed": probe["seed"]} | {key: probe["support"][policy].get(key, "") for key in SUPPORT}
             for policy in all_policies
             for probe in probes
         ],
     )
-    study.write_csv(folder / "trust_region_prefixes.csv", list(_prefix_rows(probes)))
-    _plot_support(probes, folder / "trust_region_support.png")
-    _plot_prefixes(probes, folder / "trust_region_prefixes.png")
+    study.write_csv(folder / f"{stem}_prefixes.csv", list(_prefix_rows(probes)))
+    _plot_support(probes, folder / f"{stem}_support.png")
+    _plot_prefixes(probes, folder / f"{stem}_prefixes.png")
     n, per_prompt = probes[0]["n_probe"], probes[0]["rollouts_per_prompt"]
     longest = str(max(lengths))
     ended = [sum(probe["ended"][policy][longest] for probe in probes) for policy in probes[0]["ended"]]
@@ -318,7 +326,7 @@ def report(probes: list[dict[str, Any]], folder: Path) -> list[str]:
         "",
         study.markdown_table(header, rows),
         "",
-        "![teacher support of the rollouts](trust_region_support.png)",
+        f"![teacher support of the rollouts]({stem}_support.png)",
         "",
         "## Prefixes at step 0 (Figure 4), without training",
         "",
@@ -332,7 +340,7 @@ def report(probes: list[dict[str, Any]], folder: Path) -> list[str]:
             prefixes,
         ),
         "",
-        "![success of prefixes](trust_region_prefixes.png)",
+        f"![success of prefixes]({stem}_prefixes.png)",
         "",
     ]
 
