@@ -33,7 +33,7 @@ from trl_blend.ops.importance import floored_log_ratio
 
 
 WEIGHTS = (0.5, 0.25, 0.1)
-CAP, PROMPTS, GROUP, BATCHES = 3.0, 16, 8, 16
+CAP, PROMPTS, GROUP, BATCHES = 3.0, 16, 8, 8
 # Coefficient of `A ∇log π` from the log ratios of the tokens, `(B, T)`, their mask and the advantages `(B, 1)`
 RATIOS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "unbiased (product of the ratios)": lambda ratio, mask, A: (ratio * mask).sum(1, keepdim=True).exp(),
