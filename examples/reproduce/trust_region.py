@@ -135,7 +135,7 @@ def make_trainer(
         num_rollouts_per_prompt=ROLLOUTS_PER_PROMPT,
         shuffle_dataset=False,
         max_completion_length=task.max_new_tokens,
-        learning_rate=LEARNING_RATE,
+        learning_rate=task.distillation_learning_rate,
         temperature=1.0,
         max_steps=steps,
         seed=seed,
@@ -178,7 +178,7 @@ def until_eos(tokens: list[int], eos_token_id: int) -> list[int]:
 
 
 def supervise(
-    rollouts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str, model: str | Path
+    rollouts: Dataset, seed: int, steps: int, curve: study.Curve, folder: str, model: str | Path, task: Task
 ) -> list[dict[str, Any]]:
     """Supervised steps of a checkpoint on [`teacher_rollouts`], in order, into a folder; returns the log."""
     torch.manual_seed(seed)
@@ -189,7 +189,7 @@ def supervise(
         train_sampling_strategy="sequential",
         completion_only_loss=True,
         max_length=None,
-        learning_rate=LEARNING_RATE,
+        learning_rate=task.distillation_learning_rate,
         max_steps=steps,
         seed=seed,
         **study.COMMON,
@@ -230,7 +230,7 @@ def train(arm: Arm, name: str, seed: int, settings: dict[str, Any], scratch: str
         used, folder = arm.sft_steps * BATCH // ROLLOUTS_PER_PROMPT, Path(scratch) / "sft"
         curve.start()  # drawing them is part of it
         first = teacher_rollouts(prompts.select(range(used)), seed, task)
-        history = supervise(first, seed, arm.sft_steps, curve, str(folder), model)
+        history = supervise(first, seed, arm.sft_steps, curve, str(folder), model, task)
         model = folder
         curve.first, prompts = arm.sft_steps, prompts.select(range(used, len(prompts)))
     trainer = make_trainer(arm, model, prompts, seed, steps - arm.sft_steps, scratch, task)

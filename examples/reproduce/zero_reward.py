@@ -42,12 +42,13 @@ from testbed.tasks import ADDITION, TASKS, Task
 from trl_blend.trainers.logit_mix_grpo import trainer as logit_mix
 
 
-# Shares of the steps: until the teacher's weight is 0, of a first stage, and of an arm that goes on
-DECAY, FIRST_STAGE, LONGER = 0.7, 1 / 3, 1.6
+# Shares of the steps: until the teacher's weight is 0 (where it waits for the reward, at the earliest), of a first stage,
+# and of an arm that goes on
+DECAY, FASTEST, FIRST_STAGE, LONGER = 0.7, 0.4, 1 / 3, 1.6
 SHAPE = 0.1
 ROLLOUTS = 128  # of a step
 # Of the first figure
-MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo", "fusion_token_0.8", "floor_0.8", "mixed_0.8")
+MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo", "floor_0.8", "floor_0.8_reward", "mixed_0.8_reward")
 LENGTH = "completions/mean_length"
 REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
 # Part of the decay in which a metric tells the arms apart: at its start all are alike
@@ -85,15 +86,22 @@ class Arm(logit_mixing.Arm):
 
 def make_arms(steps: int) -> dict[str, Arm]:
     """All arms. `teacher` solves the task; `student` is an SFT version of `base` that knows the format."""
+    waiting = {"teacher_weight_schedule": "reward", "teacher_weight_decay_steps": max(1, round(FASTEST * steps))}
     decay = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": max(1, round(DECAY * steps))}
 
     annealed = {"teacher_weight": 0.5, **decay}
 
     def fusion(
-        label: str, style: study.Style, mode: str, level: str = "token", weight: float = 0.5, **others: Any
+        label: str,
+        style: study.Style,
+        mode: str,
+        level: str = "token",
+        weight: float = 0.5,
+        waits: bool = False,
+        **others: Any,
     ) -> Arm:
         settings = {"objective": "student", "is_clip_mode": mode, "importance_sampling_level": level}
-        settings |= {"teacher_weight": weight, **decay}
+        settings |= {"teacher_weight": weight, **(waiting if waits else decay)}
         if others.get("first_stage"):
             settings["teacher_weight_decay_steps"] = max(1, round(DECAY * (steps - round(FIRST_STAGE * steps))))
         return Arm(label, style, settings, **others)
@@ -105,9 +113,19 @@ def make_arms(steps: int) -> dict[str, Arm]:
         "fusion_token": fusion("logit fusion, token ratios (cap 3)", (study.RED, "X", "--"), "max"),
         "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", "sequence"),
         "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=True),
-        "fusion_token_0.8": fusion("logit fusion, token ratios, from 0.8", (study.RED, "X", ":"), "max", weight=0.8),
+        "floor_reward": fusion("floor, waits for the reward", (study.SKY, "D", "--"), "floor", waits=True),
         "floor_0.8": fusion("floor, from 0.8", (study.BLUE, "D", ":"), "floor", weight=0.8),
-        "mixed_0.8": Arm("mixed objective, 0.8 to 0", (study.GREEN, "P", ":"), {"teacher_weight": 0.8, **decay}),
+        "floor_0.8_reward": fusion(
+            "floor, from 0.8, waits for the reward", (study.SKY, "D", "-"), "floor", weight=0.8, waits=True
+        ),
+        "fusion_token_0.8_reward": fusion(
+            "logit fusion, token ratios, from 0.8, waits", (study.RED, "X", "-"), "max", weight=0.8, waits=True
+        ),
+        "mixed_0.8_reward": Arm(
+            "mixed objective, from 0.8, waits for the reward",
+            (study.GREEN, "P", "-."),
+            {"teacher_weight": 0.8, **waiting},
+        ),
         "shaped": fusion("LUFFY's shaped ratios", (study.YELLOW, "v", "--"), "floor", shaped=True),
         "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
         "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=True),
@@ -157,7 +175,7 @@ def first_stage(arm: Arm, seed: int, steps: int, folder: str, task: Task) -> tup
     clock.start()
     if arm.first_stage == "sft":
         rollouts = teacher_rollouts(prompts, seed, task)
-        supervise(rollouts, seed, steps, clock, folder, task.model(arm.student))
+        supervise(rollouts, seed, steps, clock, folder, task.model(arm.student), task)
         return clock.cpu, float(sum(map(sum, rollouts["completion_mask"])))
     settings = {"rollout_policy": "trust_region", "kl_budget": 0.05, "blend_warmup_steps": steps // 2}
     distilled = trust_region.Arm(arm.label, arm.style, settings)
@@ -278,11 +296,18 @@ _ABOVE = (
     ("The floor does.", "floor", "grpo"),
     ("The floor is above logit fusion as published.", "floor", "fusion_token"),
     ("The floor is above sequence-level ratios.", "floor", "fusion_sequence"),
-    ("From a weight of 0.8, logit fusion as published learns what GRPO cannot.", "fusion_token_0.8", "grpo"),
-    ("From 0.8 the floor does.", "floor_0.8", "grpo"),
-    ("From 0.8 the mixed objective does.", "mixed_0.8", "grpo"),
-    ("From 0.8 the floor is above logit fusion as published.", "floor_0.8", "fusion_token_0.8"),
-    ("From 0.8 the floor is above SFT on the teacher's rollouts, then GRPO.", "floor_0.8", "sft_grpo"),
+    ("The floor learns more with a weight that waits for the reward.", "floor_reward", "floor"),
+    ("From a weight of 0.8 the floor learns what GRPO cannot.", "floor_0.8", "grpo"),
+    ("From 0.8, waiting for the reward, it does.", "floor_0.8_reward", "grpo"),
+    ("From 0.8 it learns more with a weight that waits for the reward.", "floor_0.8_reward", "floor_0.8"),
+    ("From 0.8, waiting, logit fusion as published learns what GRPO cannot.", "fusion_token_0.8_reward", "grpo"),
+    (
+        "From 0.8, waiting, the floor is above logit fusion as published.",
+        "floor_0.8_reward",
+        "fusion_token_0.8_reward",
+    ),
+    ("From 0.8, waiting, the mixed objective learns what GRPO cannot.", "mixed_0.8_reward", "grpo"),
+    ("That floor is above SFT on the teacher's rollouts, then GRPO.", "floor_0.8_reward", "sft_grpo"),
     ("The floor is above LUFFY's shaped ratios.", "floor", "shaped"),
     ("LUFFY's shaped ratios do.", "shaped", "grpo"),
     ("The floor with the SFT reference learns what GRPO cannot.", "floor_sft", "grpo"),
@@ -371,10 +396,11 @@ def report(runs: Runs, folder: Path) -> str:
         f"0.5 {found.start('mixed'):.3f}. The answer of `base`, in any form: {found.start('base', 'answer'):.3f}. "
         f"{study.machine_text(found.first['machine'])}",
         "",
-        f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate 3e-5, "
+        f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate {runs.task.grpo_learning_rate:g}, "
         f"{' or '.join(map(str, seeds))} seeds, "
-        f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5 to 0 over "
-        f"{round(DECAY * found.steps)} steps; a first stage takes the place of the first {stage} steps, with as "
+        f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5, unless said, "
+        f"to 0 over {round(DECAY * found.steps)} steps, where it waits for the reward in {round(FASTEST * found.steps)} at "
+        f"the earliest; a first stage takes the place of the first {stage} steps, with as "
         f"many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* is the mean of "
         f"`{REWARDED}` over the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. "
         f"Tokens and CPU seconds are those of {found.steps} "

@@ -24,6 +24,8 @@ class Task:
             Limit on the length of a completion.
         about_base (`str`):
             What keeps `base` from rewards, for reports.
+        grpo_learning_rate, distillation_learning_rate (`float`, *optional*, default to `3e-5` and `5e-5`):
+            What its studies train with; the second also for SFT.
         checkpoints (`dict[str, str]`, *optional*):
             Names of its checkpoints in the test-bed, where they differ: `"base"`, which gets no reward, `"student"`,
             `"sft_student"`, which has learned from samples of the teacher, and `"teacher"`.
@@ -32,6 +34,8 @@ class Task:
     prompts: Callable[..., Dataset]
     max_new_tokens: int
     about_base: str
+    grpo_learning_rate: float = 3e-5
+    distillation_learning_rate: float = 5e-5
     checkpoints: dict[str, str] = field(default_factory=dict)
 
     def model(self, name: str) -> Path:
@@ -47,6 +51,8 @@ TASKS = {
         sorting.build_prompt_dataset,
         sorting.MAX_NEW_TOKENS,
         "knows the format but has only seen numbers of 2 to 4 digits, while those of the task have 5 or 6",
+        1e-4,
+        2e-4,
         {
             "base": "sort_base",
             "student": "sort_sft_student",

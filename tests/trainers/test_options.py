@@ -43,7 +43,7 @@ MAKERS = {
     OfflineOPDConfig: scored.offline_config,
 }
 CHOICES = {
-    "teacher_weight_schedule": ("constant", "linear", "cosine", "adaptive"),
+    "teacher_weight_schedule": ("constant", "linear", "cosine", "reward", "adaptive"),
     "mixing_space": ("logits", "probs", "arithmetic"),
     "objective": ("mixed", "student"),
     "is_clip_mode": ("floor", "max", "none", "ppo"),
@@ -70,6 +70,7 @@ DEFAULTS = {
         "teacher_weight": [0.5],
         "teacher_weight_schedule": "constant",
         "teacher_weight_decay_steps": None,
+        "teacher_weight_min_reward": 0.5,
         "mixing_space": "logits",
         "objective": "mixed",
         "is_clip_mode": "floor",
@@ -321,6 +322,14 @@ PARSED = [
             "is_clip_mode": "none",
             "eval_policy": "both",
             **DRAFTS,
+        },
+    ),
+    (
+        LogitMixGRPOConfig,
+        {
+            "teacher_weight_schedule": "reward",
+            "teacher_weight_decay_steps": 12,
+            "teacher_weight_min_reward": 0.25,
         },
     ),
     (

@@ -43,7 +43,7 @@ def test_a_bare_weight_becomes_a_list(make, given, held):
     assert all(type(weight) is float for weight in args.teacher_weight)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "reward"])
 @pytest.mark.parametrize("steps", [None, 0, -5])
 def test_a_decay_needs_steps(make, schedule, steps):
     with pytest.raises(ConfigError, match="`teacher_weight_decay_steps`") as error:

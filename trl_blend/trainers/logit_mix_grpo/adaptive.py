@@ -1,4 +1,7 @@
-"""Adaptive teacher weight: Algorithm 2 of the logit-averaging paper (https://huggingface.co/papers/2605.20555)."""
+"""
+Teacher weights that follow what the policies can do: Algorithm 2 of the logit-averaging paper
+(https://huggingface.co/papers/2605.20555), and a decay that waits for the reward [ours].
+"""
 
 import math
 from collections.abc import Sequence
@@ -36,6 +39,17 @@ def adaptive_weight(gain: float, scale: float, offset: float) -> float:
     """`sigmoid(scale · (net_gain − offset))`, Eq. 9 of the paper; `scale` and `offset` are our choice."""
     # The sigmoid as a hyperbolic tangent, which has no exponential that can overflow
     return 0.5 * (1 + math.tanh(0.5 * scale * (gain - offset)))
+
+
+class RewardWeightCallback(TrainerCallback):
+    """After an optimizer step whose rollouts had the reward that is asked for, let the weight fall by one step."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Every rank has the rewards of all
+        self.trainer.weight_steps += self.trainer.rollout_reward >= args.teacher_weight_min_reward
 
 
 class AdaptiveWeightCallback(TrainerCallback):

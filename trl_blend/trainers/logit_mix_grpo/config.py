@@ -41,6 +41,7 @@ _ADAPTIVE = (
 # Settings that only some values of another setting read, in the order in which they are looked at
 _READ_BY = (
     (_ADAPTIVE, "teacher_weight_schedule", ("adaptive",)),
+    (("teacher_weight_min_reward",), "teacher_weight_schedule", ("reward",)),
     (("is_clip_mode", "is_clip_max"), "objective", ("student",)),
     (("is_clip_max",), "is_clip_mode", ("max", "floor")),
 )
@@ -81,10 +82,16 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             weight gives a better mixture.
         teacher_weight_schedule (`str`, *optional*, defaults to `"constant"`):
             How the weight moves with the optimizer step: `"constant"`, `"linear"` or `"cosine"` decay to 0 in
-            `teacher_weight_decay_steps` steps, or `"adaptive"` (Algorithm 2 of the logit-averaging paper).
+            `teacher_weight_decay_steps` steps, `"reward"` is the linear decay with a pause after every step whose
+            rollouts had a mean reward below `teacher_weight_min_reward` (our choice, for a student that learns more
+            slowly than a fixed decay goes; its weight may be above 0 in the end), or `"adaptive"` (Algorithm 2 of the
+            logit-averaging paper).
         teacher_weight_decay_steps (`int`, *optional*):
             Optimizer steps until the weight is 0. Required by the decaying schedules (the logit-fusion code uses
-            1000).
+            1000). With `"reward"`, those in which it moves.
+        teacher_weight_min_reward (`float`, *optional*, defaults to `0.5`):
+            Reward, as in the metric `reward`, from which the weight of `teacher_weight_schedule="reward"` goes on
+            falling.
         mixing_space (`str`, *optional*, defaults to `"logits"`):
             `"logits"` mixes logits (a renormalised geometric mean of the policies), `"probs"` mixes probabilities,
             `"arithmetic"` adds logits, \\( z_S + \sum_i w_i z_i \\), with weights of any sign. Weights `[1, -1]` for
@@ -151,8 +158,9 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
     # Parameters that control the mixture
     teacher_weight: list[float] = field(default_factory=lambda: [0.5])
-    teacher_weight_schedule: Literal["constant", "linear", "cosine", "adaptive"] = "constant"
+    teacher_weight_schedule: Literal["constant", "linear", "cosine", "reward", "adaptive"] = "constant"
     teacher_weight_decay_steps: int | None = None
+    teacher_weight_min_reward: float = 0.5
     mixing_space: Literal["logits", "probs", "arithmetic"] = "logits"
 
     # Parameters that control the objective
@@ -197,9 +205,19 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         """Whether any step of this run can use a teacher."""
         return self.teacher_weight_schedule == "adaptive" or any(self.teacher_weight)
 
+    @property
+    def decays(self) -> bool:
+        """Whether the weight can reach 0."""
+        return self.teacher_weight_schedule in (*DECAYING_SCHEDULES, "reward")
+
     def weights_at(self, step: int) -> tuple[float, ...]:
-        """Teacher weights at an optimizer step; those of step 0 with the adaptive schedule, which knows no others."""
-        schedule = "constant" if self.teacher_weight_schedule == "adaptive" else self.teacher_weight_schedule
+        """
+        Teacher weights at an optimizer step. Of `"reward"` after so many steps in which the weight fell; of
+        `"adaptive"`, which knows no others, those of step 0.
+        """
+        schedule = {"adaptive": "constant", "reward": "linear"}.get(
+            self.teacher_weight_schedule, self.teacher_weight_schedule
+        )
         steps = self.teacher_weight_decay_steps
         return tuple(make_schedule(schedule, weight, steps)(step) for weight in self.teacher_weight)
 
@@ -215,15 +233,15 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
     def _check_schedule(self):
         schedule, steps = self.teacher_weight_schedule, self.teacher_weight_decay_steps
-        if schedule in DECAYING_SCHEDULES and (steps is None or steps <= 0):
+        if self.decays and (steps is None or steps <= 0):
             raise ConfigError(
                 f"`teacher_weight_schedule={schedule!r}` needs a positive `teacher_weight_decay_steps`, got {steps!r}."
                 " Set it to the optimizer step at which the weight should reach 0 (the logit-fusion code uses 1000)."
             )
-        if schedule not in DECAYING_SCHEDULES and steps is not None:
+        if not self.decays and steps is not None:
             raise ConfigError(
                 f"`teacher_weight_decay_steps={steps}` has no effect with `teacher_weight_schedule={schedule!r}`. "
-                "Set the schedule to 'linear' or 'cosine', or leave `teacher_weight_decay_steps` unset."
+                "Set the schedule to 'linear', 'cosine' or 'reward', or leave `teacher_weight_decay_steps` unset."
             )
         if schedule == "adaptive":
             for name in ("adaptive_num_prompts", "adaptive_interval"):
@@ -270,7 +288,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                 "replaces. Drop `delta`, or set `is_clip_mode='ppo'`."
             )
         # A constant weight never reaches 0, from where on TRL's clipping would apply, nor does an adaptive one
-        if self.is_clip_mode != "ppo" and self.teacher_weight_schedule not in DECAYING_SCHEDULES:
+        if self.is_clip_mode != "ppo" and not self.decays:
             refuse_unread(self, ("epsilon", "epsilon_high"), "is_clip_mode", "ppo")
         if self.is_clip_mode == "max" and self.is_clip_max <= 0:
             raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")

@@ -75,11 +75,17 @@ def run_parts(config: LogitMixGRPOConfig, teachers: str, rewards: Sequence[tuple
     """What a run is made of, in words; `rewards` with their weights."""
     weights = ", ".join(f"{weight:g}" for weight in config.teacher_weight)
     schedule, steps = config.teacher_weight_schedule, config.teacher_weight_decay_steps
-    course = {"constant": "", "adaptive": ", adaptive"}.get(schedule, f", {schedule} to 0 in {steps} steps")
+    course = {
+        "constant": "",
+        "adaptive": ", adaptive",
+        "reward": f", to 0 in {steps} steps with a reward of {config.teacher_weight_min_reward:g}",
+    }.get(schedule, f", {schedule} to 0 in {steps} steps")
     reward = ", ".join(name if weight == 1.0 else f"{name} (weight {weight:g})" for name, weight in rewards)
     if not config.mixes:
         return RunParts("none (`teacher_weight=0`)", reward, "objective of GRPO", "the student alone")
     mixture = "the student alone, to which the mixture decays" if steps else "the mixture of student and teacher"
+    if schedule == "reward":
+        mixture += " once the weight is 0"
     deployed = mixture if config.objective == "mixed" else "the student alone"
     return RunParts(teachers, reward, f"objective {config.objective}, teacher weight {weights}{course}", deployed)
 
@@ -155,6 +161,10 @@ def choices(config: LogitMixGRPOConfig) -> list[str]:
             )
     elif config.is_clip_mode == "floor":
         found.append("The floor under the importance ratio of rewarded tokens, which biases the gradient.")
+    if config.teacher_weight_schedule == "reward":
+        found.append(
+            f"The decay of the teacher weight, which waits for a reward of {config.teacher_weight_min_reward:g}."
+        )
     if config.objective == "student" and config.teacher_weight_schedule in ("constant", "adaptive"):
         found.append(
             f"The {config.teacher_weight_schedule} teacher weight with an objective on the student: logit fusion "

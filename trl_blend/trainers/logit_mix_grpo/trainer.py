@@ -30,7 +30,6 @@ from trl_blend.ops.importance import (
     summarize_importance,
 )
 from trl_blend.ops.reduction import masked_mean
-from trl_blend.schedules import DECAYING_SCHEDULES
 from trl_blend.serving.statistics import OF_DRAFTS
 from trl_blend.trainers import _cards, _engine, _partners
 from trl_blend.trainers._data import RowsNeeded, check_prompt_columns
@@ -39,7 +38,7 @@ from trl_blend.trainers._record import RunParts
 from trl_blend.trainers._run import RunMixin, default_config
 from trl_blend.trainers._statistics import TokenMeans
 from trl_blend.trainers.logit_mix_grpo import checks, report
-from trl_blend.trainers.logit_mix_grpo.adaptive import AdaptiveWeightCallback
+from trl_blend.trainers.logit_mix_grpo.adaptive import AdaptiveWeightCallback, RewardWeightCallback
 from trl_blend.trainers.logit_mix_grpo.config import LogitMixGRPOConfig
 from trl_blend.trainers.logit_mix_grpo.mixed_forward import MixedForward
 from trl_blend.trainers.logit_mix_grpo.saving import MixedPolicyFiles, MixedPolicySaving
@@ -50,6 +49,7 @@ _RECORDED = (
     "teacher_weight",
     "teacher_weight_schedule",
     "teacher_weight_decay_steps",
+    "teacher_weight_min_reward",
     "mixing_space",
     "objective",
     "is_clip_mode",
@@ -196,6 +196,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._plain_outputs: OutputLayers = []
         self._given_teachers = teachers
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
+        self.rollout_reward, self.weight_steps = 0.0, 0
         self._rule: BlendRule | None = None
         self._num_tokens: int | None = None
         self._generating = False
@@ -206,8 +207,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._latest_logps: Tensor | None = None
         self._importance_sums: ImportanceSums | None = None
         self._floored_batch: dict[str, Any] | None = None
-        stop = args.teacher_weight_schedule in DECAYING_SCHEDULES
-        with _engine.blended_engine(args, teachers, args.rule_at(0), blends=args.mixes, partners_stop=stop):
+        with _engine.blended_engine(args, teachers, args.rule_at(0), blends=args.mixes, partners_stop=args.decays):
             super().__init__(
                 model=model,
                 reward_funcs=reward_funcs,
@@ -242,6 +242,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             rows = list(islice(iter(eval_dataset), args.adaptive_num_prompts))
             checks.warn_of_few_prompts(len(rows), args.adaptive_num_prompts)
             self.add_callback(AdaptiveWeightCallback(self, rows))
+        elif args.teacher_weight_schedule == "reward":
+            self.add_callback(RewardWeightCallback(self))
 
     def _prepare_teachers(self, teachers: list) -> None:
         attention = self.model.config._attn_implementation
@@ -273,7 +275,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             return self.loaded_policy.weights
         if self.args.teacher_weight_schedule == "adaptive":
             return self.adaptive_weights
-        return self.args.weights_at(self.state.global_step)
+        waits = self.args.teacher_weight_schedule == "reward"
+        return self.args.weights_at(self.weight_steps if waits else self.state.global_step)
 
     @contextmanager
     def policy(
@@ -321,6 +324,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             prompts_of_batch = total.view(-1, self.num_generations if training else self.num_generations_eval)
             share = (prompts_of_batch > 0).any(dim=1).float().mean().item()
             self._metrics["train" if training else "eval"]["mixing/rewarded_prompts"].append(share)
+            if training:
+                self.rollout_reward = total.mean().item()
         return rewards
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
@@ -586,12 +591,12 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     # Checkpoints and card
 
     def run_state(self) -> dict[str, Any]:
-        """The adaptive weight of a checkpoint."""
-        return {"adaptive_weights": self.adaptive_weights}
+        """Where the weight of a checkpoint stands, where that does not follow from its step."""
+        return {"adaptive_weights": self.adaptive_weights, "weight_steps": self.weight_steps}
 
     def load_run_state(self, state: dict[str, Any]) -> None:
-        """Go on with the adaptive weight of a checkpoint."""
-        self.adaptive_weights = tuple(state["adaptive_weights"])
+        """Go on with the weight of a checkpoint."""
+        self.adaptive_weights, self.weight_steps = tuple(state["adaptive_weights"]), state["weight_steps"]
 
     @staticmethod
     def rows_needed(args: LogitMixGRPOConfig) -> RowsNeeded:
