@@ -198,7 +198,8 @@ def report(runs: Runs, folder: Path) -> str:
         f"{study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {BATCH} rollouts ({ROLLOUTS_PER_PROMPT} of each prompt, no prompt twice, the same in "
-        f"every arm of a seed), learning rate {runs.task.distillation_learning_rate:g}, {' or '.join(map(str, seeds))} seeds, "
+        f"every arm of a seed), learning rate {runs.task.distillation_learning_rate:g}, "
+        f"{' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, mean ± SE over seeds; T = 1 is the mean of {study.SAMPLES} "
         f"completions. Warmups last {round(WARMUP * found.steps)} steps, SFT {round(SUPERVISED * found.steps)}; fixed "
         "ε and SKD act throughout. Columns are steps; CPU seconds are those of all steps, without evaluation. Vanilla "

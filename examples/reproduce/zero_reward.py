@@ -42,8 +42,8 @@ from testbed.tasks import ADDITION, TASKS, Task
 from trl_blend.trainers.logit_mix_grpo import trainer as logit_mix
 
 
-# Shares of the steps: until the teacher's weight is 0 (where it waits for the reward, at the earliest), of a first stage,
-# and of an arm that goes on
+# Shares of the steps: until the teacher's weight is 0, until that is so at the earliest where it waits for the reward,
+# of a first stage, and of an arm that goes on
 DECAY, FASTEST, FIRST_STAGE, LONGER = 0.7, 0.4, 1 / 3, 1.6
 SHAPE = 0.1
 ROLLOUTS = 128  # of a step
@@ -399,8 +399,8 @@ def report(runs: Runs, folder: Path) -> str:
         f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate {runs.task.grpo_learning_rate:g}, "
         f"{' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5, unless said, "
-        f"to 0 over {round(DECAY * found.steps)} steps, where it waits for the reward in {round(FASTEST * found.steps)} at "
-        f"the earliest; a first stage takes the place of the first {stage} steps, with as "
+        f"to 0 over {round(DECAY * found.steps)} steps, where it waits for the reward in "
+        f"{round(FASTEST * found.steps)} at the earliest; a first stage takes the place of the first {stage} steps, with as "
         f"many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* is the mean of "
         f"`{REWARDED}` over the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. "
         f"Tokens and CPU seconds are those of {found.steps} "
