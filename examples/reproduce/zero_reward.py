@@ -400,8 +400,8 @@ def report(runs: Runs, folder: Path) -> str:
         f"{' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5, unless said, "
         f"to 0 over {round(DECAY * found.steps)} steps, where it waits for the reward in "
-        f"{round(FASTEST * found.steps)} at the earliest; a first stage takes the place of the first {stage} steps, with "
-        f"as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* is the mean of "
+        f"{round(FASTEST * found.steps)} at the earliest; a first stage takes the place of the first {stage} steps, "
+        f"with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* is the mean of "
         f"`{REWARDED}` over the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. "
         f"Tokens and CPU seconds are those of {found.steps} "
         "steps, without evaluation.",
