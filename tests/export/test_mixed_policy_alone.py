@@ -125,12 +125,6 @@ def test_the_configuration_is_that_of_the_student_again(policy, student, tmp_pat
     assert json.loads((tmp_path / "policy" / "config.json").read_text()) == before
     former_export.clear(tmp_path / "policy")
     assert json.loads((tmp_path / "policy" / "config.json").read_text()) == own
-    earlier = {**own, "auto_map": {"AutoModelForCausalLM": model_files.MIXED_POLICY, "AutoOther": "own.Other"}}
-    (tmp_path / "policy" / "config.json").write_text(json.dumps(earlier))
-    assert model_files.holds_policy(tmp_path / "policy")
-    former_export.clear(tmp_path / "policy")
-    after = json.loads((tmp_path / "policy" / "config.json").read_text())
-    assert after == {**own, "auto_map": {"AutoOther": "own.Other"}}
 
 
 def test_an_adapter_is_as_loud(tmp_path, student, modules_cache):

@@ -278,28 +278,10 @@ def test_model_and_prompts_are_passed_or_named(student, prompts, finished, tmp_p
 def test_settings_as_keyword_arguments(student, prompts, finished):
     repeated = collect_rollouts(student, prompts, str(finished.folder), disable_tqdm=True, **SETTINGS)
     assert repeated.digest == finished.digest
-    with pytest.warns(FutureWarning) as caught:
-        former = collect_rollouts(
-            student,
-            prompts,
-            output_dir=finished.folder,
-            show_progress=False,
-            max_new_tokens=8,
-            dataset_split="train",
-            vllm_server_url=None,
-            **{name: value for name, value in SETTINGS.items() if name != "max_completion_length"},
-        )
-    assert former.digest == finished.digest
-    assert sorted(str(one.message) for one in caught if one.category is FutureWarning) == [
-        "`dataset_split` is now `dataset_train_split`. Rename it.",
-        "`max_new_tokens` is now `max_completion_length`. Rename it.",
-        "`show_progress` is now `disable_tqdm`. Rename it.",
-        "`vllm_server_url` is now `vllm_server_base_url`. Rename it.",
-    ]
-    assert all(one.filename == __file__ for one in caught if one.category is FutureWarning)
+    repeated = collect_rollouts(student, prompts, output_dir=finished.folder, disable_tqdm=True, **SETTINGS)
+    assert repeated.digest == finished.digest
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
     "call", [partial(collect_rollouts, "model", ["1"]), partial(score_rollouts, "store", "model")]
 )
@@ -308,7 +290,6 @@ def test_settings_as_keyword_arguments(student, prompts, finished):
     [
         ("store", {"logp_dtype": "float32"}, "`logp_dtype='float32'` is no setting; did you mean `logps_dtype`"),
         ("store", {"zzz": 1}, "`zzz=1` is no setting. `.*Config` lists them all"),
-        ("store", {"show_progress": False, "disable_tqdm": True}, "`disable_tqdm` is given twice"),
         ("store", {"output_dir": "other"}, "`output_dir` is given twice, the second time as `output_dir='other'`"),
         ("store", {"logps_dtype": "int8"}, "`logps_dtype='int8'` is unknown"),
         (StoreConfig("store"), {}, "`args` is a StoreConfig. Pass a `.*Config`, or the folder"),

@@ -24,8 +24,7 @@ from trl_blend.models.wrappers import AdapterConfig
 
 
 PROVENANCE_FILE = "teacher_provenance.json"
-SCHEMA_VERSION = 2
-"""Of a record of several teachers; that of one has version 1, which former releases read too."""
+SCHEMA_VERSION = 1
 
 
 Routed: TypeAlias = tuple[ModelIdentity, tuple[str, ...]]
@@ -79,9 +78,7 @@ class TeacherProvenance:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        # What former releases do not know they do not read
-        fields = {name: value for name, value in asdict(self).items() if value or name not in ("others", "routes")}
-        return {"schema_version": SCHEMA_VERSION if self.others else 1, **fields}
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TeacherProvenance":
@@ -90,10 +87,10 @@ class TeacherProvenance:
             [`~trl_blend.errors.ConfigError`]: If it was written by a newer release, or not a provenance record.
         """
         version = fields.get("schema_version")
-        if version not in (1, SCHEMA_VERSION):
+        if version != SCHEMA_VERSION:
             raise ConfigError(
-                f"a provenance record of schema_version={version!r}; this release reads 1 and {SCHEMA_VERSION}. "
-                "Update trl_blend, or record the teacher again."
+                f"a provenance record of schema_version={version!r}; this release reads {SCHEMA_VERSION}. Update "
+                "trl_blend, or record the teacher again."
             )
         teacher, *others = map(ModelIdentity.from_dict, [fields["teacher"], *fields.get("others", [])])
         routes = tuple(tuple(names) for names in fields.get("routes", []))

@@ -59,7 +59,7 @@ def wrap_config(folder: Path) -> None:
         "auto_map": AUTO_MAP,
         "model_type": "mixed_policy",
         "student_type": student["model_type"],  # inside, the class of that type would find its configuration
-        "student": _without(student, "model_type"),
+        "student": {name: value for name, value in student.items() if name != "model_type"},
         "vocab_size": _NOT_ALONE,  # where that class is used by name, it says what is wrong with this number
     }
     _write_config(folder, outer)
@@ -81,15 +81,7 @@ def student_config(folder: Path) -> Any:
 
 def _student(folder: Path) -> dict[str, Any]:
     content = read_json(folder / "config.json")
-    if "student" in content:
-        return content["student"] | {"model_type": content["student_type"]}
-    # An export of an earlier release, which only had one entry more
-    others = {name: value for name, value in content["auto_map"].items() if value != MIXED_POLICY}
-    return _without(content, "auto_map") | ({"auto_map": others} if others else {})
-
-
-def _without(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != name}
+    return content["student"] | {"model_type": content["student_type"]}
 
 
 def copy_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -13,14 +12,6 @@ from trl_blend.errors import ConfigError, nearest
 
 
 Config = TypeVar("Config", bound="StoreConfig")
-
-FORMER_NAMES = {
-    "dataset_split": "dataset_train_split",
-    "max_new_tokens": "max_completion_length",
-    "show_progress": "disable_tqdm",
-    "vllm_server_url": "vllm_server_base_url",
-}
-"""Keyword arguments that had another name before the configurations, and the field that each is now."""
 
 
 @dataclass
@@ -295,17 +286,13 @@ def make_config(
     values = {} if args is None else {"output_dir": args}
     known = {entry.name for entry in fields(kind)}
     for name, value in settings.items():
-        field_name = FORMER_NAMES.get(name, name)
-        if field_name not in known:
+        if name not in known:
             raise ConfigError(
                 f"`{name}={value!r}` is no setting{nearest(name, known) or '.'} `{kind.__name__}` lists them all."
             )
-        if field_name != name:
-            warnings.warn(f"`{name}` is now `{field_name}`. Rename it.", FutureWarning, stacklevel=3)
-            value = not value if name == "show_progress" else value
-        if field_name in values:
-            raise ConfigError(f"`{field_name}` is given twice, the second time as `{name}={value!r}`. Drop one.")
-        values[field_name] = value
+        if name in values:
+            raise ConfigError(f"`{name}` is given twice, the second time as `{name}={value!r}`. Drop one.")
+        values[name] = value
     if "output_dir" not in values:
         raise ConfigError(f"`args` is missing. Pass the folder of the store, or `{kind.__name__}(output_dir=...)`.")
     return kind(**values)

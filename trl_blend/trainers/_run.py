@@ -1,7 +1,6 @@
 """What every trainer of this package does around its training: card, checkpoints, pushes to the Hub, callbacks."""
 
 import functools
-import inspect
 import json
 import math
 import shutil
@@ -329,8 +328,6 @@ def prepare_repository(args: Any) -> None:
 
 def _check_write(api: HfApi, repo_id: str) -> None:
     """The client takes a repository that exists for created, whoever it belongs to."""
-    if "write" not in inspect.signature(api.auth_check).parameters:  # an older huggingface_hub
-        return
     try:
         api.auth_check(repo_id, write=True)
     except RepositoryNotFoundError:
