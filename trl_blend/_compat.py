@@ -230,9 +230,11 @@ def gather_lm_head(*parameters: torch.Tensor | None) -> AbstractContextManager[N
     return trl_utils.maybe_gather_lm_head_ctx(*[p for p in parameters if hasattr(p, "ds_status")])
 
 
-def get_config_model_id(config: PretrainedConfig) -> str:
-    """Upstream: `trl.trainer.utils.get_config_model_id`. Removal: it becomes public."""
-    return trl_utils.get_config_model_id(config)
+# Called as they are. Upstream: `trl.trainer.utils`. Removal: they become public.
+create_model_from_path = trl_utils.create_model_from_path
+get_callable_name = trl_utils.get_callable_name
+get_config_model_id = trl_utils.get_config_model_id
+print_prompt_completions_sample = trl_utils.print_prompt_completions_sample
 
 
 def load_replicated(model_id: str, **kwargs) -> PreTrainedModel:
@@ -251,11 +253,6 @@ def load_replicated(model_id: str, **kwargs) -> PreTrainedModel:
         patch.dict(os.environ, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}),
     ):
         return create_model_from_path(model_id, **kwargs)
-
-
-def create_model_from_path(model_id: str, **kwargs) -> PreTrainedModel:
-    """Upstream: `trl.trainer.utils.create_model_from_path`. Removal: it becomes public."""
-    return trl_utils.create_model_from_path(model_id, **kwargs)
 
 
 @contextmanager
@@ -290,16 +287,6 @@ def call_server(client: Any, method: str, args: Sequence[Any]) -> list[Any]:
     """
     url = f"{client.base_url}/collective_rpc"
     return client._post(url, json={"method": method, "args": list(args)})["results"]
-
-
-def get_callable_name(function: Callable) -> str:
-    """Upstream: `trl.trainer.utils.get_callable_name`. Removal: it becomes public."""
-    return trl_utils.get_callable_name(function)
-
-
-def print_prompt_completions_sample(*args, **kwargs) -> None:
-    """Upstream: `trl.trainer.utils.print_prompt_completions_sample`. Removal: it becomes public."""
-    trl_utils.print_prompt_completions_sample(*args, **kwargs)
 
 
 def card_template(path: str) -> str:
