@@ -55,6 +55,7 @@ def score_sequences(
     tokens_per_batch: int = 16384,
     on_rows: OnRows | None = None,
     vocab_size: int | None = None,
+    fuses: bool | None = None,
 ) -> list[TokenScores]:
     """
     Log-probability of every completion token given its prefix: one forward pass, no sampling, no gradient.
@@ -80,6 +81,8 @@ def score_sequences(
         vocab_size (`int`, *optional*):
             Ids below it are tokens; the other rows of the model are padding and have no probability. All rows by
             default.
+        fuses (`bool`, *optional*):
+            What [`can_fuse`] found for the model, where it was asked before.
 
     Returns:
         `list[TokenScores]`: One per row, in the order given, in float32 (float64 for a float64 model).
@@ -91,28 +94,13 @@ def score_sequences(
         [`~trl_blend.errors.UnsupportedError`]: If the model is not causal.
     """
     inner: Any = innermost_model(model, "model")
-    return _score_rows(inner, prompt_ids, completion_ids, top_k, tokens_per_batch, on_rows, vocab_size)
-
-
-def _score_rows(
-    inner: Any,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    top_k: int | None,
-    tokens_per_batch: int,
-    on_rows: OnRows | None,
-    vocab_size: int | None,
-    *,
-    fuses: bool | None = None,
-) -> list[TokenScores]:
-    """[`score_sequences`]; `fuses` is what [`_can_fuse`] found for the model, where it was asked before."""
     _check_rows(inner, prompt_ids, completion_ids, vocab_size)
     if tokens_per_batch < 1:
         raise ConfigError(f"`tokens_per_batch={tokens_per_batch}` must be at least 1.")
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     scores: dict[int, TokenScores] = {}
     with torch.no_grad(), evaluation_mode(inner):
-        fuses = _can_fuse(inner) if fuses is None else fuses
+        fuses = can_fuse(inner) if fuses is None else fuses
         with _fused_head(inner) if fuses else nullcontext():
             for batch in length_sorted_batches(lengths, tokens_per_batch if fuses else 1):
                 rows = [[*prompt_ids[index], *completion_ids[index]] for index in batch]
@@ -124,7 +112,7 @@ def _score_rows(
     return [scores[index] for index in range(len(lengths))]
 
 
-def _can_fuse(model: Any) -> bool:
+def can_fuse(model: Any) -> bool:
     """Whether batches of hidden states and the output layer give the model's own log-probabilities."""
     with _fused_head(model):
         try:
@@ -313,10 +301,16 @@ class LocalEngine:
         """Scores of the rows, in order, over the first `vocab_size` rows of the vocabulary."""
         if self._fuses is None:
             with torch.no_grad(), evaluation_mode(self.model):
-                self._fuses = _can_fuse(self.model)
-        budget = self._args.tokens_per_batch
-        return _score_rows(
-            self.model, prompt_ids, completion_ids, top_k, budget, on_rows, vocab_size, fuses=self._fuses
+                self._fuses = can_fuse(self.model)
+        return score_sequences(
+            self.model,
+            prompt_ids,
+            completion_ids,
+            top_k=top_k,
+            tokens_per_batch=self._args.tokens_per_batch,
+            on_rows=on_rows,
+            vocab_size=vocab_size,
+            fuses=self._fuses,
         )
 
     def sample(
