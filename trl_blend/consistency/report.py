@@ -8,7 +8,6 @@ from trl_blend.errors import ConsistencyError
 
 
 Severity = Literal["ok", "info", "warning", "error", "missing"]
-SEVERITIES: tuple[Severity, ...] = ("ok", "info", "warning", "error", "missing")
 
 
 @dataclass(frozen=True)

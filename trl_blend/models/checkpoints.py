@@ -78,14 +78,14 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], local_files_
 
 
 def missing_model(
-    name: str, error: Exception, argument: str | None = None, revision: str | None = None, what: str = "model"
+    name: str, error: Exception, argument: str | None = None, revision: str | None = None
 ) -> ConfigError:
     """The error of a name that leads nowhere, to be raised from `error`, which says why."""
     given = f"`{argument}={name!r}`" if argument else repr(name)
     where = f" at revision {revision!r}" if revision else ""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ConfigError(
-        f"{given}{where} is neither a folder with a {what} nor one that can be had from the Hub or its cache. Correct "
+        f"{given}{where} is neither a folder with a model nor one that can be had from the Hub or its cache. Correct "
         f"the path or the id. ({reason})"
     )
 

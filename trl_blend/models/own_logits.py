@@ -30,8 +30,6 @@ From `input_ids` of shape `(B, T)` and `attention_mask` or `position_ids` to log
 those of the `n` positions before the last one.
 """
 
-LAYOUTS = ("right_padded", "left_padded", "packed")
-
 _LENGTH, _AROUND = 8, 6  # tokens of the compared sequence, and of what stands around it
 # Root mean square difference, relative to the spread of the log-probabilities
 _EXACT, _ROUNDED, _ROUTED = 1e-3, 2e-2, 0.2
