@@ -5,7 +5,7 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -434,18 +434,15 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         finally:
             self.generation_kwargs, self.generation_config = saved
 
-    def _engine_correction(self, weights: tuple[float, ...]) -> AbstractContextManager[None]:
+    @contextmanager
+    def _engine_correction(self, weights: tuple[float, ...]) -> Iterator[None]:
         """
         Leave out TRL's correction for the difference between engine and trainer where the ratio has the engine's own
         probabilities in its denominator: `objective="student"`, while tokens come from the mixture.
         """
-        corrects = self.engine is None or self.args.objective == "mixed" or not any(weights)
-        return nullcontext() if corrects else self._without_correction()
-
-    @contextmanager
-    def _without_correction(self) -> Iterator[None]:
         saved = self.vllm_importance_sampling_correction
-        self.vllm_importance_sampling_correction = False
+        if self.args.objective == "student" and any(weights):
+            self.vllm_importance_sampling_correction = False
         try:
             yield
         finally:
