@@ -413,10 +413,9 @@ _CHECKS = [
 
 
 def report(runs: Runs, folder: Path) -> str:
-    """Write two CSV files and two figures; returns the Markdown."""
+    """Write a CSV file and two figures; returns the Markdown."""
     found = Results(runs)
     study.write_csv(folder / "logit_mixing.csv", [row for name in found.names for row in _arm_rows(found, name)])
-    study.write_csv(folder / "logit_mixing_runs.csv", [row for name in found.names for row in _run_rows(found, name)])
     for figure, names in FIGURES.items():
         _plot(found, [name for name in names if name in found.names], folder / f"logit_mixing_{figure}.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
@@ -476,14 +475,6 @@ def _arm_rows(found: Results, name: str) -> Iterator[dict[str, Any]]:
             row |= {f"{kind}_before": float(found.before(name, policy, kind).mean())}
             row |= {kind: estimate.value, f"{kind}_se": estimate.error}
         yield row | {cost: round(found.runs.cost(name, cost), 1) for cost in COSTS}
-
-
-def _run_rows(found: Results, name: str) -> Iterator[dict[str, Any]]:
-    for run in found.runs.of(name):
-        for policy in found.policies(name):
-            row = {"arm": name, "seed": run["seed"], "policy": policy, "weight": run["final"][policy]["weight"]}
-            row |= {kind: run["final"][policy][kind].count("1") / found.start["n_test"] for kind in KINDS}
-            yield row | {cost: run[cost] for cost in COSTS[:4]}
 
 
 def _plot(found: Results, names: list[str], path: Path) -> None:

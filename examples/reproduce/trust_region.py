@@ -451,7 +451,7 @@ def _entropy(found: Results) -> Iterator[Claim]:
 
 
 def report(runs: Runs, folder: Path) -> str:
-    """Write the CSV files and figures of what is finished; returns the Markdown."""
+    """Write the CSV file and the figures of what is finished; returns the Markdown."""
     found = Results(runs)
     names = {"sampled": "at T = 1", "greedy": "greedy"}
     start = "; ".join(
@@ -468,7 +468,6 @@ def report(runs: Runs, folder: Path) -> str:
     ]
     if found.names:
         study.write_csv(folder / "trust_region.csv", [_arm_row(found, name) for name in found.names])
-        study.write_csv(folder / "trust_region_curves.csv", list(_curve_rows(found)))
         _plot_curves(found, folder / "trust_region_curves.png")
         _plot_entropy(found, folder / "trust_region_entropy.png")
         lines += _training(found)
@@ -496,15 +495,6 @@ def _arm_row(found: Results, name: str) -> dict[str, Any]:
             row |= {f"{decoding}_{place}": estimate.value, f"{decoding}_{place}_se": estimate.error}
         row[f"{decoding}_best_step"] = found.best_step(name, decoding)
     return row | {key: round(found.runs.cost(name, key), 1) for key in ("train_seconds", "cpu_seconds")}
-
-
-def _curve_rows(found: Results) -> Iterator[dict[str, Any]]:
-    for name in found.names:
-        curves = {decoding: found.curve(name, decoding)[1] for decoding in DECODINGS}
-        for index, run in enumerate(found.runs.of(name)):
-            for point, step in enumerate([0, *found.points]):
-                rates = {decoding: float(curve[index, point]) for decoding, curve in curves.items()}
-                yield {"arm": name, "seed": run["seed"], "step": step, **rates}
 
 
 def _training(found: Results) -> list[str]:

@@ -284,18 +284,9 @@ def claims(probes: list[dict[str, Any]]) -> Iterator[Claim]:
 
 
 def report(probes: list[dict[str, Any]], folder: Path, stem: str = "trust_region") -> list[str]:
-    """Write two CSV files and two figures, whose names begin with `stem`; returns Markdown lines."""
+    """Write two figures, whose names begin with `stem`; returns Markdown lines."""
     policies, lengths = _cut(probes)
     all_policies = list(probes[0]["support"])
-    study.write_csv(
-        folder / f"{stem}_support.csv",
-        [
-            {"policy": policy, "seed": probe["seed"]} | {key: probe["support"][policy].get(key, "") for key in SUPPORT}
-            for policy in all_policies
-            for probe in probes
-        ],
-    )
-    study.write_csv(folder / f"{stem}_prefixes.csv", list(_prefix_rows(probes)))
     _plot_support(probes, folder / f"{stem}_support.png")
     _plot_prefixes(probes, folder / f"{stem}_prefixes.png")
     n, per_prompt = probes[0]["n_probe"], probes[0]["rollouts_per_prompt"]
@@ -347,24 +338,6 @@ def report(probes: list[dict[str, Any]], folder: Path, stem: str = "trust_region
 
 def _shown(policy: str) -> str:
     return "teacher alone" if policy == TEACHER else "student (ε = 0)" if policy == "0.0" else f"ε = {policy}"
-
-
-def _prefix_rows(probes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    policies, lengths = _cut(probes)
-    for policy in ("0.0", *policies):
-        for model in ("teacher", "student"):
-            for length in lengths:
-                scores, gained = success(probes, policy, model, length), gain(probes, policy, model, length)
-                yield {
-                    "budget": float(policy),
-                    "continued_by": model,
-                    "length": length,
-                    "success": float(scores.mean()),
-                    "gain": gained.value,
-                    "gain_se": gained.error,
-                    "ended_before": sum(probe["ended"][policy][str(length)] for probe in probes),
-                    "prompts": scores.size,
-                }
 
 
 def _plot_support(probes: list[dict[str, Any]], path: Path) -> None:
