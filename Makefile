@@ -46,7 +46,7 @@ demo: install  ## train a student with its teacher on two CPU cores and print a 
 
 # Rollouts are kept, so that a second run starts at the training; `rm -r outputs/demo_offline` starts anew.
 DEMO_OFFLINE := outputs/demo_offline
-demo-offline: install  ## offline distillation in four stages on two CPU cores: before/after table, step times (2 minutes)
+demo-offline: install  ## offline distillation in four stages on two CPU cores: before/after table (2 minutes)
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/python examples/testbed/prompts.py --n 2560 \
 		--output $(DEMO_OFFLINE)/prompts.jsonl
 	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/trl-blend rollouts --dtype float32 --batch_size 64 \
@@ -60,7 +60,6 @@ demo-offline: install  ## offline distillation in four stages on two CPU cores: 
 	$(BIN)/accelerate launch --config_file examples/accelerate_configs/cpu.yaml \
 		--num_cpu_threads_per_process $(DEMO_THREADS) \
 		examples/offline_opd.py --config examples/configs/offline_opd_testbed.yaml
-	OMP_NUM_THREADS=$(DEMO_THREADS) $(BIN)/python examples/reproduce/compare_live.py --scored $(DEMO_OFFLINE)/scored
 
 test: install  ## run the test suite without the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -65,19 +65,6 @@ def test_the_testbed_run_prints_and_saves_what_its_checkpoints_score(scored, tmp
     assert "2604.13010" in card
 
 
-def test_the_step_times_of_offline_and_live_distillation(scored):
-    printed = run(
-        "examples/reproduce/compare_live.py", "--scored", str(scored), "--steps", "2", "--batch_size", "4",
-    )  # fmt: skip
-    # Ratios of the times that stand beside them
-    rows = re.findall(r"│ (offline|live, [^│]+?) +│ +([\d.]+) │ +([\d,]+) │ +([\d.]+) │", printed)
-    assert [name for name, *_ in rows] == ["offline", "live, sampled token", "live, full KL (TRL)"]
-    seconds = [float(row[1]) for row in rows]
-    for (_, _, tokens, ratio), own in zip(rows, seconds, strict=True):
-        assert float(ratio) == pytest.approx(own / seconds[0], rel=0.05)
-        assert int(tokens.replace(",", "")) > 0
-
-
 def test_prompts_of_the_testbed_are_written_as_json_lines(tmp_path):
     file = tmp_path / "new" / "prompts.jsonl"
     run("examples/testbed/prompts.py", "--n", "5", "--seed", "3", "--output", str(file))
