@@ -13,7 +13,6 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ class EvalResult:
 
 @torch.no_grad()
 def generate_texts(
-    model: PreTrainedModel | Callable[..., torch.Tensor],
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[dict[str, str]]],
     batch_size: int = 128,
@@ -104,10 +103,8 @@ def generate_texts(
     Decode one completion per conversational prompt and return the texts without special tokens.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `Callable`):
-            A model, whose `generate` is looked up at every batch (so that it may be patched, as blended generation
-            does), or a function with the signature of `generate` that returns ids of shape `(B, P + T)`, prompt
-            included.
+        model ([`~transformers.PreTrainedModel`]):
+            Its `generate` may be patched, as blended generation does.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer with a chat template and a padding token. Its padding side is not changed.
         prompts (`list[list[dict[str, str]]]`):
@@ -122,10 +119,8 @@ def generate_texts(
     """
     if do_sample:
         generate_kwargs = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **generate_kwargs}
-    device = getattr(model, "device", None)
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
+    training = model.training
+    model.eval()
     texts: list[str] = []
     try:
         for start in range(0, len(prompts), batch_size):
@@ -137,19 +132,17 @@ def generate_texts(
                 return_dict=True,
                 tokenizer_kwargs={"padding_side": "left"},
             )
-            inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
-            generate = model.generate if hasattr(model, "generate") else model
-            output = generate(**inputs, do_sample=do_sample, max_new_tokens=max_new_tokens, **generate_kwargs)
+            inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            output = model.generate(**inputs, do_sample=do_sample, max_new_tokens=max_new_tokens, **generate_kwargs)
             completion_ids = output[:, inputs["input_ids"].shape[1] :]
             texts.extend(tokenizer.batch_decode(completion_ids, skip_special_tokens=True))
     finally:
-        if training:
-            model.train()
+        model.train(training)
     return texts
 
 
 def evaluate(
-    model: PreTrainedModel | Callable[..., torch.Tensor],
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     batch_size: int = 128,
@@ -189,24 +182,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["student", "base", "teacher", "sft_student"])
     parser.add_argument("--task", default=ADDITION, choices=TASKS)
-    parser.add_argument("--split", default="test", choices=["train", "validation", "test"])
     parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--data_seed", type=int, default=0)
-    parser.add_argument("--sampling_seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=128)
     args = parser.parse_args()
 
     task = TASKS[args.task]
-    dataset = task.prompts(args.split, args.n, args.data_seed)
-    print(f"{args.n} {args.split} prompts, rate ± standard error\n")
+    dataset = task.prompts("test", args.n)
+    print(f"{args.n} test prompts, rate ± standard error\n")
     print("| model | decoding | answer | format | boxed answer | answer and format | seconds |")
     print("|---|---|---|---|---|---|---|")
     for path in dict.fromkeys(map(task.model, args.models)):
         model, tokenizer = load_checkpoint(path)
         for do_sample in (False, True):
-            torch.manual_seed(args.sampling_seed)
+            torch.manual_seed(0)
             start = time.perf_counter()
-            result = evaluate(model, tokenizer, dataset, args.batch_size, task.max_new_tokens, do_sample=do_sample)
+            result = evaluate(model, tokenizer, dataset, max_new_tokens=task.max_new_tokens, do_sample=do_sample)
             cells = " | ".join(
                 f"{getattr(result, key + '_rate'):.3f} ± {getattr(result, key + '_se'):.3f}"
                 for key in ("answer", "format", "boxed", "reward")

@@ -13,12 +13,11 @@ def build_teacher_dataset(
     tokenizer: PreTrainedTokenizerBase,
     n: int,
     seed: int = 0,
-    temperature: float = 1.0,
     batch_size: int = 512,
     task: Task = TASKS[ADDITION],
 ) -> Dataset:
     """
-    Sample one completion per training prompt and return a conversational prompt-completion dataset.
+    Sample one completion per training prompt, at temperature 1, and return a conversational prompt-completion dataset.
 
     The samples are kept right or wrong: a student trained on them learns the distribution of the teacher. Only a
     sample that did not end within the length limit is left out, since its end would be invented here.
@@ -32,8 +31,6 @@ def build_teacher_dataset(
             Number of prompts.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw of the prompts and of the sampling. The state of torch's generator is left as it was.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the samples; nothing else is cut off.
         batch_size (`int`, *optional*, defaults to `512`):
             Prompts per call of `generate`.
         task ([`~testbed.tasks.Task`], *optional*):
@@ -42,9 +39,7 @@ def build_teacher_dataset(
     prompts = list(task.prompts("train", n, seed)["prompt"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        texts = generate_texts(
-            model, tokenizer, prompts, batch_size, task.max_new_tokens, do_sample=True, temperature=temperature
-        )
+        texts = generate_texts(model, tokenizer, prompts, batch_size, task.max_new_tokens, do_sample=True)
     ended = [len(tokenizer(text)["input_ids"]) < task.max_new_tokens for text in texts]
     return Dataset.from_dict(
         {

@@ -238,7 +238,9 @@ def test_evaluation_counts_what_a_generate_function_returns():
         calls.append(len(texts))
         return torch.cat([input_ids, tokenizer(texts, return_tensors="pt", padding=True)["input_ids"]], dim=1)
 
-    result = evaluate(generate, tokenizer, dataset, batch_size=4)
+    model = Echo(None)
+    model.generate = generate
+    result = evaluate(model, tokenizer, dataset, batch_size=4)
     assert calls == [4, 4, 2] and padded > 0
     assert (result.answer_rate, result.format_rate, result.boxed_rate, result.reward_rate) == (0.7, 0.7, 0.4, 0.4)
     assert result.answer_se == pytest.approx((0.7 * 0.3 / 10) ** 0.5)
