@@ -44,34 +44,14 @@ from trl_blend.trainers.logit_mix_grpo.mixed_forward import MixedForward
 from trl_blend.trainers.logit_mix_grpo.saving import MixedPolicyFiles, MixedPolicySaving
 
 
-# A resumed run with other values of these does not continue the interrupted one
-_RECORDED = (
-    "teacher_weight",
-    "teacher_weight_schedule",
-    "teacher_weight_decay_steps",
-    "teacher_weight_min_reward",
-    "mixing_space",
-    "objective",
-    "is_clip_mode",
-    "is_clip_max",
-    "adaptive_num_prompts",
-    "adaptive_interval",
-    "adaptive_scale",
-    "adaptive_offset",
-    "adaptive_max_weight",
-    "adaptive_success_threshold",
-    "loss_type",
-    "importance_sampling_level",
-    "scale_rewards",
-    "beta",
-    "epsilon",
-    "epsilon_high",
-    "delta",
-    "num_generations",
-    "num_iterations",
-    "temperature",
-    "max_completion_length",
+# A resumed run with other values of these does not continue the interrupted one: all options but those that name the
+# teacher, which is compared itself, and those of evaluation and engine
+_OTHERS = ("teacher_model_", "eval_policy", "vllm_")
+_OF_THE_PARENT = (
+    *("loss_type", "importance_sampling_level", "scale_rewards", "beta", "epsilon", "epsilon_high", "delta"),
+    *("num_generations", "num_iterations", "temperature", "max_completion_length"),
 )
+_RECORDED = [name for name in LogitMixGRPOConfig.__annotations__ if not name.startswith(_OTHERS)] + [*_OF_THE_PARENT]
 
 
 class GreedyRewards(NamedTuple):
