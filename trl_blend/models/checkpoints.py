@@ -92,14 +92,9 @@ def missing_model(
 
 def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, LazyTensor]:
     """
-    How to read each tensor of a checkpoint: safetensors, else PyTorch files, one file or shards with an index. Only
-    the files of the index are read, so shards left over from another save do not count.
-
-    Args:
-        checkpoint ([`Checkpoint`]):
-            Where.
-        stem (`str`, *optional*, defaults to `"model"`):
-            `"adapter_model"` for an adapter.
+    How to read each tensor of a checkpoint (`stem="adapter_model"`: of an adapter): safetensors, else PyTorch files,
+    one file or shards with an index. Only the files of the index are read, so shards left over from another save do
+    not count.
     """
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(checkpoint, stem):

@@ -15,18 +15,11 @@ def check_tokenizers(
     student_tokenizer: Any, partner_tokenizer: Any, *, partner_name: str = "teacher_model", remedy: str = ""
 ) -> None:
     """
-    Check that two tokenizers map the same tokens to the same ids, added tokens included.
+    Check that two tokenizers, or those of two processors, map the same tokens to the same ids, added tokens included.
 
     Special roles may differ: base and chat models of one family use different tokens as EOS or padding, over the same
-    map. Not compared: how text is split into tokens, and the chat template.
-
-    Args:
-        student_tokenizer, partner_tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`):
-            The tokenizers, or processors that hold them.
-        partner_name (`str`, *optional*, defaults to `"teacher_model"`):
-            Name of the argument that holds the partner, for the error message.
-        remedy (`str`, *optional*, defaults to `""`):
-            Sentence to end the error message with.
+    map. Not compared: how text is split into tokens, and the chat template. `partner_name` is the argument that holds
+    the partner, and `remedy` a sentence to end the message with.
 
     Raises:
         [`~trl_blend.errors.TokenizerMismatchError`]: If an id is a different token in the two maps, or is a token in
@@ -53,21 +46,13 @@ def check_vocab_sizes(
     student_rows: int, partner_rows: int, tokenizer: Any = None, *, partner_name: str = "teacher_model"
 ) -> None:
     """
-    Check that a partner has a row for every token of the student, and both one for the special tokens, which occur in
-    every run.
+    Check that a partner, held by the argument `partner_name`, has a row for every token of the student, and both one
+    for the special tokens, which occur in every run.
 
-    Checkpoints of one family pad their output layers to different sizes; rows beyond the tokenizer's ids are no
-    tokens, so their number may differ. A tokenizer may have ids beyond the student's rows too, such as the image
-    tokens of relatives: they are only refused where they occur.
-
-    Args:
-        student_rows, partner_rows (`int`):
-            Rows of the models, see [`~trl_blend.models.limits.vocabulary_rows`].
-        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*):
-            The tokenizer that they share, or the student's where that of the partner is unknown. Without one, every
-            row of the student counts as a token.
-        partner_name (`str`, *optional*, defaults to `"teacher_model"`):
-            Name of the argument that holds the partner, for the error message.
+    Checkpoints of one family pad their output layers to different sizes; rows (see
+    [`~trl_blend.models.limits.vocabulary_rows`]) beyond the tokenizer's ids are no tokens, so their number may differ.
+    Without a tokenizer every row of the student counts as one. A tokenizer may have ids beyond the student's rows too,
+    such as the image tokens of relatives: they are only refused where they occur.
 
     Raises:
         [`~trl_blend.errors.TokenizerMismatchError`]: If a row is missing.

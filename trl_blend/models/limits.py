@@ -13,16 +13,11 @@ _NO_LIMIT = 10**12
 
 def context_length(config: Any, tokenizer: Any = None) -> int | None:
     """
-    Number of positions that a model was built for. `None` where nothing says it, as for recurrent models.
+    Number of positions that a model was built for, or where its configuration gives none, the `model_max_length` of
+    its tokenizer. `None` where nothing says it, as for recurrent models.
 
-    A sliding window does not count: it bounds what a token sees, not where a text ends.
-
-    Args:
-        config ([`~transformers.PretrainedConfig`]):
-            Configuration of the model. Where several of its fields give a length, as with RoPE scaling, the longest
-            one counts: a model is not refused what one of them allows.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Its `model_max_length` counts where the configuration gives none.
+    A sliding window does not count: it bounds what a token sees, not where a text ends. Of several fields that give a
+    length, as with RoPE scaling, the longest one counts: a model is not refused what one of them allows.
     """
     text = config.get_text_config()
     lengths = [value for name in (*_LENGTHS, "model_max_length") if _is_length(value := getattr(text, name, None))]
@@ -50,15 +45,10 @@ def _rope_scalings(config: Any) -> Iterator[dict[str, Any]]:
 
 def num_token_ids(tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> int:
     """
-    One more than the largest id that is a token, added tokens included. Rows of a model beyond it are padding.
+    One more than the largest id that is a token of a tokenizer or processor, added tokens and `eos_token_ids`, which a
+    tokenizer may not know, included. Rows of a model beyond it are padding.
 
     This is not `len(tokenizer)`, which counts the tokens: ids may be left out below it.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            The tokenizer, or a processor that holds it.
-        eos_token_ids (`Iterable[int]`, *optional*):
-            Tokens that end the model's texts, which its tokenizer may not know.
     """
     vocabulary = getattr(tokenizer, "tokenizer", tokenizer).get_vocab()
     return max([*vocabulary.values(), *eos_token_ids], default=-1) + 1
@@ -68,10 +58,6 @@ def vocabulary_rows(model: Any) -> int:
     """
     Number of ids that a model can read and give: the rows that its embedding and its output layer both have. Of a
     configuration it is the `vocab_size`, which a resized model may not have any more.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~transformers.PretrainedConfig`]):
-            The model, or its configuration.
     """
     sizes = []
     for find, name in (("get_input_embeddings", "num_embeddings"), ("get_output_embeddings", "out_features")):

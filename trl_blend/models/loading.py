@@ -127,11 +127,8 @@ def find_config(model: str | PreTrainedModel, argument: str, **options: Any) -> 
 
 def find_adapter(model: str | PreTrainedModel, argument: str, **options: Any) -> AdapterConfig | None:
     """
-    Settings of the adapter that a name or a model in memory stands for; `None` where it stands for a whole model.
-
-    Args:
-        model, argument, options:
-            See [`find_config`].
+    Settings of the adapter that a name or a model in memory stands for; `None` where it stands for a whole model. The
+    arguments are those of [`find_config`].
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no model of that name.
@@ -147,20 +144,12 @@ def find_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """
     Tokenizer beside a model, or beside the one that a model in memory was loaded from; for an adapter that was saved
-    without one, that of its base.
-
-    Args:
-        model, argument, options:
-            See [`find_config`].
-        required (`bool`, *optional*, defaults to `False`):
-            Whether to raise where there is none.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerBase`], or `None` where there is none, as for a model built in memory.
+    without one, that of its base. `None` where there is none, as for a model built in memory. The other arguments are
+    those of [`find_config`].
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no model of that name, its tokenizer cannot be read, or there is
-            none and `required`.
+            none and it is `required`.
     """
     tokenizer = None
     if isinstance(model, str):
@@ -178,11 +167,8 @@ def find_tokenizer(
 
 def find_generation_config(model: str | PreTrainedModel, argument: str, **options: Any) -> GenerationConfig | None:
     """
-    Generation configuration of a model; for an adapter without one, that of its base. `None` where there is none.
-
-    Args:
-        model, argument, options:
-            See [`find_config`].
+    Generation configuration of a model; for an adapter without one, that of its base. `None` where there is none. The
+    arguments are those of [`find_config`].
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no model of that name.
@@ -218,15 +204,8 @@ def load_model(
     model: str | PreTrainedModel, argument: str, options: LoadOptions, device: torch.device | None = None
 ) -> PreTrainedModel:
     """
-    A causal language model, whole on one device, see [`load_frozen`]. One that is loaded already is returned as it is.
-
-    Args:
-        model, argument:
-            See [`find_config`].
-        options ([`LoadOptions`]):
-            How to load it.
-        device (`torch.device`, *optional*):
-            Where to put it, the CPU by default.
+    A causal language model, whole on one device, by default the CPU, see [`load_frozen`]. One that is loaded already
+    is returned as it is.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no such model.
@@ -246,13 +225,7 @@ def load_model(
 def load_frozen(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
     """
     Load a model by name with all of its weights on every process, without gradients and in evaluation mode. An adapter
-    is put on its base.
-
-    Args:
-        name, argument:
-            See [`find_config`].
-        arguments:
-            Of `from_pretrained`, as they are: `dtype=None` is the checkpoint's.
+    is put on its base. `arguments` are those of `from_pretrained`, as they are: `dtype=None` is the checkpoint's.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no such model, its files are damaged, or weights are missing.
@@ -268,14 +241,8 @@ def load_frozen(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
 def load_trainable_adapter(name: str, argument: str, **arguments: Any) -> PreTrainedModel:
     """
     Load an adapter by name on its base, to go on training it: the adapter has gradients and the base has none. It is
-    what [`~peft.AutoPeftModelForCausalLM`] loads with `is_trainable=True`, as a trainer of TRL loads a base.
-
-    Args:
-        name, argument, arguments:
-            See [`load_frozen`].
-
-    Raises:
-        [`~trl_blend.errors.ConfigError`]: See [`load_frozen`].
+    what [`~peft.AutoPeftModelForCausalLM`] loads with `is_trainable=True`, as a trainer of TRL loads a base. Arguments
+    and errors are those of [`load_frozen`].
     """
     from trl_blend import _compat
 

@@ -17,13 +17,8 @@ def plain_output_layer(model: nn.Module, argument: str) -> Any:
     The layer whose weight and bias are all that the output layer of `model` computes, its active adapters included.
 
     That is the model's own layer wherever it can be. Under an adapter it is a copy, into which the adapter is merged:
-    the model keeps its weights, tied embeddings included, and the copy has no gradient.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Causal language model.
-        argument (`str`):
-            Name of the argument that holds it, for the error messages.
+    the model keeps its weights, tied embeddings included, and the copy has no gradient. `argument` names the one that
+    holds the model, for the messages.
 
     Raises:
         [`~trl_blend.errors.UnsupportedError`]: If there is no output layer, or its weight is quantised.

@@ -116,14 +116,8 @@ def _tensor_digest(read: LazyTensor) -> _TensorDigest:
 
 def fingerprint_tensors(tensors: Mapping[str, LazyTensor], layout: Layout | None = None) -> WeightsFingerprint:
     """
-    Fingerprint of named tensors. Reads one tensor per thread at a time, one piece of it at a time: memory does not
-    grow with the model.
-
-    Args:
-        tensors (`Mapping[str, Callable[[], torch.Tensor]]`):
-            How to get each tensor.
-        layout ([`Layout`], *optional*):
-            Names of the architecture.
+    Fingerprint of tensors, given by name and how to get each, of an architecture with these names. Reads one tensor
+    per thread at a time, one piece of it at a time: memory does not grow with the model.
     """
     layout = layout or Layout()
     names = sorted(name for name in tensors if not _is_legacy_buffer(name, tensors))
