@@ -63,25 +63,8 @@ def inspect_store(
     verify: bool = False,
 ) -> Inspection:
     """
-    Summary of a store and the findings about it. Without a model, only what the store itself shows is checked.
-
-    Args:
-        store (`str` or [`~trl_blend.rollouts.store.RolloutStore`]):
-            Rollouts, scored or not: folder or dataset repository.
-        revision (`str`, *optional*):
-            Revision of the repository.
-        model_name_or_path (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The student that is to be trained: its weights, tokenizer and provenance are compared too.
-        model_revision, teacher_model_revision (`str`, *optional*):
-            Revisions of the models on the Hub.
-        teacher_model_name_or_path (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            A live teacher, to score some rows again with.
-        sft_teacher (`str`, *optional*):
-            Teacher of the student's fine-tuning, stated by the user.
-        rescore_num_rows (`int`, *optional*, defaults to `64`):
-            Rows to score again.
-        verify (`bool`, *optional*, defaults to `False`):
-            Whether to compare every checksum and check every row.
+    Summary of a store and the findings about it: what `trl-blend inspect` prints, whose options are the arguments.
+    Without a model, only what the store itself shows is checked.
 
     Raises:
         [`~trl_blend.errors.StoreError`]: If the store cannot be read, or `verify` finds it broken.

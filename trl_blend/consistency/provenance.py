@@ -229,16 +229,8 @@ def _refuse_another(folder: Path, identities: Sequence[ModelIdentity], remedy: s
 
 def read_provenance(student: Any, *, revision: str | None = None) -> TeacherProvenance | None:
     """
-    The record beside a student's checkpoint. An adapter without one has its base model's.
-
-    Args:
-        student (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Folder or Hub id; a model in memory: where it was loaded from.
-        revision (`str`, *optional*):
-            Revision of a Hub id.
-
-    Returns:
-        [`TeacherProvenance`], or `None` where there is none.
+    The record beside a student's checkpoint: a folder or Hub id, or where a model in memory was loaded from. An
+    adapter without one has its base model's. `None` where there is none.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is a file that is no record, or the name is no model.

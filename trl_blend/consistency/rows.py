@@ -62,16 +62,8 @@ class SampledRows:
 
 def sample_rows(scored: Any, num_rows: int, seed: int = 0) -> SampledRows:
     """
-    Draw rows without replacement, in random order, from at most eight shards of a store. A streamed dataset gives its
-    first ones.
-
-    Args:
-        scored ([`~trl_blend.rollouts.store.RolloutStore`], [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Scored rollouts.
-        num_rows (`int`):
-            How many; all where there are fewer.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw.
+    Draw rows of a store or dataset without replacement, in random order, from at most eight shards of a store; all of
+    them where there are fewer than `num_rows`. A streamed dataset gives its first ones.
 
     Raises:
         [`~trl_blend.errors.StoreError`]: If a column is missing or a drawn row is not valid.

@@ -68,13 +68,8 @@ def names_with(*effects: str) -> set[str]:
 
 def active_settings(settings: Mapping[str, Any], *effects: str) -> dict[str, Any]:
     """
-    Those of `settings` that have one of the effects, with a value that is not neutral.
-
-    Args:
-        settings (`Mapping[str, Any]`):
-            Settings of `generate` by name, such as `vars(generation_config)`; other names are passed over.
-        *effects (`str`):
-            Effects, such as [`FORBIDS`].
+    Those of `settings`, such as `vars(generation_config)`, that have one of the effects, such as [`FORBIDS`], with a
+    value that is not neutral. Names that are no settings of `generate` are passed over.
     """
     return {
         name: settings[name]
@@ -85,16 +80,11 @@ def active_settings(settings: Mapping[str, Any], *effects: str) -> dict[str, Any
 
 def distribution_warpers(args: Any, checkpoint: Any = None) -> dict[str, Any]:
     """
-    Sampling settings that make tokens come from another distribution than the tempered policy over all tokens.
+    Sampling settings, by name, that make tokens come from another distribution than the tempered policy over all
+    tokens.
 
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            Configuration with TRL's sampling settings; `generation_kwargs` override the others.
-        checkpoint ([`~transformers.GenerationConfig`], *optional*):
-            Settings that come with the student: `generate` takes from there what is `None` in `args`.
-
-    Returns:
-        `dict[str, Any]`: The settings that are not neutral, by name.
+    `args` is a configuration with TRL's sampling settings; its `generation_kwargs` override the others. `checkpoint`
+    are the settings that come with the student: `generate` takes from there what is `None` in `args`.
     """
     names = names_with(SAMPLES, CUTS, RESHAPES)
     settings = {name: getattr(args, name, None) for name in names} | {"do_sample": True}
@@ -108,13 +98,8 @@ def distribution_warpers(args: Any, checkpoint: Any = None) -> dict[str, Any]:
 
 def check_one_sequence(generation_kwargs: Mapping[str, Any] | None, count: str) -> None:
     """
-    Refuse several sequences per prompt row, which blended decoding does not draw.
-
-    Args:
-        generation_kwargs (`Mapping[str, Any]`, *optional*):
-            Settings of `generate`.
-        count (`str`):
-            The option that sets the number of completions, for the message.
+    Refuse several sequences per prompt row, which blended decoding does not draw. `count` is the option that sets the
+    number of completions.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If beams or returned sequences are more than one.

@@ -71,13 +71,8 @@ REQUIRED = {
 
 def row_key(prompt_ids: Iterable[int], sample_index: int) -> str:
     """
-    Key of a row: 32 hexadecimal characters of the SHA-256 of the prompt's token ids and the sample's index.
-
-    Args:
-        prompt_ids (`Iterable[int]`):
-            Token ids of the prompt.
-        sample_index (`int`):
-            Index of the sample among those of the same prompt.
+    Key of a row: 32 hexadecimal characters of the SHA-256 of the prompt's token ids and of the sample's index among
+    those of the same prompt.
     """
     content = np.asarray([*prompt_ids, sample_index], dtype="<i8").tobytes()
     return hashlib.sha256(content).hexdigest()[:32]
@@ -85,13 +80,8 @@ def row_key(prompt_ids: Iterable[int], sample_index: int) -> str:
 
 def build_table(columns: Mapping[str, Sequence[Any]], logps_dtype: str = "float32") -> pa.Table:
     """
-    Arrow table of columns of Python lists or arrays, with the types and in the order of the table above.
-
-    Args:
-        columns (`Mapping[str, Sequence[Any]]`):
-            One entry per row each: a list or one-dimensional array for the list columns; `(T, K)` for the top-k ones.
-        logps_dtype (`str`, *optional*, defaults to `"float32"`):
-            `"float16"` or `"float32"`.
+    Arrow table of columns of Python lists or arrays, with the types and in the order of the table above. Each has one
+    entry per row: a list or one-dimensional array for the list columns, `(T, K)` for the top-k ones.
 
     Raises:
         [`~trl_blend.errors.StoreError`]: If a column is none of the above, has another number of rows than the first,

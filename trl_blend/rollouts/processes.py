@@ -72,12 +72,6 @@ def write_store(
     Write the shards of a store that are not there yet, and wait until those of all processes are.
 
     Args:
-        state ([`~accelerate.PartialState`]):
-            The processes.
-        args ([`~trl_blend.rollouts.config.StoreConfig`]):
-            Where, whether to repair what is bad, and whether to show a progress bar.
-        manifest ([`~trl_blend.rollouts.format.Manifest`]):
-            What is going to be written.
         digests, rows (`Sequence`):
             Digest of what each shard is made from, and its number of rows.
         load (`Callable`):

@@ -33,20 +33,9 @@ def load_prompts(
     prompts: Any, argument: str = "prompts", column: str = "prompt", config: str | None = None, split: str = "train"
 ) -> Dataset:
     """
-    A dataset with a column of prompts.
-
-    Args:
-        prompts ([`~datasets.Dataset`], `list` or `str`):
-            A dataset; a list of prompts or of dictionaries; a `.json`, `.jsonl`, `.parquet` or `.csv` file; a folder
-            or Hub id that `load_dataset` reads.
-        argument (`str`, *optional*, defaults to `"prompts"`):
-            Name of the argument that holds them, for the error messages.
-        column (`str`, *optional*, defaults to `"prompt"`):
-            Column of the prompts.
-        config (`str`, *optional*):
-            Configuration of a dataset on the Hub.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of a dataset that is read by name.
+    A dataset with a column of prompts: one as it is; a list of prompts or of dictionaries; the `split` of a `.json`,
+    `.jsonl`, `.parquet` or `.csv` file, or of a folder or Hub id that `load_dataset` reads, with its configuration
+    `config`. `argument` is the one that holds them, for the messages.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no such dataset, it is empty, or the column is missing.
@@ -169,15 +158,7 @@ def _broken_line(path: Path, only_encoding: bool = False) -> str | None:
 def check_prompts(dataset: Dataset | IterableDataset, column: str = "prompt", what: str = "the prompts") -> None:
     """
     Check that every row of a dataset has a prompt, text or messages. Of a streamed dataset, the first 100 rows are
-    looked at.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            The rows.
-        column (`str`, *optional*, defaults to `"prompt"`):
-            Column of the prompts.
-        what (`str`, *optional*, defaults to `"the prompts"`):
-            What the error messages call the dataset, such as "`train_dataset`".
+    looked at. `what` is the dataset in the messages, such as "`train_dataset`".
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the column is missing, there are no rows, or a prompt is missing, empty
@@ -256,20 +237,11 @@ class PromptScan(NamedTuple):
 
 def check_prompt_lengths(scan: PromptScan, length: int, limit: int | None, what: str = "the prompts") -> None:
     """
-    Check that the longest prompt leaves room for a completion.
-
-    Args:
-        scan ([`PromptScan`]):
-            The prompts.
-        length (`int`):
-            `max_completion_length`.
-        limit (`int`, *optional*):
-            Most tokens of a prompt and its completion; `None` for no limit.
-        what (`str`, *optional*, defaults to `"the prompts"`):
-            What the error message calls the prompts.
+    Check that the longest prompt and a completion of `max_completion_length`, here `length`, have no more than `limit`
+    tokens together; `None` is no limit.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If it does not. The message names the row and the length that fits.
+        [`~trl_blend.errors.ConfigError`]: If they have. The message names the row and the length that fits.
     """
     if limit is None or scan.longest + length <= limit:
         return
@@ -309,25 +281,12 @@ class PromptTokens:
 
     Messages go through the chat template, with the generation prompt behind them, or, where the last message is the
     assistant's, as the beginning of its completion. As in TRL, the row's columns `tools` (a list, or its JSON) and
-    `chat_template_kwargs` go into the template.
+    `chat_template_kwargs` go into the template; those of the row come before `template_kwargs`.
 
     Text is tokenised as it is, with what the tokenizer puts in front of it. What it puts behind a text, such as an
     end-of-sequence token, is left out, for a completion follows; so is a second token for the beginning of the
-    sequence. A scan says so, and what else looks unlike a prompt, once.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The rows.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            The student's.
-        column (`str`, *optional*, defaults to `"prompt"`):
-            Column of the prompts.
-        template_kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of the chat template; those of a row come before them.
-        eos_token_ids (`Sequence[int]`, *optional*):
-            Tokens that end a text, beside the tokenizer's own.
-        what (`str`, *optional*, defaults to `"the prompts"`):
-            What the messages call the prompts.
+    sequence. A scan says so, and what else looks unlike a prompt, such as one of `eos_token_ids` at its end, once.
+    `tokenizer` may be a processor; `what` is the name of the prompts in the messages.
     """
 
     def __init__(

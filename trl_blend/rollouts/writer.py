@@ -107,15 +107,9 @@ class ShardWriter:
 
     def write(self, index: int, columns: Mapping[str, Sequence[Any]], input_digest: str) -> None:
         """
-        Check the rows of a shard and write them, whole or not at all.
-
-        Args:
-            index (`int`):
-                Place of the shard in the store.
-            columns (`Mapping[str, Sequence[Any]]`):
-                Its rows, see [`~trl_blend.rollouts.format`]. Log-probs are stored as the manifest's `logps_dtype`.
-            input_digest (`str`):
-                Digest of what the rows are made from, by which [`ShardWriter.done`] knows them again.
+        Check the rows of a shard and write them, whole or not at all. Log-probs are stored as the manifest's
+        `logps_dtype`, and `input_digest` is that of what the rows are made from, by which [`ShardWriter.done`] knows
+        them again.
 
         Raises:
             [`~trl_blend.errors.StoreError`]: If a row is wrong, or the disk is full; what was written before is kept.

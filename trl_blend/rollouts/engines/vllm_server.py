@@ -242,14 +242,9 @@ async def _named(function: Callable[..., Awaitable[Result]], row: int, *argument
 
 def request_settings(sampling: SamplingSettings, rows: int | None = None) -> dict[str, Any]:
     """
-    Every sampling parameter: what is left out, the server takes from the checkpoint's generation_config.json.
-
-    Args:
-        sampling ([`~trl_blend.rollouts.engines.base.SamplingSettings`]):
-            What is sampled.
-        rows (`int`, *optional*):
-            Rows of the model's vocabulary, where they are known: those that are no tokens get the smallest bias that
-            vLLM takes, -100 nats.
+    Every sampling parameter: what is left out, the server takes from the checkpoint's generation_config.json. Where
+    the `rows` of the model's vocabulary are known, those that are no tokens get the smallest bias that vLLM takes,
+    -100 nats.
     """
     padding = range(sampling.vocab_size or 0, rows or 0) if sampling.vocab_size is not None else ()
     return {
@@ -329,16 +324,11 @@ def _same_folder(model: str, root: str | None) -> bool:
 
 class VllmClient:
     """
-    Talks to one server. A connection that fails, a 429 and a 5xx are tried again; any other answer is final.
+    Talks to one server, `http://host:8000` (a trailing `/v1` is taken off), with up to `concurrency` requests at once.
+    A connection that fails, a 429 and a 5xx are tried again; any other answer is final.
 
     The key in the environment variable `VLLM_API_KEY`, if there is one, is sent along. `http_backoff` of
     huggingface_hub is for the Hub: with `HF_HUB_OFFLINE=1` it talks to no server, and it cannot be interrupted.
-
-    Args:
-        url (`str`):
-            Root URL, `http://host:8000`; a trailing `/v1` is taken off.
-        concurrency (`int`, *optional*, defaults to `64`):
-            Requests at once.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If `url` is no URL.
