@@ -48,11 +48,7 @@ class Option(NamedTuple):
 
 def read_options(dataclasses: Sequence[str]) -> dict[str, Option]:
     """
-    Fields of dataclasses, by name.
-
-    Args:
-        dataclasses (`Sequence[str]`):
-            Such as `"trl:ModelConfig"`.
+    Fields, by name, of dataclasses such as `"trl:ModelConfig"`.
 
     Raises:
         `LookupError`: If a source is not found.

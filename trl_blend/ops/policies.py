@@ -10,20 +10,11 @@ from trl_blend.errors import ConfigError
 
 def log_normalizer(logits: Tensor, probs: Tensor | None = None) -> Tensor:
     """
-    `logsumexp(logits)` over the last dimension, from the softmax. Use it where log-probabilities of a few tokens are
-    needed beside probabilities of all.
+    `logsumexp(logits)` in nats over the last dimension of logits of shape `(..., V)`, from the softmax. Use it where
+    log-probabilities of a few tokens are needed beside probabilities of all, `probs`.
 
     `log Z = max(z) - log max(p)`: a softmax and two maxima, which is faster than `torch.logsumexp` and as accurate,
-    because the largest probability is at least `1 / V`.
-
-    Args:
-        logits (`torch.Tensor` of shape `(..., V)`):
-            Logits, of which at least one per row is finite.
-        probs (`torch.Tensor` of shape `(..., V)`, *optional*):
-            `softmax(logits)`, where it is known already.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`: Logarithm of the normaliser, in nats.
+    because the largest probability is at least `1 / V`. At least one logit per row must be finite.
     """
     probs = logits.softmax(dim=-1) if probs is None else probs
     return logits.amax(dim=-1) - probs.amax(dim=-1).log()

@@ -156,13 +156,8 @@ def _equal(first: Any, second: Any) -> bool:
 
 def evaluation_table(log_history: Iterable[Mapping[str, Any]], pattern: str) -> Table | None:
     """
-    First and last evaluation of a run; `None` without one that has a metric to show.
-
-    Args:
-        log_history (`Iterable[Mapping[str, Any]]`):
-            `trainer.state.log_history`.
-        pattern (`str`):
-            Regular expression of the metrics to show, without the prefix `eval_`.
+    First and last evaluation of a run by the metrics whose names, without the prefix `eval_`, match the regular
+    expression; `None` without one that has any.
     """
     found: dict[str, dict[int, float]] = {}
     for entry in log_history:
@@ -236,18 +231,12 @@ _JINJA = re.compile(r"\{\{|\{%|\{#|\}\}|%\}|#\}")
 
 def render(template: str, fields: Mapping[str, Any]) -> str:
     """
-    A card template with the method's fields filled in.
+    A card template, a file name under `model_cards/`, with the method's fields filled in.
 
     A template has two kinds of placeholders: `[[ field ]]` (and `[% if … %]`), filled in here, and TRL's own
     `{{ field }}`, which `create_model_card` fills in afterwards. What is filled in is text to TRL, braces included,
-    and shows no folders of this machine.
-
-    Args:
-        template (`str`):
-            File name under `model_cards/`.
-        fields (`Mapping[str, Any]`):
-            Values of the placeholders. A missing one is an error. `local_names`, where given, lists names that
-            [`without_paths`] hides in all of them.
+    and shows no folders of this machine: [`without_paths`] hides the `local_names` among the fields in all of them. A
+    missing field is an error.
     """
     path = Path(model_card_template(template))
     return _environment(path.parent).get_template(path.name).render(**fields)

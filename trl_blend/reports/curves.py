@@ -62,21 +62,12 @@ def draw_curves(
     log_history: Sequence[Mapping[str, Any]], panels: Sequence[Panel], path: str | os.PathLike[str], title: str = ""
 ) -> bool:
     """
-    Draw a run into a PNG file, which is there whole or not at all.
-
-    Args:
-        log_history (`Sequence[Mapping[str, Any]]`):
-            Entries as in `trainer.state.log_history`. Values that are missing or not finite are left out.
-        panels (`Sequence[Panel]`):
-            What to draw, in this order; `_panels` of each trainer.
-        path (`str` or `os.PathLike`):
-            File to write. Its folder is made if there is none.
-        title (`str`, *optional*, defaults to `""`):
-            Headline.
+    Draw the entries of `trainer.state.log_history` into a PNG file, which is there whole or not at all; its folder is
+    made if there is none. Values that are missing or not finite are left out.
 
     Returns:
-        `bool`: `False`, and no file, if nothing that the panels ask for was logged at two steps or more: one dot is
-            no curve, see [`last_values`].
+        `bool`: `False`, and no file, if nothing that the panels ask for was logged at two steps or more: one dot is no
+            curve, see [`last_values`].
     """
     if not any(len(set(steps)) > 1 for panel in panels for _, steps, _ in _lines(log_history, panel)):
         return False

@@ -18,13 +18,8 @@ _KEPT = (*_LICENSE, "language")
 
 def kept_metadata(path: Path, base_model: str | None = None) -> dict[str, Any]:
     """
-    What somebody has added to the metadata of a card, such as its license.
-
-    Args:
-        path (`pathlib.Path`):
-            The card.
-        base_model (`str`, *optional*):
-            Base of the model that it is written for now: the license of a model from another one is not kept.
+    What somebody has added to the metadata of a card, such as its license. The license is not kept where the
+    card is that of a model from another one than `base_model`.
     """
     try:
         present = metadata_load(path) if path.is_file() else None
@@ -65,19 +60,9 @@ def complete_metadata(
     """
     Complete the metadata of a card that TRL has written, and leave no two blank lines in a row.
 
-    Args:
-        path (`Path`):
-            The card.
-        base_model (`str` or `None`):
-            Id on the Hub of the model that training started from. A folder is none: the Hub would refuse it.
-        is_adapter (`bool`):
-            Whether the repository holds an adapter rather than a whole model.
-        library (`str`):
-            Library that loads the repository, `"transformers"` or `"peft"`.
-        kept (`Mapping[str, Any]`):
-            What is added: [`kept_metadata`] of the card before, [`base_license`].
-        eval_results (`Sequence[EvalResult]`, *optional*):
-            Results for the model index.
+    `base_model` is the id on the Hub of the model that training started from (a folder is none: the Hub would refuse
+    it), `library` the one that loads the repository, `"transformers"` or `"peft"`. `kept` is added: [`kept_metadata`]
+    of the card before, [`base_license`].
     """
     card = ModelCard.load(path)
     data = card.data

@@ -62,13 +62,8 @@ def _is_repo_id(name: str) -> bool:
 
 def without_paths(text: str, names: Iterable[str | None] = ()) -> str:
     """
-    `text` with every absolute path, and every one of `names`, as [`shown_name`] shows it.
-
-    Args:
-        text (`str`):
-            Text of a message.
-        names (`Iterable[str]`, *optional*):
-            Names that may stand in it, such as relative folders, which nothing in the text marks as paths.
+    `text` with every absolute path as [`shown_name`] shows it, and every one of `names`, such as relative folders,
+    which nothing in the text marks as paths.
     """
     for name in sorted({name for name in names if name and re.search(r"[/\\]", name)}, key=len, reverse=True):
         text = text.replace(name, shown_name(name).text)

@@ -58,13 +58,8 @@ OFFLINE_OPD = (
 
 def check_required(needs: Iterable[Need], given: Given) -> None:
     """
-    Refuse to fill in what a run is about: all that is missing is named at once.
-
-    Args:
-        needs (`Iterable[Need]`):
-            One of the tuples above.
-        given (`Mapping`):
-            Values by the name of their option; one that is missing, `None` or empty is not given.
+    Refuse to fill in what a run is about: all that is missing is named at once. A value that is `None` or empty is not
+    given.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If something is missing.

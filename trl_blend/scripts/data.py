@@ -27,13 +27,9 @@ def load_prompts(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
 ) -> tuple[Dataset, Dataset | None]:
     """
-    Train and test prompts, every row of them checked.
+    Train and test prompts, every row of them checked, by what the parser of a script returns.
 
     Without a test split, up to a tenth of the data is held out, but for `num_test_prompts=0`, which holds out nothing.
-
-    Args:
-        script_args, training_args, model_args, dataset_args:
-            What the parser of a script returns.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the data cannot be read, lack a column, or have a row that is no prompt

@@ -38,15 +38,7 @@ _training_began = threading.Event()
 
 
 def run(main: Callable[..., None], make_parser: Callable[..., Any]) -> None:
-    """
-    Run `main` with the arguments of this process.
-
-    Args:
-        main (`Callable`):
-            Takes the dataclasses of the parser.
-        make_parser (`Callable`):
-            Makes the parser.
-    """
+    """Run `main`, which takes the dataclasses of the parser, with the arguments of this process."""
     _training_began.clear()
     try:
         main(*_parse(make_parser()))

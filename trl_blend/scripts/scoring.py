@@ -28,21 +28,12 @@ def greedy_scores(
     **decoding: Any,
 ) -> list[Score]:
     """
-    Decode the prompts of `rows` greedily and average what each reward function says of the completions.
+    Mean and standard error of each reward function over greedy completions of the prompts of `rows`, equal on every
+    process; `None` where there are too few numbers for one.
 
-    Args:
-        model (context manager of a [`~transformers.PreTrainedModel`], or [`~trl_blend.trainers._greedy.Decoder`]):
-            `generating_model(trainer.model_wrapped, trainer.accelerator)`, or `contextlib.nullcontext(teacher)`; with
-            an engine, `trainer.decode_greedily`.
-        rows, reward_funcs, tokenizer, trainer_state:
-            Rows of a dataset, the same on every process, and what rewards their completions, as in
-            [`~trl.GRPOTrainer`]. The tokenizer may be that of a processor.
-        **decoding:
-            Further arguments of [`~trl_blend.trainers._greedy.greedy_rewards`].
-
-    Returns:
-        `list[tuple[float | None, float | None]]`: Mean and standard error of each function, equal on every process;
-            `None` where there are too few numbers for one.
+    Arguments are those of [`~trl_blend.trainers._greedy.greedy_rewards`]: `model` is `generating_model(...)`, or
+    `contextlib.nullcontext(teacher)`; with an engine, `trainer.decode_greedily`. The functions are called as in
+    [`~trl.GRPOTrainer`]; the tokenizer may be that of a processor.
     """
 
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor

@@ -135,20 +135,9 @@ def apply_config(
     parser: Any, values: dict[str, Any], file: str | None, launched: bool = True
 ) -> tuple[list[str], dict[str, Any]]:
     """
-    Settings of a YAML file as arguments to put in front of the others, which so override them.
-
-    Args:
-        parser ([`~trl.TrlParser`]):
-            Parser of a script. Settings that cannot be written as arguments become its defaults.
-        values (`dict`):
-            Settings of the file.
-        file (`str` or `None`):
-            Its name, for messages.
-        launched (`bool`, *optional*, defaults to `True`):
-            Whether keys of `accelerate launch` may be among them.
-
-    Returns:
-        `tuple[list[str], dict]`: Arguments of the script, and settings for `accelerate launch`.
+    Settings of a YAML `file` as arguments of the script, to put in front of the others, which so override them; and,
+    where it is `launched`, its settings for `accelerate launch`. What cannot be written as an argument becomes a
+    default of `parser`.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If neither of them knows a key.

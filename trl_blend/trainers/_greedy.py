@@ -36,28 +36,19 @@ def greedy_rewards(
     """
     Decode the prompts of `rows` and reward the completions. Use it for a table of accuracy before and after a run.
 
-    The rows are split over the processes. Nothing is drawn from the random generators, nothing is logged.
+    The rows are the same on every process, and split over them. Nothing is drawn from the random generators, nothing
+    is logged. A completion also ends with the end-of-sequence tokens of the tokenizer and of the model; settings of
+    sampling among `generation_kwargs` are left out.
 
     Args:
         model (context manager of a [`~transformers.PreTrainedModel`], or [`Decoder`]):
             What to decode with, see [`generating_model`]; `contextlib.nullcontext(teacher)` for one that is whole. A
             function that decodes greedily by itself, such as that of an engine, reads none of the settings below.
-        rows (`Sequence[dict]`):
-            Rows of a dataset with a `prompt`, a conversation or a text; the same on every process.
         reward (`Callable`):
             Takes the rows of this process and the token ids of their completions, and returns their rewards, of shape
             `(n, F)`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the prompts.
-        accelerator ([`~accelerate.Accelerator`]):
-            The processes.
-        generation_kwargs (`Mapping`):
-            Settings of `generate`; those of sampling are left out. A completion also ends with the end-of-sequence
-            tokens of the tokenizer and of the model.
         batch_size (`int`):
             Prompts that a process decodes at once.
-        chat_template_kwargs (`dict`, *optional*):
-            Arguments of the chat template.
         progress (`Callable`, *optional*):
             Wraps the batches as `tqdm` does.
 
@@ -79,15 +70,9 @@ def greedy_rewards(
 @contextmanager
 def generating_model(model: Any, accelerator: Accelerator, **unwrapping: Any) -> Iterator[PreTrainedModel]:
     """
-    The model inside a prepared one, whole and in evaluation mode.
-
-    Args:
-        model (`torch.nn.Module`):
-            `trainer.model_wrapped`, from `on_train_begin` on: before, FSDP and ZeRO have not put its weights in place.
-        accelerator ([`~accelerate.Accelerator`]):
-            That of the trainer.
-        **unwrapping:
-            Further arguments of [`~trl.models.unwrap_model_for_generation`].
+    The model inside a prepared one, whole and in evaluation mode; `unwrapping` goes to
+    [`~trl.models.unwrap_model_for_generation`]. To be called from `on_train_begin` on: before, FSDP and ZeRO have not
+    put its weights in place.
     """
     with unwrap_model_for_generation(model, accelerator, **unwrapping) as unwrapped, evaluation_mode(unwrapped):
         yield unwrapped

@@ -134,13 +134,7 @@ def check_generation_kwargs(args: Any) -> None:
 
 def check_drafts(args: Any, blends: bool) -> None:
     """
-    Refuse drafts that nothing draws. To be called when the dictionaries are parsed.
-
-    Args:
-        args:
-            The config, with `vllm_draft_tokens`.
-        blends (`bool`):
-            Whether any step uses a teacher.
+    Refuse drafts that nothing draws, for want of a step that `blends`. To be called when the dictionaries are parsed.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: With the settings that contradict each other.
@@ -201,17 +195,8 @@ def _check_reports(report_to: Any) -> None:
 
 def refuse_unread(args: Any, names: Iterable[str], switch: str, needed: Any = None) -> None:
     """
-    Refuse settings that nothing reads because of another one: those that are not at their default.
-
-    Args:
-        args:
-            The config.
-        names (`Iterable[str]`):
-            The settings.
-        switch (`str`):
-            The setting that leaves them out, which the message names with its value.
-        needed (*optional*):
-            Value of it with which they are read; without one, any other.
+    Refuse settings that nothing reads because of another one, `switch`: those that are not at their default. They are
+    read with its value `needed`; without one, with any other than it has.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: Names both settings and their values.

@@ -143,18 +143,11 @@ def check_names(
     remedy: str = "",
 ) -> int:
     """
-    Compare tokenizers and configurations of student and teachers, before any weight is loaded.
+    Compare tokenizers and configurations of student and teachers, before any weight is loaded. Returns the number of
+    vocabulary rows that all models have.
 
-    A tokenizer that cannot be found (a model built in memory) is not compared: a warning says so.
-
-    Args:
-        student, teachers, processing_class, args:
-            Arguments of the trainer.
-        remedy (`str`, *optional*, defaults to `""`):
-            Sentence to add to the error of two different tokenizers.
-
-    Returns:
-        `int`: Number of vocabulary rows that all models have.
+    A tokenizer that cannot be found (a model built in memory) is not compared: a warning says so. `remedy` is a
+    sentence to add to the error of two different tokenizers.
     """
     of_student = _of_student(args)
     of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}

@@ -69,15 +69,8 @@ class OfflineMetrics:
 
     def pop(self, mode: str, accelerator: Accelerator, num_tokens: float | None = None) -> dict[str, float]:
         """
-        Means since the last call, under their names. Every rank must call it.
-
-        Args:
-            mode (`str`):
-                `"train"` or `"eval"`.
-            accelerator ([`~accelerate.Accelerator`]):
-                To add over ranks with.
-            num_tokens (`float`, *optional*):
-                Tokens that all ranks have trained on so far.
+        Means since the last call, under their names, added over the ranks: every one must call it. `num_tokens` are
+        those that all ranks have trained on so far.
         """
         means = self._means[mode].reduce(accelerator)
         if not means:

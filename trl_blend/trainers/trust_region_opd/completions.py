@@ -112,15 +112,8 @@ class CompletionsTable:
 
     def finish(self, num_rows: int, rule: BlendRule | None, rewards: Tensor | None) -> None:
         """
-        End a generation batch. Every rank must call it.
-
-        Args:
-            num_rows (`int`):
-                Completions of this rank.
-            rule ([`BlendRule`], *optional*):
-                What they were drawn from; `None` for the student.
-            rewards (`torch.Tensor` of shape `(num_rows, len(reward_funcs))`, *optional*):
-                Rewards of the completions.
+        End a generation batch of `num_rows` completions of this rank, drawn from `rule`, or from the student, with
+        rewards of shape `(num_rows, len(reward_funcs))`. Every rank must call it.
         """
         args, turns = self.args, self._turns
         if not args.log_completions:
