@@ -1,6 +1,7 @@
 """`trl-blend`: options, configuration files, exit codes, one-line errors, and what `inspect` prints."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from tests.rollouts.collecting import rows_of, save_model, save_prompts
 from trl_blend import RolloutConfig, ScoringConfig, cli
 from trl_blend.cli import training
 from trl_blend.rollouts import collect
+from trl_blend.rollouts.config import StoreConfig
 from trl_blend.rollouts.store import RolloutStore
+from trl_blend.trainers._options import described_options
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,11 +74,12 @@ def test_what_is_printed_at_the_end(world, capsys):
 @pytest.mark.parametrize(("command", "config"), [("rollouts", RolloutConfig), ("score", ScoringConfig)])
 def test_help_names_every_option_and_its_default(capsys, command, config):
     assert cli.main([command, "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = "".join(capsys.readouterr().out.split())
+    described = described_options(inspect.getdoc(StoreConfig)) | described_options(inspect.getdoc(config))
     for field in dataclasses.fields(config):
-        assert f"--{field.name} " in text and field.metadata["help"] in text
-        if field.default not in (None, dataclasses.MISSING):
-            assert f"{field.metadata['help']} (default: {field.default})" in text
+        known = field.default not in (None, dataclasses.MISSING)
+        said = described[field.name] + (f"(default: {field.default!r})" if known else "")
+        assert f"--{field.name}" in text and said.replace(" ", "") in text
 
 
 def test_a_configuration_file(world, tmp_path, capsys):

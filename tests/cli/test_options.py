@@ -12,7 +12,7 @@ import pytest
 
 import trl_blend
 from trl_blend import cli
-from trl_blend.cli import options, training
+from trl_blend.cli import options, teacher_data, training
 from trl_blend.scripts import settings
 from trl_blend.scripts.messages import option_names
 
@@ -51,6 +51,13 @@ def test_names_helps_choices_and_defaults_are_those_of_the_parser(name):
 def test_a_script_has_the_parser_of_its_command(name):
     module = importlib.import_module(training.script_path(name).stem)
     assert option_names(module.make_parser()) == option_names(training.make_parser(name))
+
+
+@pytest.mark.parametrize("name", teacher_data.COMMANDS)
+def test_names_of_data_commands_are_those_of_the_parser(name):
+    dataclass, _ = teacher_data.COMMANDS[name]
+    fields = options.read_options([dataclass])
+    assert options.spellings(fields) == option_names(settings.make_parser([dataclass]))
 
 
 def test_names_of_accelerate():

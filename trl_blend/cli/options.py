@@ -1,5 +1,5 @@
 """
-Options of the training commands, read from the sources of their dataclasses: importing TRL takes five seconds.
+Options of commands, read from the sources of their dataclasses: importing TRL takes five seconds.
 
 This is for `--help`, and for a misspelt name; parsing is left to TRL and accelerate. What cannot be read here raises
 `LookupError`, and is then theirs to judge.
@@ -79,7 +79,7 @@ def launch_spellings() -> set[str]:
     return names | {name.replace("_", "-") for name in names}
 
 
-def format_help(options: dict[str, Option], program: str, summary: str, epilog: str) -> str:
+def format_help(options: dict[str, Option], program: str, summary: str, epilog: str | None = None) -> str:
     """The help of a command: the options of ours, by group, and those of others in [`COMMON`]."""
     parser = argparse.ArgumentParser(program, "%(prog)s [--config FILE] [options]", summary, epilog, add_help=False)
     common = parser.add_argument_group("Parameters that most runs set")
@@ -94,7 +94,8 @@ def format_help(options: dict[str, Option], program: str, summary: str, epilog: 
             _add(groups[option.group], name, option)
     others = parser.add_argument_group("Others")
     others.add_argument("--config", metavar="FILE", help="YAML file of options; those on the command line win")
-    others.add_argument("--help-all", action="store_true", help="show all options of TRL too; takes some seconds")
+    if any(name not in COMMON and not option.group for name, option in options.items()):
+        others.add_argument("--help-all", action="store_true", help="show all options of TRL too; takes some seconds")
     return parser.format_help()
 
 
@@ -126,7 +127,7 @@ def _fields(module: str, name: str) -> dict[str, Option]:
     is_ours = module.startswith("trl_blend.")
     groups = _groups(definition) if is_ours else {}
     described = described_options(ast.get_docstring(definition)) if is_ours else {}
-    ungrouped = "Parameters of the script" if is_ours and not groups else ""
+    ungrouped = "Parameters of the command" if is_ours and not groups else ""
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             field = node.target.id

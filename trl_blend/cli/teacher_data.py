@@ -1,45 +1,45 @@
 """The commands of offline distillation: `rollouts`, `score`, `inspect` and `record-teacher`."""
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trl_blend.cli import options
 from trl_blend.errors import ConfigError, TrlBlendError
-from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 from trl_blend.scripts import settings
-from trl_blend.scripts.messages import EXIT_FAILED, check_options, name_options, option_names, say, tell
+from trl_blend.scripts.messages import EXIT_FAILED, check_options, name_options, say, tell
 
 
-# Commands whose options are the fields of a configuration
+# Commands whose options are the fields of a configuration, by the place of that
 COMMANDS = {
-    "rollouts": (RolloutConfig, "sample completions of a student, with log-probs; resumable"),
-    "score": (ScoringConfig, "give every token of rollouts a teacher's log-prob; resumable"),
+    "rollouts": (
+        "trl_blend.rollouts.config:RolloutConfig",
+        "sample completions of a student, with log-probs; resumable",
+    ),
+    "score": (
+        "trl_blend.rollouts.config:ScoringConfig",
+        "give every token of rollouts a teacher's log-prob; resumable",
+    ),
 }
 
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run one of [`COMMANDS`]."""
     config, summary = COMMANDS[name]
-    parser = _option_parser(config, f"trl-blend {name}", summary)
+    program, fields = f"trl-blend {name}", options.read_options([config])
     if {"-h", "--help"} & set(arguments):
-        parser.print_help()
+        print(options.format_help(fields, program, summary))
         return 0
-    known = option_names(parser)
-    check_options(arguments, known, parser.prog)  # before importing TRL
+    check_options(arguments, options.spellings(fields) | {"config"}, program)  # before importing TRL
     try:
-        (args,) = settings.parse_script(
-            settings.make_parser([f"{config.__module__}:{config.__name__}"], prog=parser.prog),
-            arguments,
-            launched=False,
-        )
+        parser = settings.make_parser([config], prog=program)
+        (args,) = settings.parse_script(parser, arguments, launched=False)
         if args.disable_tqdm:
             _silence_bars()
         store = _collect(args) if name == "rollouts" else _score(args)
     except TrlBlendError as error:
-        options = [field.name for field in dataclasses.fields(config)]
-        raise ConfigError(name_options(str(error), options, {})) from error
+        raise ConfigError(name_options(str(error), fields, {})) from error
     tell(
         f"{len(store):,} {store.manifest.kind.replace('_', ' ')} with {store.manifest.num_completion_tokens:,} tokens "
         f"in {store.name} ({store.bytes_per_token:.1f} bytes per token). Look at them with `trl-blend inspect "
@@ -48,32 +48,16 @@ def run(name: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _collect(args: RolloutConfig) -> Any:
+def _collect(args: Any) -> Any:
     from trl_blend.rollouts.collect import collect_rollouts
 
     return collect_rollouts(args=args)
 
 
-def _score(args: ScoringConfig) -> Any:
+def _score(args: Any) -> Any:
     from trl_blend.rollouts.score import score_rollouts
 
     return score_rollouts(args=args)
-
-
-def _option_parser(config: Any, prog: str, summary: str) -> argparse.ArgumentParser:
-    """Knows the options that TRL's parser of the configuration takes, without TRL."""
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog=prog, description=summary, formatter_class=show_defaults)
-    text = "YAML file of options; those on the command line win."
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
-    for field in dataclasses.fields(config):
-        known = field.default not in (None, dataclasses.MISSING)
-        default = field.default if known else argparse.SUPPRESS
-        value = "?" if field.type is bool else None
-        parser.add_argument(f"--{field.name}", nargs=value, default=default, **field.metadata)
-        if field.default is True:
-            parser.add_argument(f"--no_{field.name}", action="store_true", default=argparse.SUPPRESS)
-    return parser
 
 
 def _silence_bars() -> None:

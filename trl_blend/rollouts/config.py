@@ -48,16 +48,16 @@ class StoreConfig:
         [`~trl_blend.errors.ConfigError`]: If a value is outside its range, or contradicts another.
     """
 
-    output_dir: str = field(metadata={"help": "Folder of the store: new, empty, or to be continued."})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), bfloat16, float16 or float32."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights with bitsandbytes."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the checkpoint."})
-    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Running server: http://host:8000."})
-    vllm_concurrency: int = field(default=64, metadata={"help": "Requests at once."})
-    logps_dtype: str | None = field(default=None, metadata={"help": "float16 (default) or float32, as stored."})
-    identify: bool = field(default=True, metadata={"help": "Record which model it is."})
-    repair: bool = field(default=False, metadata={"help": "Verify what is there and redo what is bad."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
+    output_dir: str
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    vllm_server_base_url: str | None = None
+    vllm_concurrency: int = 64
+    logps_dtype: str | None = None
+    identify: bool = True
+    repair: bool = False
+    disable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -112,11 +112,11 @@ class RolloutConfig(StoreConfig):
 
     Args:
         model_name_or_path (`str`, *optional*):
-            The student, where no model is passed: folder or Hub id.
+            The student: folder or Hub id. Required, unless a model is passed.
         model_revision (`str`, *optional*):
             Branch, tag or commit of the student on the Hub.
         dataset_name (`str`, *optional*):
-            Prompts, where none are passed: a `.json`, `.jsonl`, `.parquet` or `.csv` file, folder or Hub id.
+            Prompts: a `.json`, `.jsonl`, `.parquet` or `.csv` file, folder or Hub id. Required, if none are passed.
         dataset_config (`str`, *optional*):
             Configuration of a dataset on the Hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
@@ -147,34 +147,27 @@ class RolloutConfig(StoreConfig):
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether to sample with a vLLM engine in this process.
         vllm_kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of `vllm.LLM`, such as `tensor_parallel_size`.
+            Further arguments of `vllm.LLM`, such as `{"max_model_len": 8192}`.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id.", "required": True})
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the student on the Hub."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Prompts: .json, .jsonl, .parquet or .csv file, folder, or Hub id.", "required": True},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompts."})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of the chat template, as JSON."}
-    )
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
-    top_p: float = field(default=0.9, metadata={"help": "Mass of the nucleus."})
-    top_k: int = field(default=0, metadata={"help": "Number of tokens to sample from, 0 for all."})
-    min_p: float | None = field(default=None, metadata={"help": "Smallest probability, relative to the largest."})
-    max_completion_length: int = field(default=4096, metadata={"help": "Length limit of a completion in tokens."})
-    num_rollouts_per_prompt: int = field(default=1, metadata={"help": "Completions per prompt."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draws."})
-    batch_size: int = field(default=32, metadata={"help": "Completions at once, the same when continued."})
-    rows_per_shard: int = field(default=256, metadata={"help": "Rows of a file, what a kill can cost."})
-    use_vllm: bool = field(default=False, metadata={"help": "Sample with a vLLM engine in this process."})
-    vllm_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of vllm.LLM, as JSON: '{\"max_model_len\": 8192}'."}
-    )
+    model_name_or_path: str | None = field(default=None, metadata={"required": True})
+    model_revision: str | None = None
+    dataset_name: str | None = field(default=None, metadata={"required": True})
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    prompt_column: str = "prompt"
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float | None = None
+    max_completion_length: int = 4096
+    num_rollouts_per_prompt: int = 1
+    seed: int = 0
+    batch_size: int = 32
+    rows_per_shard: int = 256
+    use_vllm: bool = False
+    vllm_kwargs: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,11 +215,11 @@ class ScoringConfig(StoreConfig):
 
     Args:
         rollouts (`str`, *optional*):
-            The rollouts, where none are passed: folder, or dataset repository on the Hub.
+            The rollouts: folder, or dataset repository on the Hub. Required, unless they are passed.
         rollouts_revision (`str`, *optional*):
             Branch, tag or commit of the rollouts on the Hub.
         teacher_model_name_or_path (`str`, *optional*):
-            The teacher, where no model is passed: folder or Hub id. With a server, it only has to be readable for its
+            The teacher: folder or Hub id. Required, unless a model is passed. With a server, it is only read for its
             identity.
         teacher_model_revision (`str`, *optional*):
             Branch, tag or commit of the teacher on the Hub.
@@ -239,17 +232,13 @@ class ScoringConfig(StoreConfig):
             Padded tokens of one forward pass. Changes nothing but rounding, and may change when scoring is continued.
     """
 
-    rollouts: str | None = field(
-        default=None, metadata={"help": "Output of `trl-blend rollouts`, or a dataset repository.", "required": True}
-    )
-    rollouts_revision: str | None = field(default=None, metadata={"help": "Revision of the rollouts on the Hub."})
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Teacher: folder or Hub id.", "required": True}
-    )
-    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher on the Hub."})
-    route: str | None = field(default=None, metadata={"help": "Score only the rows whose column `route` is this."})
-    top_k: int | None = field(default=16, metadata={"help": "Teacher tokens to keep, 0 for the sampled one alone."})
-    tokens_per_batch: int = field(default=16384, metadata={"help": "Padded tokens of a forward pass."})
+    rollouts: str | None = field(default=None, metadata={"required": True})
+    rollouts_revision: str | None = None
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"required": True})
+    teacher_model_revision: str | None = None
+    route: str | None = None
+    top_k: int | None = 16
+    tokens_per_batch: int = 16384
 
     def __post_init__(self) -> None:
         super().__post_init__()
