@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from trl_blend.errors import ConfigError
 from trl_blend.models.checkpoints import Checkpoint, LazyTensor, find_checkpoint, weight_tensors
 from trl_blend.models.identity import AdapterFingerprint, ModelIdentity, TokenizerFingerprint, digest
+from trl_blend.models.limits import eos_token_ids
 from trl_blend.models.loading import find_generation_config, find_tokenizer
 from trl_blend.models.weights import (
     ADAPTER_LAYOUT,
@@ -118,7 +119,7 @@ def _identify_checkpoint(checkpoint: Checkpoint, tokenizer: Any, hash_weights: b
         commit=checkpoint.commit,
         weights=weights,
         **_tokenizer_fields(tokenizer),
-        eos_token_ids=_eos_token_ids(_found(find_generation_config, checkpoint), config, tokenizer),
+        eos_token_ids=eos_token_ids(_found(find_generation_config, checkpoint), config, tokenizer),
         config=_forward_config(config),
         unhashed=None if hash_weights else "not asked for",
     )
@@ -137,14 +138,14 @@ def _identify_adapter(checkpoint: Checkpoint, tokenizer: Any, hash_weights: bool
     except ConfigError as error:
         unhashed = f"the adapter's base model cannot be read: {error}"
     tensors: dict[str, LazyTensor] = weight_tensors(checkpoint, "adapter_model") if hash_weights else {}
-    own_eos = _eos_token_ids(_found(find_generation_config, checkpoint))
+    own_eos = eos_token_ids(_found(find_generation_config, checkpoint))
     return ModelIdentity(
         name=checkpoint.name,
         commit=checkpoint.commit,
         weights=base.weights,
         adapter=_fingerprint_adapter(settings, tensors) if hash_weights else None,
         **_tokenizer_fields(tokenizer),
-        eos_token_ids=own_eos or base.eos_token_ids or _eos_token_ids(tokenizer),
+        eos_token_ids=own_eos or base.eos_token_ids or eos_token_ids(tokenizer),
         config=base.config,
         unhashed=unhashed or base.unhashed,
     )
@@ -170,7 +171,7 @@ def _identify_in_memory(model: Any, tokenizer: Any, hash_weights: bool) -> Model
         weights=weights,
         adapter=adapter,
         **_tokenizer_fields(tokenizer),
-        eos_token_ids=_eos_token_ids(getattr(model, "generation_config", None), model.config, tokenizer),
+        eos_token_ids=eos_token_ids(getattr(model, "generation_config", None), model.config, tokenizer),
         config=_forward_config(model.config),
         unhashed=unhashed,
     )
@@ -188,15 +189,6 @@ def _found(find: Callable[..., Any], checkpoint: Checkpoint) -> Any:
 def _fingerprint_adapter(settings: AdapterConfig, tensors: dict[str, LazyTensor]) -> AdapterFingerprint:
     weights = fingerprint_tensors(tensors, ADAPTER_LAYOUT)
     return AdapterFingerprint(weights, settings.sha256, settings.base_name, settings.is_neutral(tensors))
-
-
-def _eos_token_ids(*holders: Any) -> list[int]:
-    """Those of the first holder that names one."""
-    for holder in holders:
-        ids = getattr(holder, "eos_token_id", None)
-        if ids is not None:
-            return sorted({ids} if isinstance(ids, int) else set(ids))
-    return []
 
 
 def _forward_config(config: Any) -> dict[str, Any]:

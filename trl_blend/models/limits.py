@@ -43,6 +43,15 @@ def _rope_scalings(config: Any) -> Iterator[dict[str, Any]]:
     yield from ([value] if "factor" in value else [one for one in value.values() if isinstance(one, dict)])
 
 
+def eos_token_ids(*holders: Any) -> list[int]:
+    """End-of-sequence tokens of the first of some configurations and tokenizers that names any."""
+    for holder in holders:
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None:
+            return sorted({ids} if isinstance(ids, int) else set(ids))
+    return []
+
+
 def num_token_ids(tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> int:
     """
     One more than the largest id that is a token of a tokenizer or processor, added tokens and `eos_token_ids`, which a

@@ -2,7 +2,7 @@
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from trl_blend.errors import ConfigError, TrlBlendError, UnsupportedError
 from trl_blend.models.checkpoints import Checkpoint, check_files, missing_model, read_json, weight_shapes
 from trl_blend.models.compatibility import check_decoder_only, check_partner_model
+from trl_blend.models.limits import eos_token_ids
 from trl_blend.models.weights import layout_of
 from trl_blend.models.wrappers import AdapterConfig
 
@@ -189,9 +190,8 @@ def find_eos_token_ids(model: str | PreTrainedModel, tokenizer: Any, **options: 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is none.
     """
-    found = getattr(find_generation_config(model, "model", **options), "eos_token_id", None)
-    ids = list(found) if isinstance(found, Sequence) else [found]
-    ids = sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+    declared = find_generation_config(model, "model", **options)
+    ids = sorted({*eos_token_ids(declared), *eos_token_ids(tokenizer)})
     if not ids:
         raise ConfigError(
             "Neither the tokenizer nor generation_config.json names an end-of-sequence token, so that every rollout "

@@ -13,7 +13,7 @@ from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 
 from trl_blend.generation.settings import CUTS, SAMPLES, names_with
-from trl_blend.models.limits import num_token_ids, vocabulary_rows
+from trl_blend.models.limits import eos_token_ids, num_token_ids, vocabulary_rows
 from trl_blend.models.wrappers import evaluation_mode
 
 
@@ -88,7 +88,7 @@ def greedy_settings(
     sampling = names_with(SAMPLES, CUTS)
     settings = {key: value for key, value in generation_kwargs.items() if key not in sampling}
     given = settings.pop("eos_token_id", ())
-    ends = settings["eos_token_id"] = sorted({*given, *eos_token_ids(model), tokenizer.eos_token_id})
+    ends = settings["eos_token_id"] = sorted({*given, *eos_token_ids(model.generation_config), tokenizer.eos_token_id})
     if padding := range(num_token_ids(tokenizer, ends), vocabulary_rows(model)):
         settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or ()), *padding]
     settings.setdefault("pad_token_id", pad_token_id(tokenizer))
@@ -145,9 +145,3 @@ def decode(
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token, or else the end-of-sequence token."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def eos_token_ids(model: PreTrainedModel) -> list[int]:
-    """End-of-sequence tokens that the `generation_config` of a model declares."""
-    declared = model.generation_config.eos_token_id
-    return [declared] if isinstance(declared, int) else list(declared or [])

@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
 from trl_blend.models.compatibility import check_partner_model, check_tokenizers, check_vocab_sizes
-from trl_blend.models.limits import num_token_ids, vocabulary_rows
+from trl_blend.models.limits import eos_token_ids, num_token_ids, vocabulary_rows
 from trl_blend.models.loading import (
     find_adapter,
     find_config,
@@ -217,9 +217,7 @@ def _student_arguments(args: Any) -> dict[str, Any]:
 
 def num_tokens(student: PreTrainedModel, tokenizer: Any) -> int | None:
     """Ids below it are tokens; `None` where the student has no more rows than that."""
-    declared = student.generation_config.eos_token_id
-    declared = [declared] if isinstance(declared, int) else declared or []
-    tokens = num_token_ids(tokenizer, declared)
+    tokens = num_token_ids(tokenizer, eos_token_ids(student.generation_config))
     return tokens if tokens < vocabulary_rows(student) else None
 
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation.settings import distribution_warpers
+from trl_blend.models.limits import eos_token_ids
 from trl_blend.models.loading import find_tokenizer
 from trl_blend.models.wrappers import what_changes_the_base
 from trl_blend.ops.vocab import EosMap, eos_map
@@ -190,8 +191,7 @@ def find_eos_map(
 
 def _teacher_eos_ids(given: str | PreTrainedModel, teacher: Any, args: TrustRegionOPDConfig) -> list[int]:
     # As TRL does for the student: the tokenizer's EOS first, then every id that the checkpoint declares
-    declared = getattr(getattr(teacher, "generation_config", None), "eos_token_id", None)
-    declared = [declared] if isinstance(declared, int) else list(declared or [])
+    declared = eos_token_ids(getattr(teacher, "generation_config", None))
     load = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = find_tokenizer(given, "teacher_model", **load)
     own = getattr(tokenizer, "eos_token_id", None)
