@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 
 from trl_blend.errors import UnsupportedError
 from trl_blend.models.checkpoints import read_json
+from trl_blend.models.compatibility import check_decoder_only
 from trl_blend.models.identity import digest
 
 
@@ -45,10 +46,7 @@ def innermost_model(model: nn.Module, argument: str) -> GenerationMixin:
             f"`{argument}` is a {type(model).__name__}, which is not a Hugging Face model with `generate`. Pass the "
             "unwrapped causal language model (`accelerator.unwrap_model(model)`)."
         )
-    if inner.config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"`{argument}` is a {type(inner).__name__}, an encoder-decoder model. Blending needs decoder-only models."
-        )
+    check_decoder_only(inner.config, argument)
     return inner
 
 
