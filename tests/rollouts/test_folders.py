@@ -5,10 +5,12 @@ from datasets import Dataset
 
 from tests.rollouts.collecting import save_prompts
 from tests.rollouts.stores import write_store
+from tests.rollouts.vllm_fake import FakeVllm, serving
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers.scored import build_offline
-from trl_blend import collect_rollouts, load_rollouts, load_scored_rollouts, score_rollouts
-from trl_blend.errors import ConfigError, StoreError
+from trl_blend import collect_rollouts, export_mixed_policy, load_rollouts, load_scored_rollouts, score_rollouts
+from trl_blend.errors import ConfigError, StoreError, UnsupportedError
+from trl_blend.rollouts.engines import local
 from trl_blend.rollouts.folders import describe, store_kind
 from trl_blend.rollouts.store import RolloutStore
 
@@ -102,3 +104,20 @@ def test_stores_of_the_other_kind(paths, tmp_path):
     scored = load_scored_rollouts(paths / "scored")
     with pytest.raises(StoreError, match="is a store of scored rollouts"):
         score_rollouts(scored, str(paths / "model"), tmp_path / "store")
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "server"])
+def test_a_mixture_is_neither_student_nor_teacher(paths, tmp_path, monkeypatch, engine):
+    """Whoever would draw from it or score with it: by the name, before anything is loaded or asked."""
+    folder = str(tmp_path / "mixed")
+    export_mixed_policy(tiny_model(), tiny_model(seed=1), 0.3, folder, processing_class=tiny_tokenizer())
+    monkeypatch.setattr(local, "load_model", None)
+    fake = FakeVllm(tiny_model(), name=folder)
+    with serving(fake) as url:
+        settings = {"vllm": {"use_vllm": True}, "server": {"vllm_server_base_url": url}}.get(engine, {})
+        with pytest.raises(UnsupportedError, match="`model=.*mixed'` is a mixed policy of several models, which"):
+            collect_rollouts(folder, ["1+1="], tmp_path / "store", processing_class=tiny_tokenizer(), **settings)
+        if engine != "vllm":  # which only draws
+            with pytest.raises(UnsupportedError, match="`teacher=.*mixed'` is a mixed policy of several models, which"):
+                score_rollouts(str(paths / "rollouts"), folder, tmp_path / "store", **settings)
+    assert not fake.requests and not (tmp_path / "store").exists()

@@ -50,6 +50,7 @@ class VllmEngine:
         self._model, self._kwargs = model, args.vllm_kwargs or {}
         if ours := sorted(_OURS & self._kwargs.keys()):
             raise ConfigError(f"`vllm_kwargs` holds {ours}, which follow from the other settings. Drop them.")
+        config = find_config(model, argument, **self._options.hub)
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("`use_vllm=True` needs vLLM, which is not installed. Run `pip install trl_blend[vllm]`.")
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,7 +59,6 @@ class VllmEngine:
                 f"`use_vllm=True` in {processes} processes: vLLM starts its own. Start one process, with "
                 "`vllm_kwargs={'tensor_parallel_size': ...}`, or use a server (`vllm_server_base_url`)."
             )
-        config = find_config(model, argument, **self._options.hub)
         self._rows = vocabulary_rows(config)
         context = self._kwargs.get("max_model_len") or context_length(config)
         # The prefill that scores a completion generates a token
