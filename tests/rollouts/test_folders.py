@@ -115,9 +115,9 @@ def test_a_mixture_is_neither_student_nor_teacher(paths, tmp_path, monkeypatch, 
     fake = FakeVllm(tiny_model(), name=folder)
     with serving(fake) as url:
         settings = {"vllm": {"use_vllm": True}, "server": {"vllm_server_base_url": url}}.get(engine, {})
-        with pytest.raises(UnsupportedError, match="`model=.*mixed'` is a mixed policy of several models, which"):
+        with pytest.raises(UnsupportedError, match="`model=.*mixed'` is a mixed policy of several models"):
             collect_rollouts(folder, ["1+1="], tmp_path / "store", processing_class=tiny_tokenizer(), **settings)
         if engine != "vllm":  # which only draws
-            with pytest.raises(UnsupportedError, match="`teacher=.*mixed'` is a mixed policy of several models, which"):
+            with pytest.raises(UnsupportedError, match="`teacher=.*mixed'` is a mixed policy of several models"):
                 score_rollouts(str(paths / "rollouts"), folder, tmp_path / "store", **settings)
     assert not fake.requests and not (tmp_path / "store").exists()

@@ -24,13 +24,14 @@ def expand_on_the_cpu(patch):
     Lets an engine sample drafts on a CPU, where the kernel that repeats a value of a request for each of its tokens
     writes into a copy, so that vLLM reads whatever was in memory.
     """
-    from vllm.v1.sample import rejection_sampler
+    from vllm.utils import cpu_triton_utils
 
-    def expand(values, ends, num_tokens, replace_from=0, replace_to=0):
+    def expand(output, values, ends, replace_from, replace_to, MAX_NUM_TOKENS=None):
         values = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
-        return values.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)), output_size=num_tokens)
+        sizes = ends.diff(prepend=ends.new_zeros(1))
+        output.copy_(values.repeat_interleave(sizes, output_size=len(output)))
 
-    patch.setattr(rejection_sampler, "expand_batch_to_tokens", expand)
+    patch.setattr(cpu_triton_utils, "_expand_kernel_impl", expand)
 
 
 @pytest.fixture

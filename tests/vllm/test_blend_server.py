@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.vllm.conftest import expand_on_the_cpu
 from tests.vllm.engines import SHAPE, generate, prompts, running, saved, set_blend, worst_error
 from tests.vllm.test_offline_rollouts import serving
 from trl_blend import LogitMixing, ProbabilityMixing, TrustRegion, export_mixed_policy
+from trl_blend.errors import UnsupportedError
 from trl_blend.serving import ARCHITECTURE
 from trl_blend.serving.blend import Blend
 from trl_blend.serving.worker import EXTENSION
@@ -133,16 +134,45 @@ def test_what_a_server_draws_from_is_changed(server, mixed):
     assert 0 <= sums["kl_behavior_student"][1] - sum(len(ids) for _, ids, _ in rows) <= len(rows)
 
 
-@pytest.mark.parametrize("options", [[], ["--trust-remote-code"]])
-def test_without_this_package_nothing_is_served(mixed, monkeypatch, options):
-    """vLLM loads no plugins then, which is all that it has of this package."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", mixed[0], *options]
-    monkeypatch.setenv("VLLM_PLUGINS", "none")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def ended(*options, **env):
+    """What a server says that does not begin."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | env)
     assert done.returncode != 0
-    assert ("vLLM decodes this mixed policy where `trl_blend` is installed" if options else "trust_remote_code") in (
-        done.stderr + done.stdout
-    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--trust-remote-code"]])
+def test_without_this_package_nothing_is_served(mixed, options):
+    """vLLM loads no plugins then, which is all that it has of this package."""
+    expected = "vLLM decodes this mixed policy where `trl_blend` is installed" if options else "trust_remote_code"
+    assert expected in ended(mixed[0], *options, VLLM_PLUGINS="none")
+
+
+def test_drafts_on_a_cpu_are_refused_before_a_process_starts(mixed):
+    drafts = {"method": "draft_model", "model": mixed[0], "num_speculative_tokens": 4}
+    said = ended(mixed[0], "--max-model-len", "128", "--speculative-config", json.dumps(drafts))
+    assert "This vLLM draws wrong tokens from drafts on a CPU. Leave" in said.splitlines()[-1]
+    assert "EngineCore" not in said
+
+
+def test_an_adapter_is_merged_before_the_export(tmp_path):
+    """With the base and another model as references: what is served then is the mixture."""
+    base, other = saved(tmp_path / "base"), saved(tmp_path / "other", "llama", seed=1)
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval() for folder in (base, other)]
+    adapted = tiny_lora(AutoModelForCausalLM.from_pretrained(base, dtype="float32"))
+    export_mixed_policy(adapted, [base, other], (0.3, 0.2), tmp_path / "adapter")
+    refusal = r"is an adapter, and an engine loads whole models. Merge it into its base \(`merge_and_unload\(\)`\)"
+    with pytest.raises(UnsupportedError, match=refusal), running(str(tmp_path / "adapter")):
+        pass
+    merged = adapted.merge_and_unload()
+    export_mixed_policy(merged, [base, other], (0.3, 0.2), tmp_path / "merged", processing_class=tiny_tokenizer())
+    blend = Blend(LogitMixing((0.3, 0.2)))
+    with running(str(tmp_path / "merged")) as llm:
+        rows = generate(llm, prompts())
+    assert worst_error([merged, *models], blend, rows) < TOLERANCE
+    for mistaken in (models[0], *models), (merged, models[1], models[0]):
+        assert worst_error(mistaken, blend, rows) > 20 * TOLERANCE
 
 
 def reload(model, weights, config):

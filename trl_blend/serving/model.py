@@ -15,7 +15,6 @@ from vllm.model_executor.models.interfaces import has_inner_state, supports_mrop
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_config, get_hf_text_config
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.sample import rejection_sampler
 
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation.step import blend_step
@@ -94,8 +93,6 @@ class BlendForCausalLM(nn.Module):
         # Which tokens end a completion. CUDA graphs read it where it is, so it is changed in place
         self.register_buffer("_stops", torch.zeros(sizes[0], dtype=torch.bool), persistent=False)
         self._loaded = False
-        if vllm_config.speculative_config is not None:
-            _check_rejection_sampler(self._stops.device)
         # A draft may be a token that a partner has no row for: it is refused, once all towers have read it
         self._clamps = vllm_config.speculative_config is not None and self._num_tokens < self._vocab_size
         # In a list, whose modules are not this model's own
@@ -204,16 +201,6 @@ class BlendForCausalLM(nn.Module):
     def load_partner_weights(self, index: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load a partner from weights in memory, under the names of its checkpoint."""
         self._partner_towers[index].load_weights(weights)
-
-
-def _check_rejection_sampler(device: torch.device) -> None:
-    """Refuse drafts where vLLM's sampler of them reads whatever is in memory, as that of 0.31 does on a CPU."""
-    values, ends = torch.tensor([2.0, 3.0], device=device), torch.tensor([2, 3], dtype=torch.int32, device=device)
-    if rejection_sampler.expand_batch_to_tokens(values, ends, 3).tolist() != [2.0, 2.0, 3.0]:
-        raise UnsupportedError(
-            f"This vLLM draws wrong tokens from drafts on {device.type!r}. Leave `vllm_draft_tokens` "
-            "(`--speculative-config`) out, or draw on a GPU."
-        )
 
 
 def _tower(config: VllmConfig, name: str, prefix: str) -> nn.Module:
