@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> None:
     engines: dict[int | None, Any] = {}
     for drafts in (None, *BARS):
         arguments = engine_arguments(
-            [Partner(TEACHER)], Blend(TrustRegion(0.01)), draft_model=STUDENT, draft_tokens=drafts
+            [Partner(TEACHER)], Blend(TrustRegion(0.01)), draft_model=STUDENT, draft_tokens=(drafts,) if drafts else ()
         )
         del arguments["sleep_preserve_parameter_names"]
         engines[drafts] = LLM(model=STUDENT, **common, **arguments)

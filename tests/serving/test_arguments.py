@@ -81,7 +81,7 @@ def test_an_engine_that_blends_nothing_is_refused():
 
 
 def test_drafts_are_the_students_own_samples(vllm_is, dense):
-    given = engine_arguments([Partner(dense)], Blend(), draft_model="student", draft_tokens=4)
+    given = engine_arguments([Partner(dense)], Blend(), draft_model="student", draft_tokens=(4,))
     assert given.pop("speculative_config") == {
         "method": "draft_model",
         "model": "student",
@@ -89,6 +89,10 @@ def test_drafts_are_the_students_own_samples(vllm_is, dense):
         "draft_sample_method": "probabilistic",
     }
     assert given == engine_arguments([Partner(dense)], Blend(), draft_model="student")
+    given = json.loads(json.dumps(engine_arguments([Partner(dense)], Blend(), draft_model="s", draft_tokens=(0, 4))))
+    assert given["speculative_config"]["num_speculative_tokens"] == 4
+    # Of vLLM: inclusive ranges of the number of requests; the last one holds for more
+    assert given["speculative_config"]["num_speculative_tokens_per_batch_size"] == [[1, 1, 0], [2, 2, 4]]
 
 
 class Sums:
@@ -131,6 +135,35 @@ def test_the_model_is_told_how_many_tokens_were_drawn(runner):
     observed = engine.model_runner.rejection_sampler
     assert observed(*given) is output and observed.parse_output == "of the sampler"
     assert model.sums.told == [([3, 4], [2, 1])] and model.drafts == ["draft model"] * 2
+
+
+@pytest.mark.parametrize("runner", ["first", "second"])
+def test_what_drafts_is_limited(runner):
+    model = SimpleNamespace(set_blend=lambda blend: None)
+    drafts = []
+
+    class Draft(torch.nn.Linear):
+        def forward(self, input_ids, positions):
+            drafts.append(len(input_ids))
+            return super().forward(torch.ones(len(input_ids), 4))
+
+    drafter = SimpleNamespace(model=Draft(4, 3), hidden_size=3, dtype=torch.float32)
+    if runner == "second":
+        drafter.num_speculative_steps = 8
+
+    class Worker(worker.BlendWorkerExtension):
+        model_runner = SimpleNamespace(**{{"first": "drafter", "second": "speculator"}[runner]: drafter})
+
+        def get_model(self):
+            return model
+
+    ids = {"input_ids": torch.tensor([5, 6]), "positions": torch.tensor([0, 1])}
+    for number, steps in ((4, 4), (0, 1), (0, 1), (1, 1)):
+        Worker().set_blend(Blend(draft_tokens=number).to_dict())
+        assert drafter.model(**ids).shape == (2, 3)
+        assert drafts == ([2] if number else []) and drafter.model.weight.shape == (3, 4)
+        assert runner == "first" or drafter.num_speculative_steps == steps
+        drafts.clear()
 
 
 def test_an_engine_without_drafts_leads_none():

@@ -12,6 +12,7 @@ from tests.trainers import engines
 from trl_blend import LogitMixing, TrustRegion
 from trl_blend.errors import ConfigError, EngineError, UnsupportedError
 from trl_blend.serving.blend import Blend, Partner
+from trl_blend.serving.drafts import DraftChoice
 from trl_blend.trainers import _engine
 
 
@@ -69,7 +70,37 @@ def test_an_engine_that_drafts(vllm, folder):
     engine = start(folder, draft_tokens=4)
     drafts = engine.llm.started_with["speculative_config"]
     assert drafts["model"] == folder and drafts["num_speculative_tokens"] == 4
-    assert engine.llm.events == [("lead_drafts",)]  # before it is sent any weights
+    assert engine.llm.events == [("lead_drafts",), ("student_share",)]  # before it is sent any weights
+    engine.llm.events = []
+    for rule, number, expected in (
+        (LogitMixing(0.3), 4, ["set_blend", "generate"]),
+        (None, 0, ["set_blend", "generate"]),
+        (LogitMixing(0.2), 4, ["reset", "set_blend", "generate"]),
+    ):
+        engine.set_rule(rule, [1])
+        assert [event if event == "reset" else event[0] for event in draw(engine)] == expected
+        assert engine.blend.draft_tokens == number and engine.llm.dynamic_sd_lookup == [number] * 4
+
+
+def test_the_number_of_drafts_follows_what_is_accepted(vllm, folder):
+    engine = start(folder, draft_tokens="auto")
+    assert engine.llm.started_with["speculative_config"]["num_speculative_tokens"] == 8
+    numbers = []
+    for accepted, rule in ((95, TrustRegion(0.05)), (5, TrustRegion(0.05)), (0, TrustRegion(0.0002)), (0, None)):
+        engine.set_rule(rule, [1])
+        draw(engine)
+        numbers.append(engine.llm.dynamic_sd_lookup[-1])
+        engine.llm.answers["take_blend_statistics"] = {"draft_acceptance": [accepted, 100, 1.0]}
+        engine.take_statistics()
+    bound = DraftChoice("auto")
+    bound.student_share = 0.15
+    assert numbers[0] == bound(TrustRegion(0.05)) > 0
+    assert numbers[1] > numbers[0] and numbers[2] > 0 and numbers[3] == 0
+    engine.set_rule(TrustRegion(0.05), [1])  # nothing was accepted at a much smaller budget
+    assert engine.blend.draft_tokens == 0
+    draw(engine)
+    engine.set_rule(TrustRegion(1e-8), [1])  # the draft model has not seen what was drawn without it
+    assert engine.blend.draft_tokens > 0 and draw(engine)[0] == "reset"
 
 
 def test_an_engine_without_memory(vllm, folder, monkeypatch):

@@ -218,9 +218,10 @@ def test_values_that_no_run_can_mean(tmp_path, config, name, value):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vllm_draft_tokens": 0}, "`vllm_draft_tokens=0` must be a number of tokens, at least 1"),
+        ({"vllm_draft_tokens": 0}, "`vllm_draft_tokens=0` must be a number of tokens, at least 1, or 'auto'"),
         ({"vllm_draft_tokens": -2}, "`vllm_draft_tokens=-2` must be"),
         ({"vllm_draft_tokens": 2.5}, "`vllm_draft_tokens=2.5` must be"),
+        ({"vllm_draft_tokens": "many"}, "`vllm_draft_tokens='many'` must be"),
         ({"use_vllm": False}, "`vllm_draft_tokens=4` has no effect with `use_vllm=False`. Set `use_vllm=True`"),
         ({"vllm_mode": "server"}, "no effect with `vllm_mode='server'`: a server drafts if it was started with"),
         ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "vLLM has no `logit_bias` with drafts"),

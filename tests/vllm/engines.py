@@ -8,6 +8,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from trl_blend.generation.step import blend_step
 from trl_blend.serving.arguments import engine_arguments
 from trl_blend.serving.blend import Blend, Partner
+from trl_blend.serving.drafts import schedule_drafts
 
 
 # Head sizes that vLLM's attention has kernels for on a CPU
@@ -23,7 +24,7 @@ def saved(folder, arch="qwen3", *, model=None, **overrides):
 
 
 @contextmanager
-def running(student, partners=(), blend=None, draft_tokens=None, **options):
+def running(student, partners=(), blend=None, draft_tokens=(), **options):
     """An engine in float32; without partners one of the student alone."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -44,8 +45,28 @@ def running(student, partners=(), blend=None, draft_tokens=None, **options):
         cleanup_dist_env_and_memory()
 
 
+@contextmanager
+def passes(llm):
+    """How often each model runs inside the context."""
+    (blend,) = llm.apply_model(lambda model: model)
+    (draft,) = llm.collective_rpc(lambda worker: worker.get_draft_model())
+    models = {"student": blend.student, "teacher": blend.partner_0, "drafts": getattr(draft, "_model", draft)}
+    counts = dict.fromkeys(models, 0)
+    handles = [
+        model.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+        for name, model in models.items()
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def set_blend(llm, blend):
     llm.collective_rpc("set_blend", args=(blend.to_dict(),))
+    if blend.draft_tokens is not None:
+        schedule_drafts(llm, blend.draft_tokens)
 
 
 def prompts(count=8, vocab_size=60, shortest=1):

@@ -263,6 +263,6 @@ def test_drafts_are_refused_where_their_sampler_is_wrong(tmp_path):
     folders, _ = write_pair(tmp_path, PAIRS["deeper"])
     with (
         pytest.raises(Exception, match="draws wrong tokens from drafts on a CPU"),
-        running(folders[0], folders[1:], Blend(LogitMixing(0.3)), draft_tokens=2),
+        running(folders[0], folders[1:], Blend(LogitMixing(0.3)), draft_tokens=(2,)),
     ):
         pass

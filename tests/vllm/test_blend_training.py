@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from testbed import task
 from tests.vllm.conftest import expand_on_the_cpu
-from tests.vllm.engines import teacher_forced, worst_error
+from tests.vllm.engines import passes, teacher_forced, worst_error
 from trl_blend import (
     LogitArithmetic,
     LogitMixGRPOConfig,
@@ -324,16 +324,22 @@ def test_drafts_follow_the_weights(cpu_engine, monkeypatch, teacher, tmp_path, a
         assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
 
 
-def test_drafts_inside_the_trust_region(cpu_engine, monkeypatch, tmp_path):
+@pytest.mark.parametrize("drafts", [4, "auto"])
+def test_drafts_inside_the_trust_region(cpu_engine, monkeypatch, tmp_path, drafts):
     expand_on_the_cpu(monkeypatch)
-    trainer = opd(tmp_path / "run", max_steps=3, vllm_draft_tokens=4)
+    trainer, numbers = opd(tmp_path / "run", max_steps=3, vllm_draft_tokens=drafts), []
+    tell = trainer.engine._tell
+    monkeypatch.setattr(trainer.engine, "_tell", lambda: (tell(), numbers.append(trainer.engine.blend.draft_tokens)))
     trainer.train()
+    assert numbers == {4: [4, 4, 0], "auto": [6, 8, 0]}[drafts]  # from the bound, then from what was accepted
     acceptance, bound = (logged(trainer, f"blend/draft_acceptance{name}") for name in ("", "_bound"))
     assert bound == [pytest.approx(acceptance_bound(budget)) for budget in (0.05, 0.025)]
     assert len(acceptance) == 2 and all(one > other for one, other in zip(acceptance, bound))
     assert max(logged(trainer, "blend/passes_per_token")) < 0.35
     assert_the_draft_model_is_the_student(trainer)
-    assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
+    with passes(trainer.engine.llm) as counts:  # of the student alone, after the warmup
+        assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
+    assert counts["student"] > 10 and counts["teacher"] == counts["drafts"] == 0
 
 
 def test_two_processes(tmp_path):

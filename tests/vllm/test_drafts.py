@@ -1,5 +1,6 @@
 """Drafts change the price of the blend's tokens and nothing else: not their distribution, not their probabilities."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.vllm.conftest import expand_on_the_cpu
-from tests.vllm.engines import generate, prompts, running, saved, set_blend, teacher_forced, worst_error
+from tests.vllm.engines import generate, passes, prompts, running, saved, set_blend, teacher_forced, worst_error
 from tests.vllm.test_blend_exact import PAIRS, TOLERANCE, g_test, write_pair
 from trl_blend import LogitMixing, TrustRegion
 from trl_blend.generation.step import blend_step
 from trl_blend.ops.trust_region import acceptance_bound
 from trl_blend.serving.blend import Blend
+from trl_blend.serving.drafts import NUMBERS
 
 
 pytestmark = pytest.mark.vllm
@@ -35,7 +37,7 @@ def on_the_cpu():
 @pytest.fixture(scope="module")
 def drafting(on_the_cpu, tmp_path_factory):
     folders, models = write_pair(tmp_path_factory.mktemp("drafting"), PAIRS["deeper"])
-    with running(folders[0], folders[1:], Blend(LogitMixing(0.3)), draft_tokens=DRAFTS) as llm:
+    with running(folders[0], folders[1:], Blend(LogitMixing(0.3)), draft_tokens=(DRAFTS,)) as llm:
         yield llm, models
 
 
@@ -115,30 +117,40 @@ def test_statistics_are_those_of_the_drawn_tokens(drafting):
 def test_without_a_blend_every_draft_is_accepted(drafting):
     """The student drafts for itself: a pass of the models for five tokens, and the teacher does not run."""
     llm, models = drafting
-    (partner,) = llm.apply_model(lambda model: model.partner_0)
-    (student,) = llm.apply_model(lambda model: model.student)
-    calls = {"partner": 0, "student": 0}
-
-    def count(name):
-        return lambda *_: calls.update({name: calls[name] + 1})
-
-    handles = [partner.register_forward_hook(count("partner")), student.register_forward_hook(count("student"))]
-    try:
-        set_blend(llm, Blend())
+    set_blend(llm, Blend())
+    with passes(llm) as counts:
         rows = generate(llm, prompts(4), max_tokens=21, ignore_eos=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     assert worst_error(models[:1], Blend(LogitMixing(())), rows) < TOLERANCE
-    assert calls["partner"] == 0 and calls["student"] <= 1 + 20 / (DRAFTS + 1) + 1
+    assert counts["teacher"] == 0 and counts["student"] <= 1 + 20 / (DRAFTS + 1) + 1
     assert llm.reset_prefix_cache()
+
+
+def test_the_number_of_drafts_changes_between_generations(on_the_cpu, tmp_path):
+    folders, models = write_pair(tmp_path, PAIRS["deeper"])
+    rule = TrustRegion(0.05)
+    with running(folders[0], folders[1:], Blend(rule), draft_tokens=NUMBERS) as llm:
+        for number in (4, 0, 2, 8, 0, 1):
+            blend = Blend(rule, draft_tokens=number, records=True)
+            set_blend(llm, blend)
+            llm.reset_prefix_cache()
+            with passes(llm) as counts:
+                rows = generate(llm, prompts(4), max_tokens=21, ignore_eos=True)
+            assert worst_error(models, blend, rows) < TOLERANCE
+            assert counts["drafts"] == number * counts["student"] and counts["teacher"] == counts["student"]
+            assert (counts["student"] == 21) == (number == 0)
+            assert (statistics(llm)["draft_acceptance"][1] == 0) == (number == 0)
+        set_blend(llm, Blend(draft_tokens=0))
+        with passes(llm) as counts:
+            rows = generate(llm, prompts(4), max_tokens=21, ignore_eos=True)
+        assert counts == {"student": 21, "teacher": 0, "drafts": 0}
+        assert worst_error(models[:1], Blend(LogitMixing(())), rows) < TOLERANCE
 
 
 @pytest.mark.parametrize("pair", ["narrower_vocabulary", "other_family_and_heads", "two_partners"])
 def test_pairs(pair, tmp_path):
     folders, models = write_pair(tmp_path, PAIRS[pair])
     blend = Blend(LogitMixing((0.3,) + (0.2,) * (len(folders) - 2)), temperature=0.9)
-    with running(folders[0], folders[1:], blend, draft_tokens=3) as llm:
+    with running(folders[0], folders[1:], blend, draft_tokens=(3,)) as llm:
         rows = generate(llm, prompts(16), 0.9, ignore_eos=True)
         assert worst_error(models, blend, rows) < TOLERANCE
         # A draft that a teacher has no row for is refused
@@ -166,7 +178,7 @@ def small(on_the_cpu, tmp_path_factory):
             [model(torch.cat([prompt.expand(len(ids), -1), ids], dim=1)).logits[:, -1] for model in models]
             for ids in prefixes
         ]
-    with running(folders[0], folders[1:], Blend(), draft_tokens=DRAFTS, **options) as llm:
+    with running(folders[0], folders[1:], Blend(), draft_tokens=NUMBERS, **options) as llm:
         yield llm, logits
 
 
@@ -181,10 +193,10 @@ def enumerated(logits, blend):
     return logps.exp()
 
 
-def completions(llm, blend):
+def completions(llm, blend, number=DRAFTS):
     from vllm import SamplingParams
 
-    set_blend(llm, blend)
+    set_blend(llm, replace(blend, draft_tokens=number))
     torch.manual_seed(0)
     params = SamplingParams(temperature=blend.temperature, max_tokens=LENGTH, ignore_eos=True, detokenize=False)
     results = llm.generate([{"prompt_token_ids": PROMPT}] * DRAWS, params, use_tqdm=False)
@@ -222,6 +234,16 @@ def test_frequencies_are_those_of_the_blend(small, rule, temperature, others):
     assert passes_per_token(llm) < 0.6
     for other in others:  # power: pairs inside the first run tell it from these
         assert min(p_values(drawn, logits, Blend(other, temperature=temperature))[1 : DRAFTS - 1]) < 1e-6
+
+
+def test_frequencies_do_not_depend_on_the_number_of_drafts(small):
+    llm, logits = small
+    blend = Blend(TrustRegion(0.05), records=True)
+    for number, most in {2: 0.9, 0: 1.0, 8: 0.6}.items():
+        drawn = completions(llm, blend, number)
+        assert min(p_values(drawn, logits, blend)) > 1e-3
+        assert passes_per_token(llm) <= most and (number == 0 or most < 1.0)
+        assert max(p_values(drawn, logits, Blend(LogitMixing(0.0)))) < 1e-6  # power
 
 
 def one_hot_acceptance(module):

@@ -20,7 +20,7 @@ _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_exp
 
 
 def engine_arguments(
-    partners: Sequence[Partner], blend: Blend, *, draft_model: str | None = None, draft_tokens: int | None = None
+    partners: Sequence[Partner], blend: Blend, *, draft_model: str | None = None, draft_tokens: Sequence[int] = ()
 ) -> dict[str, Any]:
     """
     Arguments of `vllm.LLM` beside those of the student, which an engine that blends is started with. As JSON,
@@ -35,8 +35,9 @@ def engine_arguments(
             What to draw from at first. The engine measures its memory with it.
         draft_model (`str`, *optional*):
             The student, as `vllm.LLM` is given it.
-        draft_tokens (`int`, *optional*):
-            Tokens that the student draws ahead before all models look at them together. Tokens of the blend are drawn
+        draft_tokens (`Sequence[int]`, *optional*, defaults to `()`):
+            How many tokens the student draws ahead before all models look at them together, the largest number last;
+            of several [`~trl_blend.serving.drafts.schedule_drafts`] says which. Tokens of the blend are drawn
             all the same: vLLM accepts each with the probability that makes it one of them, else draws another
             ([speculative sampling](https://huggingface.co/papers/2211.17192)). The engine holds the student once more.
 
@@ -57,13 +58,16 @@ def engine_arguments(
         "worker_extension_cls": EXTENSION,
         "sleep_preserve_parameter_names": [f"partner_{index}.*" for index in range(len(partners))],
     }
-    if draft_tokens is not None:
-        arguments["speculative_config"] = {
+    if draft_tokens:
+        arguments["speculative_config"] = speculation = {
             "method": "draft_model",
             "model": draft_model,
-            "num_speculative_tokens": draft_tokens,
+            "num_speculative_tokens": draft_tokens[-1],
             "draft_sample_method": "probabilistic",  # a most likely token would be accepted with its own probability
         }
+        if len(draft_tokens) > 1:  # by the number of requests: vLLM prepares for each, and the table is overwritten
+            by_requests = [(requests, requests, number) for requests, number in enumerate(draft_tokens, start=1)]
+            speculation["num_speculative_tokens_per_batch_size"] = by_requests
     return arguments
 
 

@@ -75,6 +75,8 @@ class Blend:
             left out of the statistics.
         records (`bool`, *optional*, defaults to `False`):
             Whether to sum up the statistics of the rule.
+        draft_tokens (`int`, *optional*):
+            How many tokens the student drafts. `None`: as many as the engine was started with.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the rule is not one of [`RULES`], or the temperature is not positive.
@@ -86,6 +88,7 @@ class Blend:
     vocab_size: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     records: bool = False
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.rule is not None and type(self.rule) not in RULES.values():
@@ -109,6 +112,7 @@ class Blend:
             "vocab_size": self.vocab_size,
             "stop_token_ids": list(self.stop_token_ids),
             "records": self.records,
+            "draft_tokens": self.draft_tokens,
         }
 
     @classmethod

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from trl_blend.errors import ConfigError
 from trl_blend.serving.blend import Blend
 
@@ -36,6 +38,30 @@ class ObservedSampler:
         return output
 
 
+class RestingDraftModel:
+    """
+    In front of the draft model of an engine, which vLLM runs once for each token also where none is drafted, so that
+    its cache goes on: while it rests it does not run, and prefixes that it has not seen must not be reused after that.
+
+    Args:
+        drafter:
+            `DraftModelProposer` or `PlainDraftModelSpeculator` of vLLM's model runners.
+    """
+
+    def __init__(self, drafter: Any) -> None:
+        self._model, self._width, self._dtype = drafter.model, drafter.hidden_size, drafter.dtype
+        self.rests = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.rests:
+            return self._model(*args, **kwargs)
+        ids = kwargs["input_ids"]
+        return torch.zeros(len(ids), self._width, dtype=self._dtype, device=ids.device)
+
+
 class BlendWorkerExtension:
     """
     What vLLM adds to the worker of each device (`worker_extension_cls`). Arguments and results fit into JSON, which is
@@ -44,7 +70,25 @@ class BlendWorkerExtension:
 
     def set_blend(self, blend: dict[str, Any]) -> None:
         """Draw from another [`~trl_blend.serving.blend.Blend`] from here on, given as [`Blend.to_dict`] gives it."""
-        self._blend_model().set_blend(Blend.from_dict(blend))
+        given = Blend.from_dict(blend)
+        self._blend_model().set_blend(given)
+        if given.draft_tokens is not None:
+            self._limit_drafts(given.draft_tokens)
+
+    def _limit_drafts(self, number: int) -> None:
+        runner = self.model_runner  # type: ignore[attr-defined]
+        drafter = getattr(runner, "speculator", None) or runner.drafter
+        if not isinstance(drafter.model, RestingDraftModel):
+            drafter.model = RestingDraftModel(drafter)
+        drafter.model.rests = number == 0
+        if hasattr(drafter, "num_speculative_steps"):  # of the second runner, which does not ask the scheduler
+            drafter.num_speculative_steps = max(number, 1)
+
+    def student_share(self) -> float:
+        """How many of the bytes of the weights of all models are the student's, as a fraction."""
+        model = self._blend_model()
+        student, all_models = (sum(one.nbytes for one in part.parameters()) for part in (model.student, model))
+        return float(student / all_models)
 
     def describe_blend(self) -> dict[str, Any]:
         """What the engine holds: the names of its partners, and the blend that it draws from."""

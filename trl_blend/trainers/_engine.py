@@ -23,6 +23,7 @@ from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.loading import base_of_adapter
 from trl_blend.serving.arguments import check_version, engine_arguments
 from trl_blend.serving.blend import Blend, Partner
+from trl_blend.serving.drafts import DraftChoice, schedule_drafts
 from trl_blend.serving.statistics import Statistic
 
 
@@ -48,8 +49,9 @@ class BlendedVLLMGeneration(VLLMGeneration):
         partners_stop (`bool`):
             Whether the teachers leave the rollouts at some step. CUDA graphs are then captured in pieces, which
             leave them out; a graph of the whole model would run them.
-        draft_tokens (`int`, *optional*):
-            Tokens that the student drafts in a colocated engine. A server may have been started with drafts.
+        draft_tokens (`int` or `str`, *optional*):
+            Tokens that the student drafts in a colocated engine, none while a teacher takes no part; `"auto"`: chosen
+            before each generation. A server may have been started with drafts.
 
     Attributes:
         blend ([`~trl_blend.serving.blend.Blend`]): What the next call of `generate` draws from.
@@ -64,10 +66,11 @@ class BlendedVLLMGeneration(VLLMGeneration):
         partners: Sequence[Partner | None],
         blend: Blend,
         partners_stop: bool,
-        draft_tokens: int | None = None,
+        draft_tokens: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._partners, self._partners_stop, self._draft_tokens = partners, partners_stop, draft_tokens
+        self._partners, self._partners_stop = partners, partners_stop
+        self._drafts = None if draft_tokens is None else DraftChoice(draft_tokens)
         self.blend = self._told = blend
         self._unsent: dict[int, tuple[PreTrainedModel, bool]] = {}
         super().__init__(*args, **kwargs)
@@ -78,7 +81,8 @@ class BlendedVLLMGeneration(VLLMGeneration):
             self._check_server()
             return
         partners = [Partner(self.model.name_or_path) if one is None else one for one in self._partners]
-        drafts = {"draft_model": self.model.name_or_path, "draft_tokens": self._draft_tokens}
+        numbers = () if self._drafts is None else self._drafts.numbers
+        drafts = {"draft_model": self.model.name_or_path, "draft_tokens": numbers}
         arguments = engine_arguments(partners, self.blend, **drafts)
         if not self.enable_sleep_mode:
             del arguments["sleep_preserve_parameter_names"]
@@ -95,8 +99,9 @@ class BlendedVLLMGeneration(VLLMGeneration):
                 "Raise `vllm_gpu_memory_utilization` (vLLM's `gpu_memory_utilization`), or lower "
                 "`vllm_max_model_length`."
             ) from error
-        if self._draft_tokens:
+        if self._drafts is not None:
             self._call("lead_drafts")
+            self._drafts.student_share = self._call("student_share")
 
     def _check_server(self) -> None:
         found = self._call("describe_blend")
@@ -158,12 +163,16 @@ class BlendedVLLMGeneration(VLLMGeneration):
                 Further fields of [`~trl_blend.serving.blend.Blend`].
         """
         temperature = self.generation_kwargs.get("temperature", self.temperature) or 1.0
-        self.blend = Blend(rule, temperature, stop_token_ids=tuple(stop_token_ids), **settings)
+        drafts = None if self._drafts is None else self._drafts(rule)
+        self.blend = Blend(rule, temperature, stop_token_ids=tuple(stop_token_ids), draft_tokens=drafts, **settings)
 
     def _tell(self) -> None:
-        if self._told.rule is None and self.blend.rule is not None:
-            self._reset_prefix_cache()  # the teachers have not seen what is in it
+        teachers_return = self._told.rule is None and self.blend.rule is not None
+        if teachers_return or (self._told.draft_tokens == 0 and self.blend.draft_tokens):
+            self._reset_prefix_cache()  # they, or the draft model, have not seen what is in it
         self._call("set_blend", self.blend.to_dict())
+        if self.blend.draft_tokens is not None:
+            schedule_drafts(self.llm, self.blend.draft_tokens)
         self._told = self.blend
 
     def _reset_prefix_cache(self) -> None:
@@ -178,7 +187,11 @@ class BlendedVLLMGeneration(VLLMGeneration):
         rank must call it; what a server has drawn is that of the main process, and nothing on the others.
         """
         if self.mode == "colocate":
-            return {name: Statistic(*sums) for name, sums in self._call("take_blend_statistics").items()}
+            taken = {name: Statistic(*sums) for name, sums in self._call("take_blend_statistics").items()}
+            if self._drafts is not None:  # the same on all ranks, which may share an engine
+                (accepted,) = broadcast_object_list([taken.get("draft_acceptance")])
+                self._drafts.observe(self._told.rule, accepted)
+            return taken
         (sums,) = broadcast_object_list([self._call("take_blend_statistics")])
         own = self.accelerator.is_main_process
         return {name: Statistic(*values) if own else Statistic(0.0, 0, 0.0) for name, values in sums.items()}

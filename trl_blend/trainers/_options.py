@@ -142,9 +142,11 @@ def check_drafts(args: Any, blends: bool) -> None:
     drafts = args.vllm_draft_tokens
     if drafts is None:
         return
+    if isinstance(drafts, str) and drafts.isdigit():  # as the command line has it
+        drafts = args.vllm_draft_tokens = int(drafts)
     given = f"`vllm_draft_tokens={drafts!r}`"
-    if isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1:
-        raise ConfigError(f"{given} must be a number of tokens, at least 1. Leave it unset for no drafts.")
+    if drafts != "auto" and (isinstance(drafts, bool) or not isinstance(drafts, int) or drafts < 1):
+        raise ConfigError(f"{given} must be a number of tokens, at least 1, or 'auto'. Leave it unset for no drafts.")
     if not args.use_vllm:
         raise ConfigError(f"{given} has no effect with `use_vllm=False`. Set `use_vllm=True`, or leave it unset.")
     if not blends:

@@ -143,10 +143,11 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
 
         > Parameters that control the engine
 
-        vllm_draft_tokens (`int`, *optional*):
+        vllm_draft_tokens (`int` or `str`, *optional*):
             With `use_vllm=True` and `vllm_mode="colocate"`, how many tokens the student drafts before all models look
             at them together (speculative decoding), which draws from the same policy with fewer passes of the
-            teacher. `None`: none. The engine then holds the student twice.
+            teacher. `"auto"`: up to 8, chosen before each generation from how many were accepted. `None`: none. The
+            engine then holds the student twice. While no teacher takes part nothing is drafted.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -180,7 +181,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
     eval_policy: Literal["mixed", "student", "both"] | None = None
 
     # Parameters that control the engine
-    vllm_draft_tokens: int | None = None
+    vllm_draft_tokens: int | str | None = None
 
     def __post_init__(self):
         # A single name or weight may be given bare; several come as a list

@@ -167,10 +167,11 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
 
         > Parameters that control the engine
 
-        vllm_draft_tokens (`int`, *optional*):
+        vllm_draft_tokens (`int` or `str`, *optional*):
             With `use_vllm=True` and `vllm_mode="colocate"`, how many tokens the student drafts before all models look
             at them together (speculative decoding), which draws from the same policy with fewer passes of the
-            teacher. `None`: none. The engine then holds the student twice.
+            teacher. `"auto"`: up to 8, chosen before each generation from how many were accepted. `None`: none. The
+            engine then holds the student twice. While no teacher takes part nothing is drafted.
     """
 
     # Parameters that control the rollouts
@@ -212,7 +213,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
     success_threshold: float = 1.0
 
     # Parameters that control the engine
-    vllm_draft_tokens: int | None = None
+    vllm_draft_tokens: int | str | None = None
 
     def __post_init__(self):
         if isinstance(self.teacher_eos_token_id, int):
