@@ -50,7 +50,7 @@ class BlendedVLLMGeneration(VLLMGeneration):
             Whether the teachers leave the rollouts at some step. CUDA graphs are then captured in pieces, which
             leave them out; a graph of the whole model would run them.
         draft_tokens (`int` or `str`, *optional*):
-            Tokens that the student drafts in a colocated engine, none while a teacher takes no part; `"auto"`: chosen
+            Tokens that the student drafts in a colocated engine, none while no teacher takes part; `"auto"`: chosen
             before each generation. A server may have been started with drafts.
 
     Attributes:
