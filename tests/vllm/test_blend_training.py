@@ -329,7 +329,7 @@ def test_drafts_inside_the_trust_region(cpu_engine, monkeypatch, tmp_path, draft
     expand_on_the_cpu(monkeypatch)
     trainer, numbers = opd(tmp_path / "run", max_steps=3, vllm_draft_tokens=drafts), []
     tell = trainer.engine._tell
-    monkeypatch.setattr(trainer.engine, "_tell", lambda: (tell(), numbers.append(trainer.engine.blend.draft_tokens)))
+    trainer.engine._tell = lambda: (tell(), numbers.append(trainer.engine.blend.draft_tokens))
     trainer.train()
     assert numbers == {4: [4, 4, 0], "auto": [6, 8, 0]}[drafts]  # from the bound, then from what was accepted
     acceptance, bound = (logged(trainer, f"blend/draft_acceptance{name}") for name in ("", "_bound"))
