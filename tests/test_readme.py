@@ -26,7 +26,7 @@ TABLES = [
 ]
 # What the text of a section repeats stands in these reports
 TEXTS = [
-    (GRPO_PAGE, "What we measured", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md"]),
+    (GRPO_PAGE, "What we measured", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md", "real_weights.md"]),
     (GRPO_PAGE, "Choosing weight and schedule", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md"]),
     (OPD_PAGE, "What we measured", ["trust_region.md", "off_task.md"]),
     (OPD_PAGE, "Choosing a budget", ["trust_region.md", "off_task.md"]),
