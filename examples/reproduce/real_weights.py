@@ -248,23 +248,24 @@ def report(runs: Runs, folder: Path) -> str:
         raise SystemExit(f"No finished runs of an arm in {runs.path}.")
     first, found = runs.of(names[0])[0], policies_of(runs)
     for name, (label, policies) in found.items():
-        row: dict[str, Any] = {"policy": name, "seeds": len(policies)}
-        row |= {kind: float(scores_of(policies, kind).mean()) for kind in KINDS}
+        rates = {kind: float(scores_of(policies, kind).mean()) for kind in KINDS}
         gap = difference(scores_of(policies), scores_of(found[ANCHOR][1]))
-        row |= {
+        row = {
+            "policy": name,
+            "seeds": len(policies),
+            **rates,
             "minus_anchor": gap.value,
             "minus_anchor_se": gap.error,
-            "kl_to_anchor": "",
-            "cpu_seconds_per_step": "",
         }
-        if name in ARMS:
-            row["kl_to_anchor"] = float(np.mean([policy["kl_to_anchor"] for policy in policies]))
-            row["cpu_seconds_per_step"] = runs.cost(name, "cpu_seconds") / first["steps"]
-        rows.append(row)
-        shown = [row["kl_to_anchor"], row["cpu_seconds_per_step"]]
-        numbers = [f"{value:.{digits}f}" if value != "" else "—" for value, digits in zip(shown, (4, 0), strict=True)]
-        rates = [f"{row[kind]:.3f}" for kind in KINDS]
-        cells.append([label, *rates, gap.signed() if gap.error else "—", *numbers])
+        kl = float(np.mean([policy["kl_to_anchor"] for policy in policies])) if name in ARMS else None
+        seconds = runs.cost(name, "cpu_seconds") / first["steps"] if name in ARMS else None
+        rows.append(row | {"kl_to_anchor": kl, "cpu_seconds_per_step": seconds})
+        cells.append([
+            label,
+            *(f"{rate:.3f}" for rate in rates.values()),
+            gap.signed() if name != ANCHOR else "—",
+            *((f"{kl:.3f}", f"{seconds:.0f}") if name in ARMS else "——"),
+        ])  # fmt: skip
     study.write_csv(folder / "real_weights.csv", rows)
     _plot(runs, found, folder / "real_weights.png")
     seeds = " or ".join(map(str, sorted({len(runs.of(name)) for name in names})))
@@ -282,10 +283,10 @@ def report(runs: Runs, folder: Path) -> str:
         f"The anchor: {first['sft_steps']} steps of SFT on {SFT_BATCH} worked problems, such as `8 + 9 = "
         f"\\boxed{{17}}`, learning rate {SFT_RATE:g}, {runs.cost(ANCHOR, 'cpu_seconds'):.0f} CPU seconds. Then "
         f"{first['steps']} steps of {ROLLOUTS} rollouts ({ROLLOUTS_PER_PROMPT} per prompt, at most {TOKENS} tokens), "
-        f"learning rate {RATE:g}, reward 1 for right and in the format. Greedy: *solve* = right and in the format, "
-        "*answer* = right in any format. The difference to the anchor is ± one standard error of the held-out "
-        f"problems (paired) and, from two seeds on, of the seeds. KL is exact, per token, on {KL_PROMPTS} rollouts of "
-        "the policy at temperature 1.",
+        f"learning rate {RATE:g}, reward 1 for right and in the format. Greedy, at most {TOKENS} tokens, which cut the "
+        "sentences of the model as it was: *solve* = right and in the format, *answer* = right in any format. The "
+        "difference to the anchor is ± one standard error of the held-out problems (paired) and, from two seeds on, of "
+        f"the seeds. KL is exact, per token, on {KL_PROMPTS} rollouts of the policy at temperature 1.",
         "",
         study.markdown_table(header, cells),
         "",
@@ -312,7 +313,7 @@ def _plot(runs: Runs, found: dict[str, tuple[str, list[dict[str, Any]]]], path: 
 
 STUDY = study.Study(
     name="real_weights",
-    options={"model": "", "data": "", "work_dir": "outputs/real_weights", "steps": 8, "sft_steps": 20, "n_test": 64},
+    options={"model": "", "data": "", "work_dir": "outputs/real_weights", "steps": 4, "sft_steps": 20, "n_test": 64},
     arms=names,
     work=work,
     report=report,
