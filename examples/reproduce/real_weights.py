@@ -283,10 +283,10 @@ def report(runs: Runs, folder: Path) -> str:
         f"The anchor: {first['sft_steps']} steps of SFT on {SFT_BATCH} worked problems, such as `8 + 9 = "
         f"\\boxed{{17}}`, learning rate {SFT_RATE:g}, {runs.cost(ANCHOR, 'cpu_seconds'):.0f} CPU seconds. Then "
         f"{first['steps']} steps of {ROLLOUTS} rollouts ({ROLLOUTS_PER_PROMPT} per prompt, at most {TOKENS} tokens), "
-        f"learning rate {RATE:g}, reward 1 for right and in the format. Greedy, at most {TOKENS} tokens, which cut the "
-        "sentences of the model as it was: *solve* = right and in the format, *answer* = right in any format. The "
-        "difference to the anchor is ± one standard error of the held-out problems (paired) and, from two seeds on, of "
-        f"the seeds. KL is exact, per token, on {KL_PROMPTS} rollouts of the policy at temperature 1.",
+        f"learning rate {RATE:g}, reward 1 for right and in the format. Greedy, at most {TOKENS} tokens, which cut "
+        "the sentences of the model as it was: *solve* = right and in the format, *answer* = right in any format. The "
+        "difference to the anchor is ± one standard error of the held-out problems (paired) and, from two seeds on, "
+        f"of the seeds. KL is exact, per token, on {KL_PROMPTS} rollouts of the policy at temperature 1.",
         "",
         study.markdown_table(header, cells),
         "",

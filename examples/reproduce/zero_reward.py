@@ -50,12 +50,12 @@ ROLLOUTS = 128  # of a step
 # Of the first figure
 MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo", "floor_0.8", "floor_0.8_reward", "mixed_0.8_reward")
 LENGTH = "completions/mean_length"
-REWARDED, SUPPRESSED = "mixing/rewarded_prompts", "importance/suppressed_share"
+WEIGHT, REWARDED, SUPPRESSED = "mixing/teacher_weight", "mixing/rewarded_prompts", "importance/suppressed_share"
 # Part of the decay in which a metric tells the arms apart: at its start all are alike
 QUARTERS = {REWARDED: (0.75, 1.0), SUPPRESSED: (0.25, 0.5)}
 METRICS = (
     "reward",
-    "mixing/teacher_weight",
+    WEIGHT,
     REWARDED,
     "importance/ratio_mean",
     "importance/effective_sample_size",
@@ -284,6 +284,10 @@ class Results:
         values = np.array([run["metrics"][key][first:last] for run in self.runs.of(name)], dtype=float)
         return float(np.nanmean(values))
 
+    def logged(self, name: str, key: str, step: int) -> float:
+        """A metric of one step, mean over seeds; 0 where it was not logged."""
+        return float(np.mean([run["metrics"][key][step] or 0.0 for run in self.runs.of(name)]))
+
     def seconds(self, name: str, step: int) -> float:
         """CPU seconds of training up to a step, mean over seeds."""
         return float(np.mean([run["curve"][str(step)]["cpu_seconds"] for run in self.runs.of(name)]))
@@ -350,6 +354,7 @@ def report(runs: Runs, folder: Path) -> str:
     found = Results(runs)
     rows, cells = [], []
     for name in found.names:
+        mixes_at_all = bool(found.arms[name].settings["teacher_weight"])
         mixes = "mixed" in runs.of(name)[0]["curve"][str(found.steps)]
         row: dict[str, Any] = {"arm": name, "seeds": len(runs.of(name)), "steps": found.steps}
         for kind in KINDS:
@@ -365,6 +370,8 @@ def report(runs: Runs, folder: Path) -> str:
             *(found.rate(name, kind=kind) for kind in KINDS),
             found.rate(name, "mixed") if mixes else "—",
             found.rate(name, step=found.later) if found.arms[name].goes_on else "—",
+            f"{found.logged(name, 'reward', 0):.2f}",
+            f"{found.logged(name, WEIGHT, len(runs.of(name)[0]['metrics'][WEIGHT]) - 1):.2f}" if mixes_at_all else "—",
             _metric(found, name, REWARDED, 2),
             _metric(found, name, SUPPRESSED, 3),
             f"{row['rollout_tokens'] / 1000:.0f}k",
@@ -382,6 +389,8 @@ def report(runs: Runs, folder: Path) -> str:
         "format",
         "mixture",
         f"student alone, {found.later} steps",
+        "first reward",
+        "last weight",
         "prompts with reward",
         "suppressed",
         "tokens",
@@ -401,10 +410,10 @@ def report(runs: Runs, folder: Path) -> str:
         f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5, unless said, "
         f"to 0 over {round(DECAY * found.steps)} steps, where it waits for the reward in "
         f"{round(FASTEST * found.steps)} at the earliest; a first stage takes the place of the first {stage} steps, "
-        f"with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *prompts with reward* is the mean of "
-        f"`{REWARDED}` over the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. "
-        f"Tokens and CPU seconds are those of {found.steps} "
-        "steps, without evaluation.",
+        f"with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *first reward* is the mean reward in the first "
+        f"step of GRPO, *last weight* the teacher's in the last, *prompts with reward* the mean of `{REWARDED}` over "
+        f"the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. Tokens and CPU seconds "
+        f"are those of {found.steps} steps, without evaluation.",
         "",
         study.markdown_table(header, cells),
         "",
