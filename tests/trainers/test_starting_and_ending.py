@@ -210,18 +210,22 @@ def card_of(trainer):
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
 
-@pytest.mark.parametrize("kind", PROMPTED)
-def test_a_resumed_run_says_what_has_changed_and_its_card_credits_the_steps(make, caplog, kind):
+@pytest.mark.parametrize(
+    ("kind", "option"), [("grpo", {"teacher_weight": [0.25]}), ("opd", {"canonicalize_eos": False})]
+)
+def test_a_resumed_run_says_what_has_changed_and_its_card_credits_the_steps(make, caplog, kind, option):
     first = make(kind, **SAVED)
     first.train()
     checkpoint = f"{first.args.output_dir}/checkpoint-1"
-    other = {"teacher": "second", "learning_rate": 1e-4, "temperature": 0.9, **SAVED, "max_steps": 2}
+    other = {"teacher": "second", "learning_rate": 1e-4, "temperature": 0.9, **option, **SAVED, "max_steps": 2}
     resumed = make(kind, "resumed", train_dataset=runs.dataset(runs.PROMPTS[::-1]), **other)
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=checkpoint)
     (message,) = [text for text in caplog.messages if "Resuming with other settings" in text]
     for text in ("`teacher=teacher (weights ", "`teacher=second (weights ", "`data=8 rows", "`temperature=1.0`"):
         assert text in message, text
+    for name, value in option.items():
+        assert f"now `{name}={value}`" in message
     assert "`learning_rate=0.0001` (the checkpoint's optimizer keeps the former)" in message
     assert resumed.state.log_history[-2]["learning_rate"] == 5e-3  # transformers restores it
     card = card_of(resumed)
