@@ -333,7 +333,7 @@ _ABOVE = (
 
 
 def claims(found: Results) -> Iterator[Claim]:
-    """Claims whose arms have no finished run are left out."""
+    """Claims whose arms have no finished run are left out, and those that would rest on a single seed."""
     steps, later = found.steps, found.later
     compared = [(*row, steps, steps) for row in _ABOVE]
     for arm, label in (("floor", "floor"), ("mixed", "mixed objective")):
@@ -342,7 +342,7 @@ def claims(found: Results) -> Iterator[Claim]:
             (f"After the hand-over the student of the {label} goes on rising.", arm, arm, later, steps),
         ]
     for claim, arm, rival, at, rival_at in compared:
-        if found.runs.has(arm, rival):
+        if found.runs.has(arm, rival) and len(found.runs.of(arm)) > 1:
             gap = difference(found.scores(arm, step=at), found.scores(rival, step=rival_at))
             rates = f"{found.rate(arm, step=at)} against {found.rate(rival, step=rival_at)}"
             cost = f"{found.seconds(arm, at):.0f} and {found.seconds(rival, rival_at):.0f} CPU seconds"
