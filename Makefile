@@ -97,7 +97,7 @@ $(VLLM_VENV)/.installed: tests/vllm/install_cpu.sh
 
 test-vllm: $(VLLM_VENV)/.installed  ## run the tests that need a vLLM engine, on the CPU, in an environment of their own
 	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
-		VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm
+		VLLM_NO_USAGE_STATS=1 $(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m vllm tests/vllm
 
 lint: install  ## ruff, its formatter, and mypy on the pure parts
 	$(BIN)/ruff check $(CHECKED)

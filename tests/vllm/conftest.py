@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 
+from tests.distributed.conftest import free_port
+
 
 def keep_weights_on_the_cpu(patch):
     """Lets a colocated engine take new weights on a CPU, where vLLM otherwise packs them and drops the originals."""
@@ -42,6 +44,8 @@ def cpu_engine(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them: they go after the test
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
+    # TRL takes the first free one of four ports, once for the process: two test runs would meet on it
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     keep_weights_on_the_cpu(monkeypatch)
     yield
     cleanup_dist_env_and_memory()

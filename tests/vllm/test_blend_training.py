@@ -82,6 +82,14 @@ def tensors(module):
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
+def stop(trainer):
+    """End an engine, so that another can be started in the test."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    trainer.engine.llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
 def held_out(trainer, count=16):
     return trainer._tokenize_prompts([row["prompt"] for row in task.build_prompt_dataset("test", count)])[0]
 
@@ -228,6 +236,51 @@ def test_trust_region_with_its_warmup(cpu_engine, tmp_path):
         )
     assert len(logged(trainer, "blend/teacher_logp")) == 2 and len(logged(trainer, "blend/teacher_entropy")) == 2
     assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
+
+
+def observed(trainer):
+    """By step: the rule that the engine draws with, the weights of its student, and what it draws."""
+    found, generate = {}, trainer.engine.generate
+
+    def generate_and_keep(*args, **kwargs):
+        drawn = generate(*args, **kwargs)
+        (told,) = trainer.engine.llm.collective_rpc("describe_blend")
+        found[trainer.state.global_step] = told["blend"], tensors(tower(trainer, "student")), drawn
+        return drawn
+
+    trainer.engine.generate = generate_and_keep
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "rules"),
+    [
+        (
+            grpo,
+            {"teacher_weight": 0.5, "teacher_weight_schedule": "linear", "teacher_weight_decay_steps": 4},
+            [LogitMixing((weight,)) for weight in (0.5, 0.375, 0.25, 0.125)],
+        ),
+        (opd, {"kl_budget": 0.5, "blend_warmup_steps": 4}, [TrustRegion(size) for size in (0.5, 0.375, 0.25, 0.125)]),
+    ],
+)
+def test_resumed_in_mid_schedule_is_uninterrupted(cpu_engine, tmp_path, make, given, rules):
+    whole = make(tmp_path / "whole", max_steps=4, save_strategy="steps", save_steps=2, **given)
+    expected = observed(whole)
+    whole.train()
+    stop(whole)
+    resumed = make(tmp_path / "resumed", max_steps=4, **given)
+    found = observed(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert list(expected) == [0, 1, 2, 3] and list(found) == [2, 3]
+    for step, (blend, weights, drawn) in expected.items():
+        assert Blend.from_dict(blend).rule == rules[step]
+        assert step == 0 or any(not torch.equal(weights[name], one) for name, one in expected[0][1].items())
+        if step in found:
+            assert found[step][0] == blend and found[step][2] == drawn
+            assert all(torch.equal(found[step][1][name], one) for name, one in weights.items())
+    assert logged(resumed, "loss") == logged(whole, "loss")  # that of the checkpoint first
+    student, other = (one.accelerator.unwrap_model(one.model) for one in (resumed, whole))
+    assert all(torch.equal(one, tensors(other)[name]) for name, one in tensors(student).items())
 
 
 def test_statistics_are_those_of_the_rollouts(cpu_engine, teacher, tmp_path):
