@@ -225,7 +225,8 @@ def _run_jobs(
     study: Study, runs: Runs, jobs: list[tuple[str, int | None]], settings: dict[str, Any], workers: int
 ) -> int:
     failed = 0
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         futures = {pool.submit(_run_one, study.work, *job, settings): job for job in jobs}
         for future in tqdm(as_completed(futures), total=len(jobs), mininterval=1):
             key = run_key(*futures[future])

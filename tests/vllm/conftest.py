@@ -36,6 +36,23 @@ def expand_on_the_cpu(patch):
     patch.setattr(cpu_triton_utils, "_expand_kernel_impl", expand)
 
 
+@pytest.fixture(autouse=True)
+def no_engine_outlives_its_test(monkeypatch):
+    """An old engine takes what a later one draws with along, whenever the garbage collector comes to it."""
+    from vllm.v1.engine.core_client import InprocClient
+
+    start, started = InprocClient.__init__, []
+
+    def start_and_keep(client, *args, **kwargs):
+        start(client, *args, **kwargs)
+        started.append(client)
+
+    monkeypatch.setattr(InprocClient, "__init__", start_and_keep)
+    yield
+    for client in started:
+        client.shutdown()
+
+
 @pytest.fixture
 def cpu_engine(monkeypatch):
     """Trainers may be built; what their engine has set up for all processes together is gone after the test."""
@@ -44,7 +61,7 @@ def cpu_engine(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them: they go after the test
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    # TRL takes the first free one of four ports, once for the process: two test runs would meet on it
+    # TRL's own choice is that of any other run on the machine
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     keep_weights_on_the_cpu(monkeypatch)
     yield

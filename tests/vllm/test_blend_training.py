@@ -82,14 +82,6 @@ def tensors(module):
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def stop(trainer):
-    """End an engine, so that another can be started in the test."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    trainer.engine.llm.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-
-
 def held_out(trainer, count=16):
     return trainer._tokenize_prompts([row["prompt"] for row in task.build_prompt_dataset("test", count)])[0]
 
@@ -267,7 +259,7 @@ def test_resumed_in_mid_schedule_is_uninterrupted(cpu_engine, tmp_path, make, gi
     whole = make(tmp_path / "whole", max_steps=4, save_strategy="steps", save_steps=2, **given)
     expected = observed(whole)
     whole.train()
-    stop(whole)
+    whole.engine.llm.llm_engine.engine_core.shutdown()  # another is started
     resumed = make(tmp_path / "resumed", max_steps=4, **given)
     found = observed(resumed)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
