@@ -134,7 +134,7 @@ export-test: install  ## decode an exported mixed policy in a new environment th
 benchmarks: install  ## measure cost against TRL (examples/benchmarks, ratios within one run)
 	@for script in examples/benchmarks/[a-z]*.py; do echo "== $$script" && $(BIN)/python "$$script" || exit 1; done
 
-gpu-check: install  ## a few steps of each trainer at real shapes on one GPU (minutes): peak memory, tokens per second
+gpu-check: install  ## engine and trainers at real shapes on one GPU (minutes): time per token, memory, tokens per second
 	$(BIN)/python examples/benchmarks/gpu_check.py
 
 reproduce: install  ## repeat the comparisons of the papers (examples/reproduce; hours)
@@ -147,6 +147,8 @@ reproduce: install  ## repeat the comparisons of the papers (examples/reproduce;
 	$(BIN)/python examples/reproduce/offline_opd.py
 	$(BIN)/python examples/reproduce/offline_horizon.py
 	$(BIN)/python examples/reproduce/metric_ranges.py
+	$(MAKE) $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python examples/reproduce/engines.py
 
 clean:  ## remove the environment, caches and build results
 	rm -rf $(VENV) $(VLLM_VENV) $(FLOOR_VENV) $(LATEST_VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -61,7 +61,7 @@ class Report:
 
     Args:
         name (`str`):
-            Name of the script, without extension.
+            Name of the result, without extension: the script's, with its sizes where it has several.
         settings (`dict[str, Any]`):
             Sizes and settings of the run.
     """
@@ -69,7 +69,7 @@ class Report:
     def __init__(self, name: str, settings: dict[str, Any]):
         self.name = name
         self.data: dict[str, Any] = {
-            "command": " ".join(["python", f"examples/benchmarks/{name}.py", *sys.argv[1:]]),
+            "command": " ".join(["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "machine": machine(),
             "settings": settings,
             "rows": [],

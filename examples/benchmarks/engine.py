@@ -123,7 +123,8 @@ def measure(args: argparse.Namespace, student_folder: str, teacher_folder: str) 
         "transformers": lambda: by_transformers("fixed_weight"),
     }
     by_engine(engine), by_engine(alone["student"]), by_engine(alone["teacher"])  # first calls set things up
-    report = Report("engine", {**vars(args), "dtype": "float32", "tokens": sum(new_tokens)})
+    name = "engine" if args.sizes == "testbed" else f"engine_{args.sizes}"
+    report = Report(name, {**vars(args), "dtype": "float32", "tokens": sum(new_tokens)})
     times: dict[str, list[Seconds]] = {name: [] for name in arms}
     for repeat in range(args.repeats):
         names = list(arms)

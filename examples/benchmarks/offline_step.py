@@ -112,7 +112,6 @@ def main() -> None:
     args = parser.parse_args()
     name = "offline_step" if args.batch_size == 64 else f"offline_step_{args.batch_size}"
     report = Report(name, vars(args))
-    report.data["command"] = " ".join(["python", "examples/benchmarks/offline_step.py", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         made, costs = make_data(folder, args.batch_size * (args.steps + 3), args.batch_size)
