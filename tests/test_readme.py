@@ -28,6 +28,7 @@ TABLES = [
 TEXTS = [
     (GRPO_PAGE, "What we measured", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md", "real_weights.md"]),
     (GRPO_PAGE, "Choosing weight and schedule", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md"]),
+    (GRPO_PAGE, "Several processes", ["engines.md"]),
     (OPD_PAGE, "What we measured", ["trust_region.md", "off_task.md"]),
     (OPD_PAGE, "Choosing a budget", ["trust_region.md", "off_task.md"]),
     (OFFLINE_PAGE, "What we measured", ["offline_opd.md", "offline_horizon.md"]),
@@ -163,6 +164,7 @@ def test_the_speeds_on_the_offline_page_are_those_of_the_benchmarks(said, batch,
         ("zero_reward", 12),
         ("off_task", 14),
         ("offline_horizon", 8 + 1),
+        ("engines", 2),
     ],
 )
 def test_runs_have_three_seeds_each(study, arms):

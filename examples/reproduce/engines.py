@@ -11,6 +11,7 @@ environment, for the CPU.
 A finished run is in `results/engines_runs.json` and not repeated: after an interruption, start the command again.
 """
 
+import importlib.util
 import os
 import resource
 import sys
@@ -187,4 +188,6 @@ STUDY = study.Study(
 )
 
 if __name__ == "__main__":
+    if importlib.util.find_spec("vllm") is None and "--report" not in sys.argv:
+        raise SystemExit("vLLM is not installed here. Run `make test-vllm`, then this with `.venv-vllm/bin/python`.")
     STUDY.main(__doc__)

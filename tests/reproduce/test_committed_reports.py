@@ -2,12 +2,21 @@
 
 import pytest
 
-from reproduce import logit_mixing, off_task, offline_horizon, offline_opd, real_weights, trust_region, zero_reward
+from reproduce import (
+    engines,
+    logit_mixing,
+    off_task,
+    offline_horizon,
+    offline_opd,
+    real_weights,
+    trust_region,
+    zero_reward,
+)
 from reproduce.study import RESULTS, Runs, write_report
 
 
 ON_TWO_TASKS = [one.STUDY for one in (zero_reward, off_task, offline_horizon)]
-STUDIES = [*ON_TWO_TASKS, *(one.STUDY for one in (logit_mixing, trust_region, offline_opd, real_weights))]
+STUDIES = [*ON_TWO_TASKS, *(one.STUDY for one in (logit_mixing, trust_region, offline_opd, engines, real_weights))]
 RUNS = [(study, study.name) for study in STUDIES] + [(study, f"{study.name}_sorting") for study in ON_TWO_TASKS]
 
 
