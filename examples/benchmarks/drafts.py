@@ -19,6 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from _report import Report, Seconds, seconds
 from transformers import AutoTokenizer

@@ -14,10 +14,14 @@ python examples/benchmarks/engine.py --sizes smollm2 --sequences 256
 import argparse
 import importlib.util
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from _report import Report, Seconds, seconds

@@ -2,10 +2,11 @@
 One check of everything on one GPU, in bfloat16, meant to take less than 8 minutes. Nothing is downloaded; weights are
 random. Where vLLM is installed (`pip install -e ".[vllm]"`) its engine comes first, with a student of Qwen3-1.7B's
 shape and a teacher of Qwen3-8B's: microseconds per token of the blend, of the blend with drafts, of the student alone
-and of the teacher alone, and the number of sequences from which drafts are slower than none. That depends on the share
-of accepted drafts, which is high: random models are close. Then a few steps of each trainer (Qwen3-0.6B from
-Qwen3-1.7B), drawn by transformers and by vLLM, and a short run on the test-bed: peak memory, tokens per second (with
-those of the prompts). The file is written after each stage, so that a run cut short keeps the others.
+and of the teacher alone, and the number of sequences from which drafts are slower than none. That is the best case:
+the weights that vLLM makes up are so much alike that it accepts nearly every draft; the share is printed. Then a few
+steps of each trainer (Qwen3-0.6B from Qwen3-1.7B), drawn by transformers and by vLLM, and a short run on the test-bed:
+peak memory, tokens per second (with those of the prompts). The file is written after each stage, so that a run cut
+short keeps the others.
 
 Never run on a GPU so far, for want of one: neither the times nor the 8 minutes are known. On a CPU all stages of
 `--smoke` have run.
