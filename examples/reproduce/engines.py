@@ -1,7 +1,7 @@
 """
 Is a training run whose rollouts vLLM draws the same, in distribution, as one whose rollouts transformers draws? The
-settings are those of `make demo` (`examples/configs/grpo_mix_testbed.yaml`). Needs vLLM: `make test-vllm` makes the
-environment, for the CPU.
+settings are those of `make demo` (`examples/configs/grpo_mix_testbed.yaml`), 12 of its 20 steps. Needs vLLM: `make
+test-vllm` makes the environment, for the CPU.
 
 ```sh
 .venv-vllm/bin/python examples/reproduce/engines.py            # both arms, 3 seeds, then the report
