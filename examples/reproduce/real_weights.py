@@ -300,14 +300,16 @@ def _plot(runs: Runs, found: dict[str, tuple[str, list[dict[str, Any]]]], path: 
     for name in runs.names(ARMS):
         rewards = np.array([run["rollout_reward"] for run in runs.of(name)])
         study.band(curve, range(1, rewards.shape[1] + 1), rewards, ARMS[name].style, ARMS[name].label)
-    curve.set(title="Rollouts", xlabel="optimizer step", ylabel=f"right and in the format, of {ROLLOUTS}")
+    curve.set(title="Rollouts", xlabel="optimizer step", ylabel=f"right and in the format, of {ROLLOUTS} rollouts")
+    curve.xaxis.get_major_locator().set_params(integer=True)
     for height, (name, (_, policies)) in enumerate(found.items()):
         scores, arm = scores_of(policies).mean(axis=0), ARMS.get(name)
         color, marker, _ = arm.style if arm else (study.ORANGE, "s", "")
         error = scores.std(ddof=1) / np.sqrt(scores.size)
         points.errorbar(scores.mean(), -height, xerr=error, color=color, marker=marker, capsize=3)
     points.set_yticks([-height for height in range(len(found))], [label for label, _ in found.values()])
-    points.set(title="Held-out problems, greedy", xlabel="right and in the format (bar: ±1 SE of the problems)")
+    points.set(title="Held-out problems, greedy", xlabel="right and in the format (bar: ±1 SE)")
+    figure.subplots_adjust(wspace=0.95)  # for the labels of the second panel
     study.save(figure, path, legend_of=curve, columns=3)
 
 
