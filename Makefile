@@ -139,13 +139,16 @@ gpu-check: install  ## engine and trainers at real shapes on one GPU (minutes): 
 
 reproduce: install  ## repeat the comparisons of the papers (examples/reproduce; hours)
 	$(BIN)/python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4
+	$(BIN)/python examples/reproduce/zero_reward.py --task sorting --steps 100
 	$(BIN)/python examples/reproduce/importance_ratios.py --seeds 0 1 2 3 4
 	$(BIN)/python examples/reproduce/weight_sweep.py
 	$(BIN)/python examples/reproduce/logit_mixing.py
 	$(BIN)/python examples/reproduce/trust_region.py
 	$(BIN)/python examples/reproduce/off_task.py
+	$(BIN)/python examples/reproduce/off_task.py --task sorting
 	$(BIN)/python examples/reproduce/offline_opd.py
 	$(BIN)/python examples/reproduce/offline_horizon.py
+	$(BIN)/python examples/reproduce/offline_horizon.py --task sorting --steps 40
 	$(BIN)/python examples/reproduce/metric_ranges.py
 	$(MAKE) $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python examples/reproduce/engines.py

@@ -19,6 +19,7 @@ TABLES = [
     ("README.md", "Results", "method", "trust_region.md", "arm", False),
     ("README.md", "Results", "offline study: arm", "offline_opd.md", "arm", False),
     (GRPO_PAGE, "What we measured", "no reward: arm", "zero_reward.md", "arm", True),
+    (GRPO_PAGE, "What we measured", "sorting: arm", "zero_reward_sorting.md", "arm", True),
     (GRPO_PAGE, "What we measured", "arm", "logit_mixing.md", "arm", True),
     (OPD_PAGE, "What we measured", "method", "trust_region.md", "arm", True),
     (OPD_PAGE, "What we measured", "off the task: method", "off_task.md", "arm", True),
@@ -27,13 +28,21 @@ TABLES = [
 ]
 # What the text of a section repeats stands in these reports
 TEXTS = [
-    (GRPO_PAGE, "What we measured", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md", "real_weights.md"]),
+    (
+        GRPO_PAGE,
+        "What we measured",
+        ["logit_mixing.md", "weight_sweep.md", "zero_reward.md", "zero_reward_sorting.md", "real_weights.md"],
+    ),
     (GRPO_PAGE, "Choosing weight and schedule", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md"]),
     (GRPO_PAGE, "Several processes", ["engines.md"]),
     (OPD_PAGE, "What we measured", ["trust_region.md", "off_task.md"]),
     (OPD_PAGE, "Choosing a budget", ["trust_region.md", "off_task.md"]),
     (OFFLINE_PAGE, "What we measured", ["offline_opd.md", "offline_horizon.md"]),
-    ("README.md", "Results", ["zero_reward.md", "logit_mixing.md", "trust_region.md", "offline_opd.md"]),
+    (
+        "README.md",
+        "Results",
+        ["zero_reward.md", "zero_reward_sorting.md", "logit_mixing.md", "trust_region.md", "offline_opd.md"],
+    ),
 ]
 
 

@@ -1,8 +1,8 @@
 """
 Distillation of a student whose own rollouts are off the task: does it help to draw the first ones with the teacher?
-`base` of the test-bed is distilled from `teacher` with equal prompts and steps, with each rollout policy and with each
-change of the loss that `TrustRegionOPDTrainer` has, on either task of the test-bed. On addition, rollouts at step 0
-are probed too (the paper's Figures 7 and 4):
+`base` of the test-bed, for the second task `sort_sft_student`, is distilled from the teacher with equal prompts and
+steps, with each rollout policy and with each change of the loss that `TrustRegionOPDTrainer` has. On addition, rollouts
+at step 0 are probed too (the paper's Figures 7 and 4):
 
 ```sh
 python examples/reproduce/off_task.py --workers 2    # all arms, 3 seeds, then the report
@@ -31,14 +31,14 @@ import numpy as np
 
 from reproduce import trust_region
 from reproduce import trust_region_probes as probes
-from reproduce.trust_region import BATCH, PROBE, ROLLOUTS_PER_PROMPT, Arm
+from reproduce.trust_region import BATCH, LEARNING_RATE, PROBE, ROLLOUTS_PER_PROMPT, Arm
 from testbed.evaluate import load_checkpoint
 from testbed.tasks import ADDITION, TASKS
 
 
 # Shares of the steps: of a warmup, of supervised steps, and of the arm with the compute of the others
 WARMUP, SUPERVISED, LONGER = 0.75, 0.25, 1.4
-VANILLA = "vanilla"
+VANILLA, DISTILLED = "vanilla", "distilled"
 PROBED, CUT = (0.0, 0.01, 0.05, 0.2), (0.0, 0.05, 0.2)  # budgets of both probes of the rollouts at step 0
 LOSSES = (
     "interpolated",
@@ -55,7 +55,7 @@ def make_arms(steps: int) -> dict[str, Arm]:
     warmup = round(WARMUP * steps)
 
     def blended(label: str, style: study.Style, policy: str, **settings: Any) -> Arm:
-        return Arm(label, style, {"rollout_policy": policy, **settings}, student="base")
+        return Arm(label, style, {"rollout_policy": policy, **settings}, student=DISTILLED)
 
     def annealed(budget: float, color: str, marker: str) -> Arm:
         label = f"trust region {budget:g}, annealed"
@@ -64,7 +64,7 @@ def make_arms(steps: int) -> dict[str, Arm]:
 
     def own(label: str, style: study.Style, **others: Any) -> Arm:
         settings = {"rollout_policy": "student", **others.pop("settings", {})}
-        return Arm(label, style, settings, student="base", **others)
+        return Arm(label, style, settings, student=DISTILLED, **others)
 
     between = {"distillation_target": "interpolated", "target_weight": 0.5}
     return {
@@ -100,7 +100,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
         test, limit = task.prompts("test", settings["n_test"]), task.max_new_tokens
         scores = {
             model: study.measure_student(*load_checkpoint(task.model(model)), test, 0, limit)
-            for model in ("base", "teacher")
+            for model in (DISTILLED, "teacher")
         }
         return {"task": settings["task"], "n_test": settings["n_test"], **scores}
     return trust_region.train(make_arms(settings["steps"])[name], name, seed, settings, scratch)
@@ -137,7 +137,7 @@ class Results:
 
     def curve(self, name: str, decoding: str) -> tuple[list[int], Any]:
         rates = [self.scores(name, decoding, step).mean(axis=1) for step in self.points]
-        start = np.full(len(rates[0]), self.before("base", decoding))
+        start = np.full(len(rates[0]), self.before(DISTILLED, decoding))
         return [0, *self.points], np.stack([start, *rates], axis=1)
 
     def seconds(self, name: str, step: int) -> float:
@@ -186,19 +186,21 @@ def report(runs: Runs, folder: Path) -> str:
     _plot(found, folder / f"{runs.name}.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
     start = "; ".join(
-        f"`{model}` " + ", ".join(f"{found.before(model, decoding):.3f} {text}" for decoding, text in MEASURES.items())
-        for model in ("base", "teacher")
+        f"`{runs.task.model(model).name}` "
+        + ", ".join(f"{found.before(model, decoding):.3f} {text}" for decoding, text in MEASURES.items())
+        for model in (DISTILLED, "teacher")
     )
+    student = runs.task.model(DISTILLED).name
     header = ["arm", *(f"{text}, {step}" for text in MEASURES.values() for step in found.points), "CPU s"]
     return "\n".join([
         "# Distilling a student whose rollouts are off the task",
         "",
-        f"Written by `python examples/reproduce/off_task.py{runs.command}`; do not edit. The student is `base`, which "
-        f"{runs.task.about_base}. Right and in the format before training: {start}. "
+        f"Written by `python examples/reproduce/off_task.py{runs.command}`; do not edit. The student is `{student}`, "
+        f"which {runs.task.about_distilled}. Right and in the format before training: {start}. "
         f"{study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {BATCH} rollouts ({ROLLOUTS_PER_PROMPT} of each prompt, no prompt twice, the same in "
-        f"every arm of a seed), learning rate {runs.task.distillation_learning_rate:g}, "
+        f"every arm of a seed), learning rate {LEARNING_RATE:g}, "
         f"{' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, mean ± SE over seeds; T = 1 is the mean of {study.SAMPLES} "
         f"completions. Warmups last {round(WARMUP * found.steps)} steps, SFT {round(SUPERVISED * found.steps)}; fixed "

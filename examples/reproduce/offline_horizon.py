@@ -191,12 +191,13 @@ def report(runs: Runs, folder: Path) -> str:
 
 
 def _plot(found: Results, path: Path) -> None:
-    figure, axes = study.panels(len(RATES), width=4.4)
-    for axis, rate in zip(axes, RATES, strict=True):
+    rates = [rate for rate in RATES if any(found.runs.has(f"{loss}_{rate}") for loss in LOSSES)]
+    figure, axes = study.panels(len(rates), width=4.4)
+    for axis, rate in zip(axes, rates, strict=True):
         for loss, arm in LOSSES.items():
             if found.runs.has(f"{loss}_{rate}"):
-                rates = [found.scores(loss, rate, step).mean(axis=1) for step in found.steps]
-                values = np.stack([np.full(len(rates[0]), found.start), *rates], axis=1)
+                solved = [found.scores(loss, rate, step).mean(axis=1) for step in found.steps]
+                values = np.stack([np.full(len(solved[0]), found.start), *solved], axis=1)
                 study.band(axis, [0, *found.steps], values, arm.style, arm.label)
         axis.set(title=f"learning rate {rate}", xlabel="optimizer step")
     axes[0].set_ylabel(f"right at T = 1, of {found.runs.start['n_test']} (band: ±1 SE)")

@@ -75,6 +75,13 @@ GRPO = {"teacher_weight": 0.0}
 ARMS = {
     "grpo": Arm("GRPO from the anchor", (study.BLACK, "o", "-"), GRPO, ANCHOR, ANCHOR),
     "mixed": Arm("mixed objective, anchor at 0.5", (study.BLUE, "D", "-"), {"teacher_weight": 0.5}, MODEL, ANCHOR),
+    "mixed_anchor": Arm(
+        "mixed objective from the anchor, anchor at 0.5",
+        (study.GREEN, "P", "-"),
+        {"teacher_weight": 0.5},
+        ANCHOR,
+        ANCHOR,
+    ),
     "grpo_kl": Arm("GRPO + KL (0.04) from the anchor", (study.GRAY, "v", "--"), GRPO | {"beta": 0.04}, ANCHOR, ANCHOR),
 }
 

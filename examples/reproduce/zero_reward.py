@@ -48,7 +48,17 @@ DECAY, FASTEST, FIRST_STAGE, LONGER = 0.7, 0.4, 1 / 3, 1.6
 SHAPE = 0.1
 ROLLOUTS = 128  # of a step
 # Of the first figure
-MAIN = ("grpo", "fusion_token", "floor", "mixed", "sft_grpo", "floor_0.8", "floor_0.8_reward", "mixed_0.8_reward")
+MAIN = (
+    "grpo",
+    "fusion_token",
+    "floor",
+    "mixed",
+    "sft_grpo",
+    "floor_reward",
+    "floor_0.8",
+    "floor_0.8_reward",
+    "mixed_0.8_reward",
+)
 LENGTH = "completions/mean_length"
 WEIGHT, REWARDED, SUPPRESSED = "mixing/teacher_weight", "mixing/rewarded_prompts", "importance/suppressed_share"
 # Part of the decay in which a metric tells the arms apart: at its start all are alike
@@ -413,7 +423,8 @@ def report(runs: Runs, folder: Path) -> str:
         f"with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *first reward* is the mean reward in the first "
         f"step of GRPO, *last weight* the teacher's in the last, *prompts with reward* the mean of `{REWARDED}` over "
         f"the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. Tokens and CPU seconds "
-        f"are those of {found.steps} steps, without evaluation.",
+        f"are those of {found.steps} steps, without evaluation; between arms that were run at other times they "
+        "compare only roughly, since other work on the cores slows all of them.",
         "",
         study.markdown_table(header, cells),
         "",
