@@ -1,13 +1,13 @@
 """
 Distillation of a student whose own rollouts are off the task: does it help to draw the first ones with the teacher?
 `base` of the test-bed, for the second task `sort_sft_student`, is distilled from the teacher with equal prompts and
-steps, with each rollout policy and with each change of the loss that `TrustRegionOPDTrainer` has. On addition, rollouts
-at step 0 are probed too (the paper's Figures 7 and 4):
+steps, with each rollout policy and with each change of the loss that `TrustRegionOPDTrainer` has. On addition,
+rollouts at step 0 are probed too (the paper's Figures 7 and 4):
 
 ```sh
 python examples/reproduce/off_task.py --workers 2    # all arms, 3 seeds, then the report
 python examples/reproduce/off_task.py --report       # only rebuild it from the finished runs
-python examples/reproduce/off_task.py --task sorting --arms vanilla trust_0.05 trust_0.2 contrastive sft
+python examples/reproduce/off_task.py --task sorting --arms vanilla trust_0.2 contrastive sft
 ```
 
 A finished run is in `results/off_task_runs.json` and not repeated: after an interruption, start the command again.
