@@ -25,6 +25,7 @@ TABLES = [
     (OPD_PAGE, "What we measured", "off the task: method", "off_task.md", "arm", True),
     (OPD_PAGE, "What we measured", "rollouts at step 0", "trust_region.md", "policy", True),
     (OFFLINE_PAGE, "What we measured", "horizon: loss", "offline_horizon.md", "loss", True),
+    (OFFLINE_PAGE, "What we measured", "sorting: loss", "offline_horizon_sorting.md", "loss", True),
 ]
 # What the text of a section repeats stands in these reports
 TEXTS = [
@@ -37,7 +38,7 @@ TEXTS = [
     (GRPO_PAGE, "Several processes", ["engines.md"]),
     (OPD_PAGE, "What we measured", ["trust_region.md", "off_task.md"]),
     (OPD_PAGE, "Choosing a budget", ["trust_region.md", "off_task.md"]),
-    (OFFLINE_PAGE, "What we measured", ["offline_opd.md", "offline_horizon.md"]),
+    (OFFLINE_PAGE, "What we measured", ["offline_opd.md", "offline_horizon.md", "offline_horizon_sorting.md"]),
     (
         "README.md",
         "Results",
@@ -171,9 +172,10 @@ def test_the_speeds_on_the_offline_page_are_those_of_the_benchmarks(said, batch,
         ("logit_mixing", 11),
         ("trust_region", 10),
         ("offline_opd", 15 + 6),
-        ("zero_reward", 12),
+        ("zero_reward", 16),
         ("off_task", 14),
         ("offline_horizon", 8 + 1),
+        ("offline_horizon_sorting", 4 + 1),
         ("engines", 2),
     ],
 )
