@@ -262,7 +262,7 @@ def claims(probes: list[dict[str, Any]]) -> Iterator[Claim]:
         values = "; ".join(f"{budget} {over_seeds(support(probes, budget, key))}" for budget in budgets)
         yield (
             claim,
-            trend(steps, overall, sign),
+            study.UNTESTABLE if math.isnan(overall.value) else trend(steps, overall, sign),
             f"By budget: {values}; from the first to the last {overall.signed()}. The teacher's own rollouts: "
             f"{over_seeds(support(probes, TEACHER, key))}.",
         )
