@@ -162,20 +162,6 @@ OVER = [
         for objective in ("mixed", "student")
         for schedule in ("linear", "cosine")
     ),
-    *(
-        (
-            "grpo",
-            {
-                **DECAY,
-                "objective": objective,
-                "teacher_weight_schedule": "reward",
-                "teacher_weight_min_reward": -100.0,
-            },
-            "mixing/teacher_weight",
-            0.0,
-        )
-        for objective in ("mixed", "student")
-    ),
     ("opd", {**WARMUP, "kl_budget": 0.05}, "blend/kl_budget", 0.0),
     ("opd", {**WARMUP, "kl_budget": 0.05, "kl_budget_schedule": "cosine"}, "blend/kl_budget", 0.0),
     ("opd", {**WARMUP, "kl_budget": 0.05, "kl_budget_schedule": "constant"}, "blend/kl_budget", 0.0),
@@ -230,6 +216,7 @@ LINEAR = {"teacher_weight": 0.4, "teacher_weight_schedule": "linear", "teacher_w
 SCHEDULES = {
     "linear": LINEAR,
     "cosine": {**LINEAR, "teacher_weight_schedule": "cosine", "teacher_weight_decay_steps": 3},
+    "reward": {**LINEAR, "teacher_weight_schedule": "reward"},
     "adaptive": {
         "teacher_weight": 0.4,
         "teacher_weight_schedule": "adaptive",
