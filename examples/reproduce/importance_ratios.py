@@ -1,6 +1,6 @@
 """
 Bias and noise of the importance ratios of `objective="student"`: gradients of the student from rollouts of the mixture
-against those from its own rollouts, without training. A few minutes on two CPU cores:
+against those from its own rollouts, without training:
 
 ```sh
 python examples/reproduce/importance_ratios.py --workers 2    # then the report

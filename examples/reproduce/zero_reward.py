@@ -128,9 +128,6 @@ def make_arms(steps: int) -> dict[str, Arm]:
         "floor_0.8_reward": fusion(
             "floor, from 0.8, waits for the reward", (study.SKY, "D", "-"), "floor", weight=0.8, waits=True
         ),
-        "fusion_token_0.8_reward": fusion(
-            "logit fusion, token ratios, from 0.8, waits", (study.RED, "X", "-"), "max", weight=0.8, waits=True
-        ),
         "mixed_0.8_reward": Arm(
             "mixed objective, from 0.8, waits for the reward",
             (study.GREEN, "P", "-."),
@@ -314,12 +311,6 @@ _ABOVE = (
     ("From a weight of 0.8 the floor learns what GRPO cannot.", "floor_0.8", "grpo"),
     ("From 0.8, waiting for the reward, it does.", "floor_0.8_reward", "grpo"),
     ("From 0.8 it learns more with a weight that waits for the reward.", "floor_0.8_reward", "floor_0.8"),
-    ("From 0.8, waiting, logit fusion as published learns what GRPO cannot.", "fusion_token_0.8_reward", "grpo"),
-    (
-        "From 0.8, waiting, the floor is above logit fusion as published.",
-        "floor_0.8_reward",
-        "fusion_token_0.8_reward",
-    ),
     ("From 0.8, waiting, the mixed objective learns what GRPO cannot.", "mixed_0.8_reward", "grpo"),
     ("That floor is above SFT on the teacher's rollouts, then GRPO.", "floor_0.8_reward", "sft_grpo"),
     ("The floor is above LUFFY's shaped ratios.", "floor", "shaped"),
