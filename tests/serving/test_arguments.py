@@ -1,10 +1,12 @@
 """What an engine is started with, and what is refused before it starts."""
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from tests.tiny import tiny_model
 from trl_blend import LogitMixing
@@ -29,7 +31,7 @@ def dense(tmp_path):
     return str(tmp_path / "dense")
 
 
-def test_arguments_fit_into_json(vllm_is, dense):
+def test_arguments_without_drafts_fit_into_json(vllm_is, dense):
     partners, blend = (
         [Partner(dense, revision="main"), Partner(dense, dtype="bfloat16")],
         Blend(LogitMixing((0.1, 0.2))),
@@ -88,11 +90,14 @@ def test_drafts_are_the_students_own_samples(vllm_is, dense):
         "num_speculative_tokens": 4,
         "draft_sample_method": "probabilistic",
     }
-    assert given == engine_arguments([Partner(dense)], Blend(), draft_model="student")
-    given = json.loads(json.dumps(engine_arguments([Partner(dense)], Blend(), draft_model="s", draft_tokens=(0, 4))))
-    assert given["speculative_config"]["num_speculative_tokens"] == 4
+    plain = engine_arguments([Partner(dense)], Blend(), draft_model="student")
+    config = pickle.loads(pickle.dumps(given.pop("hf_overrides")))(PreTrainedConfig())  # it travels to workers
+    expected = plain.pop("hf_overrides")
+    assert given == plain and {name: getattr(config, name) for name in expected} == expected
+    given = engine_arguments([Partner(dense)], Blend(), draft_model="s", draft_tokens=(0, 4))["speculative_config"]
+    assert given["num_speculative_tokens"] == 4
     # Of vLLM: inclusive ranges of the number of requests; the last one holds for more
-    assert given["speculative_config"]["num_speculative_tokens_per_batch_size"] == [[1, 1, 0], [2, 2, 4]]
+    assert given["num_speculative_tokens_per_batch_size"] == [(1, 1, 0), (2, 2, 4)]
 
 
 class Sums:

@@ -72,6 +72,7 @@ def loop(ended, ends, drawn):
         values["draft_acceptance"] += [float(yes) if place < last else math.nan for place, yes in enumerate(accepted)]
         values["accepted_drafts"] += [float(sum(accepted)) if last else math.nan] + [math.nan] * last
         values["passes_per_token"] += [1.0] + [0.0] * last
+        values["draft_tokens"] += [float(last) if last else math.nan] + [math.nan] * last
     return mask, values
 
 
@@ -100,6 +101,7 @@ def test_rows_of_refused_drafts_are_left_out():
         "draft_acceptance": (1.0, 2, 1.0),
         "accepted_drafts": (1.0, 2, 1.0),
         "passes_per_token": (2.0, 2, 1.0),
+        "draft_tokens": (4.0, 2, 2.0),
     }
 
 
@@ -109,7 +111,7 @@ def test_a_step_without_drafts_counts_every_row():
         sums.add_step({"a": torch.tensor([1.0, 2.0])}, torch.tensor([False, True]))
     found = sums.pop()
     assert found["a"] == (2.0, 2, 1.0) and found["passes_per_token"] == (2.0, 2, 1.0)
-    assert found["draft_acceptance"] == found["accepted_drafts"] == (0.0, 0, 0.0)
+    assert found["draft_acceptance"] == found["accepted_drafts"] == found["draft_tokens"] == (0.0, 0, 0.0)
     plain = RunningSums()
     plain.add_step({"a": torch.tensor([1.0, 2.0])}, torch.tensor([False, True]))
     assert plain.pop() == {"a": (1.0, 1, 1.0)}

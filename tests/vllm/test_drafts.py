@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.vllm.conftest import expand_on_the_cpu
+from tests.vllm.conftest import expand_on_the_cpu, keep_weights_on_the_cpu
 from tests.vllm.engines import generate, passes, prompts, running, saved, set_blend, teacher_forced, worst_error
 from tests.vllm.test_blend_exact import PAIRS, TOLERANCE, g_test, write_pair
 from trl_blend import LogitMixing, TrustRegion
@@ -138,7 +138,8 @@ def test_the_number_of_drafts_changes_between_generations(on_the_cpu, tmp_path):
             assert worst_error(models, blend, rows) < TOLERANCE
             assert counts["drafts"] == number * counts["student"] and counts["teacher"] == counts["student"]
             assert (counts["student"] == 21) == (number == 0)
-            assert (statistics(llm)["draft_acceptance"][1] == 0) == (number == 0)
+            sums = statistics(llm)
+            assert (sums["draft_acceptance"][1] == 0) == (number == 0) and sums["draft_tokens"][2] == number
         set_blend(llm, Blend(draft_tokens=0))
         with passes(llm) as counts:
             rows = generate(llm, prompts(4), max_tokens=21, ignore_eos=True)
@@ -155,6 +156,31 @@ def test_pairs(pair, tmp_path):
         assert worst_error(models, blend, rows) < TOLERANCE
         # A draft that a teacher has no row for is refused
         assert max(token for _, ids, _ in rows for token in ids) < min(model.config.vocab_size for model in models)
+
+
+@pytest.mark.parametrize("pair", ["deeper", "dense_beside_experts"])
+def test_the_student_is_held_once(monkeypatch, tmp_path, pair):
+    """Twice if it has experts, which vLLM may lay out anew after loading. Either way its drafts are its own tokens."""
+    keep_weights_on_the_cpu(monkeypatch)
+    folders, models = write_pair(tmp_path, PAIRS[pair])
+    blend = Blend(LogitMixing(0.3))
+    with running(folders[0], folders[1:], blend, draft_tokens=(3,)) as llm:
+        (blended,), (draft,) = (
+            llm.apply_model(lambda model: model),
+            llm.collective_rpc(lambda it: it.get_draft_model()),
+        )
+        students, drafts = (dict(model.named_parameters()) for model in (blended.student, draft))
+        assert students.keys() == drafts.keys() and len(drafts) > 10
+        shared = {drafts[name].data_ptr() == one.data_ptr() for name, one in students.items()}
+        assert shared == {pair == "deeper"}
+        assert not any(
+            one.data_ptr() in {it.data_ptr() for it in drafts.values()} for one in blended.partner_0.parameters()
+        )
+        assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
+        set_blend(llm, Blend(LogitMixing(0.0), records=True))
+        generate(llm, prompts())
+        accepted, tested, _ = statistics(llm)["draft_acceptance"]
+        assert accepted > 0.99 * tested > 10
 
 
 # Frequencies

@@ -1,7 +1,7 @@
 """The settings that an engine of vLLM is started with, so that it holds a student and its partners."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,12 +19,26 @@ OLDEST_VLLM = "0.31.0"
 _EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 
 
+@dataclass(frozen=True)
+class Overrides:
+    """
+    `hf_overrides` of an engine that drafts: vLLM changes the configuration of the draft model too by those that are
+    callable, so that [`~trl_blend.serving.model.BlendForCausalLM`] builds it, of the student's own tensors.
+    """
+
+    values: dict[str, Any]
+
+    def __call__(self, config: Any) -> Any:
+        config.update(self.values)
+        return config
+
+
 def engine_arguments(
     partners: Sequence[Partner], blend: Blend, *, draft_model: str | None = None, draft_tokens: Sequence[int] = ()
 ) -> dict[str, Any]:
     """
-    Arguments of `vllm.LLM` beside those of the student, which an engine that blends is started with. As JSON,
-    `hf_overrides` is the option `--hf-overrides` of `vllm serve`.
+    Arguments of `vllm.LLM` beside those of the student, which an engine that blends is started with. Without drafts
+    `hf_overrides` is, as JSON, the option `--hf-overrides` of `vllm serve`.
 
     The student is the engine's model, with its settings: dtype, quantization, tensor parallelism, context length.
 
@@ -39,7 +53,8 @@ def engine_arguments(
             How many tokens the student draws ahead before all models look at them together, the largest number last;
             of several [`~trl_blend.serving.drafts.schedule_drafts`] says which. Tokens of the blend are drawn
             all the same: vLLM accepts each with the probability that makes it one of them, else draws another
-            ([speculative sampling](https://huggingface.co/papers/2211.17192)). The engine holds the student once more.
+            ([speculative sampling](https://huggingface.co/papers/2211.17192)). The engine holds a second cache of the
+            student, and its weights once more only where it is quantized or has experts.
 
     Returns:
         `dict`: `hf_overrides`, `worker_extension_cls` and `sleep_preserve_parameter_names` (a sleeping engine drops
@@ -59,6 +74,7 @@ def engine_arguments(
         "sleep_preserve_parameter_names": [f"partner_{index}.*" for index in range(len(partners))],
     }
     if draft_tokens:
+        arguments["hf_overrides"] = Overrides(arguments["hf_overrides"])
         arguments["speculative_config"] = speculation = {
             "method": "draft_model",
             "model": draft_model,

@@ -1,7 +1,8 @@
 """The vLLM model that holds every model of a blend as a tower, and whose logits are those of the blend."""
 
 import copy
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.utils import replace
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import get_model_architecture, initialize_model
 from vllm.model_executor.models.interfaces import has_inner_state, supports_mrope, supports_multimodal
@@ -54,10 +57,16 @@ class BlendForCausalLM(nn.Module):
             tokens (images, prompt embeddings) or another state than a cache of keys and values.
     """
 
+    # vLLM builds and loads the draft model of an engine right after its model
+    _newest: Callable[[], "BlendForCausalLM | None"] = staticmethod(lambda: None)
+
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
-        # The draft model of an exported mixed policy comes with the policy's configuration. It is the student
+        # The draft model comes with the configuration of the whole. It is the student
         if prefix.startswith("draft_model"):
-            return _tower(_student_config(vllm_config), "the draft model", prefix)
+            draft_model = _tower(_student_config(vllm_config), "the draft model", prefix)
+            if (engine := cls._newest()) is not None:
+                _share(draft_model, engine.student)
+            return draft_model
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -100,6 +109,7 @@ class BlendForCausalLM(nn.Module):
         # Graphs are captured with every tower, whatever is blended at first
         self._runs_partners = True
         self.sums = RunningSums()
+        type(self)._newest = weakref.ref(self)
 
     @property
     def _partner_towers(self) -> list[nn.Module]:
@@ -129,9 +139,13 @@ class BlendForCausalLM(nn.Module):
     def lead(self, draft_model: nn.Module) -> None:
         """
         Let the draft model of the engine, which is the student too, take each weight that the student takes from here
-        on. Statistics are then those of the rows that tokens were drawn from, which `sums.settle` has to be told.
+        on, if it does not hold the same tensors. Statistics are then those of the rows that tokens were drawn from,
+        which `sums.settle` has to be told.
         """
-        self._drafting, self.sums.drafts = [draft_model], True
+        self.sums.drafts = True
+        students = dict(self.student.named_parameters())
+        if any(own.data_ptr() != students[name].data_ptr() for name, own in draft_model.named_parameters()):
+            self._drafting = [draft_model]
 
     # What vLLM calls
 
@@ -218,6 +232,20 @@ def _tower(config: VllmConfig, name: str, prefix: str) -> nn.Module:
                 "vLLM does not pass on. Use a text model with attention only, or decode with transformers."
             )
     return initialize_model(vllm_config=config, prefix=prefix)
+
+
+def _share(draft_model: nn.Module, student: nn.Module) -> None:
+    """
+    Let a draft model that is not loaded yet hold the tensors of the student, which is: loading writes the same weights
+    into them. Not where vLLM lays them out anew after loading, as quantized ones, or experts, and would do so twice.
+    """
+    methods = [getattr(module, "quant_method", None) for module in student.modules()]
+    plain = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+    students = dict(student.named_parameters())
+    pairs = [(own, students[name]) for name, own in draft_model.named_parameters()]
+    if all(isinstance(method, plain) for method in methods) and all(own.shape == one.shape for own, one in pairs):
+        for own, one in pairs:
+            own.data = one.data
 
 
 def _student_config(vllm_config: VllmConfig) -> VllmConfig:

@@ -11,7 +11,7 @@ from trl_blend.generation.rules import BlendStep
 from trl_blend.ops.policies import kl_and_normalizer
 
 
-OF_DRAFTS = ("draft_acceptance", "accepted_drafts", "passes_per_token")
+OF_DRAFTS = ("draft_acceptance", "accepted_drafts", "passes_per_token", "draft_tokens")
 """What an engine that drafts sums up beside the statistics of the rule, see [`drawn_tokens`]."""
 
 
@@ -72,7 +72,7 @@ def drawn_tokens(ended: Tensor, ends: Tensor, drawn: Tensor) -> tuple[Tensor, di
         `tuple[torch.Tensor, dict[str, torch.Tensor]]`: A mask of the rows `(N,)`, and of each row, NaN where it says
         nothing: `draft_acceptance` (1 if its draft was accepted, 0 if refused), `accepted_drafts` (their number, at
         the first row of a run with drafts), `passes_per_token` (1 at the first row, else 0: the models run once for
-        all rows of a run).
+        all rows of a run), `draft_tokens` (how many drafts a run with drafts has, at its first row).
     """
     sizes = ends.diff(prepend=ends.new_zeros(1))
     request = torch.arange(len(ends), device=ends.device).repeat_interleave(sizes, output_size=len(ended))
@@ -84,11 +84,13 @@ def drawn_tokens(ended: Tensor, ends: Tensor, drawn: Tensor) -> tuple[Tensor, di
     mask = (place < drawn) & ~over
     accepted = mask & (place < drawn - 1)
     numbers = torch.zeros(len(ends), device=ends.device).index_add(0, request, accepted.float())
+    heads = (place == 0) & (sizes > 1)
     unsaid = torch.full(ended.shape, math.nan, device=ends.device)
     return mask, {
         "draft_acceptance": torch.where(place < sizes - 1, accepted.float(), unsaid),
-        "accepted_drafts": torch.where((place == 0) & (sizes > 1), numbers[request], unsaid),
+        "accepted_drafts": torch.where(heads, numbers[request], unsaid),
         "passes_per_token": (place == 0).float(),
+        "draft_tokens": torch.where(heads, (sizes - 1).float(), unsaid),
     }
 
 

@@ -10,6 +10,7 @@ from tests.trainers import runs
 from tests.trainers.engines import COMPLETION, Engine, PlainEngine
 from trl_blend import LogitMixing, ProbabilityMixing
 from trl_blend.generation import LogitArithmetic
+from trl_blend.serving.statistics import OF_DRAFTS
 from trl_blend.trainers import _engine
 
 
@@ -96,5 +97,4 @@ def test_what_becomes_of_the_drafts_is_logged(build_vllm):
     runs.train(trainer)
     assert trainer.engine.draft_tokens == 4
     (entry,) = [entry for entry in trainer.state.log_history if "mixing/draft_acceptance" in entry]
-    names = ("draft_acceptance", "accepted_drafts", "passes_per_token")
-    assert [entry[f"mixing/{name}"] for name in names] == [0.25, 0.5, 0.75]
+    assert [entry[f"mixing/{name}"] for name in OF_DRAFTS] == [0.25, 0.5, 0.75, 1.0]

@@ -11,6 +11,7 @@ from tests.trainers.engines import COMPLETION, Engine, PlainEngine
 from tests.trainers.trust_region_opd import policies
 from trl_blend import LogitMixing
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.serving.statistics import OF_DRAFTS
 from trl_blend.trainers import _engine
 
 
@@ -139,8 +140,8 @@ def test_what_becomes_of_the_drafts_is_logged(build_vllm):
     runs.train(trainer)
     assert trainer.engine.draft_tokens == 4
     (entry,) = [entry for entry in trainer.state.log_history if "blend/draft_acceptance" in entry]
-    names = ("draft_acceptance", "accepted_drafts", "passes_per_token", "draft_acceptance_bound")
-    assert [entry[f"blend/{name}"] for name in names] == [0.25, 0.5, 0.75, 0.9]
+    names = (*OF_DRAFTS, "draft_acceptance_bound")
+    assert [entry[f"blend/{name}"] for name in names] == [0.25, 0.5, 0.75, 1.0, 0.9]
     trainer = build_vllm(rollout_policy="fixed_weight", **drafts)
     runs.train(trainer)
     assert not any("blend/draft_acceptance_bound" in entry for entry in trainer.state.log_history)

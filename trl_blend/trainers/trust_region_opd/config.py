@@ -170,8 +170,8 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         vllm_draft_tokens (`int` or `str`, *optional*):
             With `use_vllm=True` and `vllm_mode="colocate"`, how many tokens the student drafts before all models look
             at them together (speculative decoding), which draws from the same policy with fewer passes of the
-            teacher. `"auto"`: up to 8, chosen before each generation from how many were accepted. `None`: none. The
-            engine then holds the student twice. While no teacher takes part nothing is drafted.
+            teacher. `"auto"`: up to 8, chosen before each generation from how many were accepted. `None`: none. While
+            no teacher takes part nothing is drafted. The drafts have a cache of their own.
     """
 
     # Parameters that control the rollouts
