@@ -13,7 +13,8 @@ from tests.vllm.test_blend_exact import PAIRS, TOLERANCE, g_test, write_pair
 from trl_blend import LogitMixing, TrustRegion
 from trl_blend.generation.step import blend_step
 from trl_blend.ops.trust_region import acceptance_bound
-from trl_blend.serving.blend import Blend
+from trl_blend.serving.arguments import engine_arguments
+from trl_blend.serving.blend import Blend, Partner
 from trl_blend.serving.drafts import NUMBERS
 
 
@@ -158,29 +159,29 @@ def test_pairs(pair, tmp_path):
         assert max(token for _, ids, _ in rows for token in ids) < min(model.config.vocab_size for model in models)
 
 
-@pytest.mark.parametrize("pair", ["deeper", "dense_beside_experts"])
-def test_the_student_is_held_once(monkeypatch, tmp_path, pair):
-    """Twice if it has experts, which vLLM may lay out anew after loading. Either way its drafts are its own tokens."""
+@pytest.mark.parametrize("case", ["own", "experts", "another"])
+def test_the_student_is_held_once(monkeypatch, tmp_path, case):
+    """Twice if it has experts, which vLLM may lay out anew after loading, and beside drafts of other weights."""
     keep_weights_on_the_cpu(monkeypatch)
-    folders, models = write_pair(tmp_path, PAIRS[pair])
-    blend = Blend(LogitMixing(0.3))
-    with running(folders[0], folders[1:], blend, draft_tokens=(3,)) as llm:
+    folders, models = write_pair(tmp_path, PAIRS["dense_beside_experts" if case == "experts" else "deeper"])
+    drafts = engine_arguments([Partner(folders[1])], Blend(), draft_model=folders[0], draft_tokens=(3,))
+    drafts = drafts["speculative_config"] | (
+        {"model": saved(tmp_path / "another", seed=7)} if case == "another" else {}
+    )
+    with running(folders[0], folders[1:], Blend(), draft_tokens=(3,), speculative_config=drafts) as llm:
         (blended,), (draft,) = (
             llm.apply_model(lambda model: model),
             llm.collective_rpc(lambda it: it.get_draft_model()),
         )
-        students, drafts = (dict(model.named_parameters()) for model in (blended.student, draft))
-        assert students.keys() == drafts.keys() and len(drafts) > 10
-        shared = {drafts[name].data_ptr() == one.data_ptr() for name, one in students.items()}
-        assert shared == {pair == "deeper"}
-        assert not any(
-            one.data_ptr() in {it.data_ptr() for it in drafts.values()} for one in blended.partner_0.parameters()
-        )
-        assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
-        set_blend(llm, Blend(LogitMixing(0.0), records=True))
-        generate(llm, prompts())
+        students, own = (dict(model.named_parameters()) for model in (blended.student, draft))
+        assert students.keys() == own.keys() and len(own) > 10
+        assert {own[name].data_ptr() == one.data_ptr() for name, one in students.items()} == {case == "own"}
+        for weight in (0.3, 0.0):
+            blend = Blend(LogitMixing(weight), records=True)
+            set_blend(llm, blend)
+            assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
         accepted, tested, _ = statistics(llm)["draft_acceptance"]
-        assert accepted > 0.99 * tested > 10
+        assert (accepted > 0.99 * tested > 10) == (case != "another")
 
 
 # Frequencies

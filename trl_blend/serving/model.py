@@ -61,10 +61,11 @@ class BlendForCausalLM(nn.Module):
     _newest: Callable[[], "BlendForCausalLM | None"] = staticmethod(lambda: None)
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
-        # The draft model comes with the configuration of the whole. It is the student
+        # The draft model comes with the configuration of the whole. It is a student
         if prefix.startswith("draft_model"):
             draft_model = _tower(_student_config(vllm_config), "the draft model", prefix)
-            if (engine := cls._newest()) is not None:
+            engine = cls._newest()
+            if engine is not None and engine._source == _source(vllm_config.model_config):
                 _share(draft_model, engine.student)
             return draft_model
         return super().__new__(cls)
@@ -101,7 +102,7 @@ class BlendForCausalLM(nn.Module):
         self._vocab_size, self._num_tokens = sizes[0], min(sizes)
         # Which tokens end a completion. CUDA graphs read it where it is, so it is changed in place
         self.register_buffer("_stops", torch.zeros(sizes[0], dtype=torch.bool), persistent=False)
-        self._loaded = False
+        self._source, self._loaded = _source(model_config), False
         # A draft may be a token that a partner has no row for: it is refused, once all towers have read it
         self._clamps = vllm_config.speculative_config is not None and self._num_tokens < self._vocab_size
         # In a list, whose modules are not this model's own
@@ -232,6 +233,10 @@ def _tower(config: VllmConfig, name: str, prefix: str) -> nn.Module:
                 "vLLM does not pass on. Use a text model with attention only, or decode with transformers."
             )
     return initialize_model(vllm_config=config, prefix=prefix)
+
+
+def _source(model_config: ModelConfig) -> tuple[str, str | None]:
+    return model_config.model, model_config.revision
 
 
 def _share(draft_model: nn.Module, student: nn.Module) -> None:
