@@ -141,7 +141,7 @@ reproduce: install  ## repeat the comparisons of the papers (examples/reproduce;
 	$(BIN)/python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4
 	$(BIN)/python examples/reproduce/zero_reward.py --task sorting --steps 100 \
 		--arms grpo floor_0.8 floor_0.8_reward mixed_0.8_reward sft_grpo
-	$(BIN)/python examples/reproduce/importance_ratios.py --seeds 0 1 2 3 4
+	$(BIN)/python examples/reproduce/importance_ratios.py
 	$(BIN)/python examples/reproduce/weight_sweep.py
 	$(BIN)/python examples/reproduce/logit_mixing.py
 	$(BIN)/python examples/reproduce/trust_region.py

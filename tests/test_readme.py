@@ -33,7 +33,10 @@ TEXTS = [
     (
         GRPO_PAGE,
         "What we measured",
-        ["logit_mixing.md", "weight_sweep.md", "zero_reward.md", "zero_reward_sorting.md", "real_weights.md"],
+        [
+            *("logit_mixing.md", "weight_sweep.md", "zero_reward.md", "zero_reward_sorting.md"),
+            *("importance_ratios.md", "real_weights.md"),
+        ],
     ),
     (GRPO_PAGE, "Choosing weight and schedule", ["logit_mixing.md", "weight_sweep.md", "zero_reward.md"]),
     (GRPO_PAGE, "Several processes", ["engines.md"]),

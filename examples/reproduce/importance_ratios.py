@@ -22,6 +22,7 @@ from reproduce.study import Runs, over_seeds
 
 
 # isort: split
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,14 @@ RATIOS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "none (ratio 1)": lambda ratio, mask, A: torch.ones_like(ratio),
 }
 ON_POLICY = "on-policy"
+_STYLES = (
+    (study.GRAY, "*", "-."),
+    (study.ORANGE, "X", "--"),
+    (study.RED, "X", "-"),
+    (study.PURPLE, "<", "--"),
+    (study.BLUE, "D", "-"),
+    (study.GREEN, "o", ":"),
+)
 
 
 def logps_of(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -141,20 +150,24 @@ def between(stacked: Tensor) -> float | None:
 
 
 def report(runs: Runs, folder: Path) -> str:
-    """Write a CSV file; returns the Markdown."""
+    """Write a CSV file and a figure; returns the Markdown."""
     rows, cells = [], []
     for name in runs.names(STUDY.arms({})):
         first = runs.of(name)[0]
+        # A student without reward has no gradient of its own to be compared with
+        silent = any(run["rows"][f"0.0 {ON_POLICY}"]["cosine"] is None for run in runs.of(name))
         for key in first["rows"]:
             weight, _, ratio = key.partition(" ")
             row: dict[str, Any] = {"student": name, "weight": weight, "ratio": ratio}
             row["reward"] = over_seeds(run["reward"][weight] for run in runs.of(name)).value
             for column in ("cosine", "norm", "deviation", "between_batches"):
                 values = [run["rows"][key][column] for run in runs.of(name)]
-                row[column] = over_seeds(values) if None not in values else "—"
+                unknown = None in values or (column == "cosine" and silent)
+                row[column] = "—" if unknown else over_seeds(values)
             cells.append([f"`{name}`", *(f"{v:.2f}" if isinstance(v, float) else v for v in list(row.values())[1:])])
             rows.append({k: v if isinstance(v, (str, float)) else v.value for k, v in row.items()})
     study.write_csv(folder / "importance_ratios.csv", rows)
+    _plot(runs, folder / "importance_ratios.png")
     seeds = len(runs.of(runs.names(STUDY.arms({}))[0]))
     batches = first["batches"]
     header = ["student", "weight", "ratio", "reward", "cosine", "norm", "deviation", "between batches"]
@@ -168,11 +181,29 @@ def report(runs: Runs, folder: Path) -> str:
         f"*cosine* is that of the mean gradient with the student's own (on-policy, {4 * batches} batches; its own "
         "line compares two halves of them, which is what the others can reach at most); *norm* that of the mean; "
         "*deviation* of one batch from it; *between batches* the mean cosine of two batches, near 0 where a gradient "
-        "is noise. —: no rollout of the student has a reward, its own gradient is 0.",
+        "is noise. —: half of the student's own batches of one set have no reward, so that its own gradient is next "
+        "to 0.",
         "",
         study.markdown_table(header, cells),
         "",
+        "![cosine with the on-policy gradient and between batches](importance_ratios.png)",
+        "",
     ])  # fmt: skip
+
+
+def _plot(runs: Runs, path: Path) -> None:
+    panels = [("student", "cosine"), *((name, "between_batches") for name in runs.names(STUDY.arms({})))]
+    figure, axes = study.panels(len(panels), width=4.2, sharey=False)
+    names = {"cosine": "cosine with the on-policy gradient", "between_batches": "cosine between two batches"}
+    for axis, (name, column) in zip(axes, panels, strict=True):
+        for style, ratio in zip(_STYLES, RATIOS, strict=True):
+            found = [[run["rows"][f"{weight} {ratio}"][column] for weight in WEIGHTS] for run in runs.of(name)]
+            study.band(axis, WEIGHTS, np.array(found, dtype=float), style, ratio)
+        own = over_seeds(run["rows"][f"0.0 {ON_POLICY}"][column] or 0.0 for run in runs.of(name)).value
+        axis.axhline(own, color=study.BLACK, linewidth=1, linestyle=":", label="on-policy")
+        axis.set(title=f"`{name}`", xlabel="weight of the teacher", ylabel=names[column], xticks=WEIGHTS)
+    figure.tight_layout()
+    study.save(figure, path, legend_of=axes[0])
 
 
 STUDY = study.Study(

@@ -4,6 +4,7 @@ import pytest
 
 from reproduce import (
     engines,
+    importance_ratios,
     logit_mixing,
     off_task,
     offline_horizon,
@@ -16,7 +17,8 @@ from reproduce.study import RESULTS, Runs, write_report
 
 
 ON_TWO_TASKS = [one.STUDY for one in (zero_reward, off_task, offline_horizon)]
-STUDIES = [*ON_TWO_TASKS, *(one.STUDY for one in (logit_mixing, trust_region, offline_opd, engines, real_weights))]
+ON_ONE = (logit_mixing, trust_region, offline_opd, engines, real_weights, importance_ratios)
+STUDIES = [*ON_TWO_TASKS, *(one.STUDY for one in ON_ONE)]
 RUNS = [(study, study.name) for study in STUDIES] + [(study, f"{study.name}_sorting") for study in ON_TWO_TASKS]
 
 
