@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.vllm.engines import generate, prompts, running, saved, set_blend, teacher_forced, worst_error
+from tests.tiny import tiny_model
+from tests.vllm.conftest import keep_weights_on_the_cpu
+from tests.vllm.engines import SHAPE, generate, prompts, running, saved, set_blend, teacher_forced, worst_error
 from trl_blend import LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
 from trl_blend.errors import ConfigError
 from trl_blend.generation.rules import ChernoffBlend, ContrastiveDecoding, LogitArithmetic
@@ -176,6 +179,29 @@ def test_statistics_are_those_of_the_drawn_tokens(simple):
     (sums,) = llm.collective_rpc("take_blend_statistics")
     assert "teacher_weight" not in sums
     assert sums["kl_behavior_student"][1] >= sum(len(ids) for _, ids, _ in rows)
+
+
+def repeat_output_layer(folder):
+    """Some checkpoints hold it although it is tied to the embedding."""
+    tensors = load_file(f"{folder}/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+
+
+def test_an_output_layer_that_a_checkpoint_repeats_follows_the_embedding(monkeypatch, tmp_path):
+    """Of a model with both tied a trainer sends the embedding only."""
+    keep_weights_on_the_cpu(monkeypatch)
+    folders, models = write_pair(tmp_path, ["qwen3", "qwen3"])
+    for folder in folders:
+        repeat_output_layer(folder)
+    trained = tiny_model(seed=5, **SHAPE)
+    weights, blend = [(name, weight.data) for name, weight in trained.named_parameters()], Blend(LogitMixing(0.3))
+    assert trained.config.tie_word_embeddings and "lm_head.weight" not in dict(weights)
+    with running(folders[0], folders[1:], blend) as llm:
+        assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
+        llm.apply_model(lambda model: len(model.load_weights(weights)))
+        llm.reset_prefix_cache()
+        assert worst_error([trained, models[1]], blend, generate(llm, prompts())) < TOLERANCE
 
 
 def test_another_number_of_weights_is_refused(simple):

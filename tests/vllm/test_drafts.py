@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.vllm.conftest import expand_on_the_cpu, keep_weights_on_the_cpu
 from tests.vllm.engines import generate, passes, prompts, running, saved, set_blend, teacher_forced, worst_error
-from tests.vllm.test_blend_exact import PAIRS, TOLERANCE, g_test, write_pair
+from tests.vllm.test_blend_exact import PAIRS, TOLERANCE, g_test, repeat_output_layer, write_pair
 from trl_blend import LogitMixing, TrustRegion
 from trl_blend.generation.step import blend_step
 from trl_blend.ops.trust_region import acceptance_bound
@@ -159,29 +159,27 @@ def test_pairs(pair, tmp_path):
         assert max(token for _, ids, _ in rows for token in ids) < min(model.config.vocab_size for model in models)
 
 
-@pytest.mark.parametrize("case", ["own", "experts", "another"])
+@pytest.mark.parametrize("case", ["own", "repeated", "experts", "another", "deeper"])
 def test_the_student_is_held_once(monkeypatch, tmp_path, case):
     """Twice if it has experts, which vLLM may lay out anew after loading, and beside drafts of other weights."""
     keep_weights_on_the_cpu(monkeypatch)
     folders, models = write_pair(tmp_path, PAIRS["dense_beside_experts" if case == "experts" else "deeper"])
-    drafts = engine_arguments([Partner(folders[1])], Blend(), draft_model=folders[0], draft_tokens=(3,))
-    drafts = drafts["speculative_config"] | (
-        {"model": saved(tmp_path / "another", seed=7)} if case == "another" else {}
-    )
-    with running(folders[0], folders[1:], Blend(), draft_tokens=(3,), speculative_config=drafts) as llm:
-        (blended,), (draft,) = (
-            llm.apply_model(lambda model: model),
-            llm.collective_rpc(lambda it: it.get_draft_model()),
-        )
-        students, own = (dict(model.named_parameters()) for model in (blended.student, draft))
-        assert students.keys() == own.keys() and len(own) > 10
-        assert {own[name].data_ptr() == one.data_ptr() for name, one in students.items()} == {case == "own"}
+    if case == "repeated":
+        repeat_output_layer(folders[0])
+    draft_model = {"another": saved(tmp_path / "another", seed=7), "deeper": folders[1]}.get(case, folders[0])
+    arguments = engine_arguments([Partner(folders[1])], Blend(), draft_model=draft_model, draft_tokens=(3,))
+    speculation = arguments["speculative_config"]
+    with running(folders[0], folders[1:], Blend(), draft_tokens=(3,), speculative_config=speculation) as llm:
+        (student,) = llm.apply_model(lambda model: model.student)
+        (drafts,) = llm.collective_rpc(lambda worker: worker.get_draft_model())
+        students, own = ({it.data_ptr() for it in model.parameters()} for model in (student, drafts))
+        assert len(students) > 10 and (students == own if case in ("own", "repeated") else not students & own)
         for weight in (0.3, 0.0):
             blend = Blend(LogitMixing(weight), records=True)
             set_blend(llm, blend)
             assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
         accepted, tested, _ = statistics(llm)["draft_acceptance"]
-        assert (accepted > 0.99 * tested > 10) == (case != "another")
+        assert (accepted > 0.99 * tested > 10) == (case not in ("another", "deeper"))
 
 
 # Frequencies

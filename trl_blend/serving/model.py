@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import get_model_architecture, initialize_model
+from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 from vllm.model_executor.models.interfaces import has_inner_state, supports_mrope, supports_multimodal
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_config, get_hf_text_config
@@ -65,7 +66,7 @@ class BlendForCausalLM(nn.Module):
         if prefix.startswith("draft_model"):
             draft_model = _tower(_student_config(vllm_config), "the draft model", prefix)
             engine = cls._newest()
-            if engine is not None and engine._source == _source(vllm_config.model_config):
+            if engine is not None and engine._source == _source(vllm_config):
                 _share(draft_model, engine.student)
             return draft_model
         return super().__new__(cls)
@@ -84,17 +85,18 @@ class BlendForCausalLM(nn.Module):
                 f"`pipeline_parallel_size={vllm_config.parallel_config.pipeline_parallel_size}`: the stages of models "
                 "of different depths do not line up. Use `tensor_parallel_size`."
             )
-        self._configs = [
+        partners = [
             _partner_config(vllm_config, partner, f"partner_{index}") for index, partner in enumerate(self.partners)
         ]
         student = _student_config(vllm_config)
+        self._configs = [student, *partners]  # of all towers
         self.student = _tower(student, "the student", prefix)
-        for index, config in enumerate(self._configs):
+        for index, config in enumerate(partners):
             name = f"partner_{index}"
             # One integer in the name of a layer is its depth: the tower's is joined to a word
             with set_model_tag(name), set_default_torch_dtype(config.model_config.dtype):
                 setattr(self, name, _tower(config, f"`partners[{index}]`", name))
-        configs = [config.model_config for config in (student, *self._configs)]
+        configs = [config.model_config for config in self._configs]
         self._dtypes = [config.dtype for config in configs]
         self._widths = [config.get_hidden_size() for config in configs]
         sizes = [config.get_vocab_size() for config in configs]
@@ -102,7 +104,7 @@ class BlendForCausalLM(nn.Module):
         self._vocab_size, self._num_tokens = sizes[0], min(sizes)
         # Which tokens end a completion. CUDA graphs read it where it is, so it is changed in place
         self.register_buffer("_stops", torch.zeros(sizes[0], dtype=torch.bool), persistent=False)
-        self._source, self._loaded = _source(model_config), False
+        self._source, self._loaded = _source(vllm_config), False
         # A draft may be a token that a partner has no row for: it is refused, once all towers have read it
         self._clamps = vllm_config.speculative_config is not None and self._num_tokens < self._vocab_size
         # In a list, whose modules are not this model's own
@@ -139,14 +141,13 @@ class BlendForCausalLM(nn.Module):
 
     def lead(self, draft_model: nn.Module) -> None:
         """
-        Let the draft model of the engine, which is the student too, take each weight that the student takes from here
-        on, if it does not hold the same tensors. Statistics are then those of the rows that tokens were drawn from,
+        Let the draft model of the engine take each weight that the student takes from here on, if it is the student
+        too and does not hold the same tensors. Statistics are then those of the rows that tokens were drawn from,
         which `sums.settle` has to be told.
         """
         self.sums.drafts = True
-        students = dict(self.student.named_parameters())
-        if any(own.data_ptr() != students[name].data_ptr() for name, own in draft_model.named_parameters()):
-            self._drafting = [draft_model]
+        pairs = _same_parameters(draft_model, self.student)
+        self._drafting = [draft_model] if any(own.data_ptr() != one.data_ptr() for own, one in pairs) else []
 
     # What vLLM calls
 
@@ -207,10 +208,13 @@ class BlendForCausalLM(nn.Module):
         loaded = {f"student.{name}" for name in self.student.load_weights(weights)}
         if not self._loaded:
             self._loaded = True
-            for index, config in enumerate(self._configs):
-                tower = self._partner_towers[index]
+            for index, (tower, config) in enumerate(zip(self._partner_towers, self._configs[1:], strict=True)):
                 get_model_loader(config.load_config).load_weights(tower, config.model_config)
                 loaded |= {f"partner_{index}.{name}" for name, _ in tower.named_parameters()}
+            # As vLLM does for a model with one output layer: where a checkpoint repeats a tied one, the weights of the
+            # embedding are all that a trainer sends
+            for tower, config in zip([self.student, *self._partner_towers], self._configs, strict=True):
+                maybe_retie_word_embeddings(tower, config.model_config)
         return loaded
 
     def load_partner_weights(self, index: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -235,8 +239,18 @@ def _tower(config: VllmConfig, name: str, prefix: str) -> nn.Module:
     return initialize_model(vllm_config=config, prefix=prefix)
 
 
-def _source(model_config: ModelConfig) -> tuple[str, str | None]:
-    return model_config.model, model_config.revision
+def _source(vllm_config: VllmConfig) -> tuple[Any, ...]:
+    """What the student of an engine and a draft model of it that is the same have in common."""
+    layers = vllm_config.compilation_config.static_forward_context  # of one engine
+    return id(layers), vllm_config.model_config.model, vllm_config.model_config.revision
+
+
+def _same_parameters(draft_model: nn.Module, student: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The parameters of both in pairs; none where one has others."""
+    own, theirs = (dict(model.named_parameters(remove_duplicate=False)) for model in (draft_model, student))
+    pairs = [(own[name], theirs[name]) for name in own.keys() & theirs.keys()]
+    same = all((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in pairs)
+    return pairs if own.keys() == theirs.keys() and same else []
 
 
 def _share(draft_model: nn.Module, student: nn.Module) -> None:
@@ -244,12 +258,10 @@ def _share(draft_model: nn.Module, student: nn.Module) -> None:
     Let a draft model that is not loaded yet hold the tensors of the student, which is: loading writes the same weights
     into them. Not where vLLM lays them out anew after loading, as quantized ones, or experts, and would do so twice.
     """
-    methods = [getattr(module, "quant_method", None) for module in student.modules()]
+    modules = (module for model in (draft_model, student) for module in model.modules())
     plain = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-    students = dict(student.named_parameters())
-    pairs = [(own, students[name]) for name, own in draft_model.named_parameters()]
-    if all(isinstance(method, plain) for method in methods) and all(own.shape == one.shape for own, one in pairs):
-        for own, one in pairs:
+    if all(type(getattr(module, "quant_method", None)) in plain for module in modules):
+        for own, one in _same_parameters(draft_model, student):
             own.data = one.data
 
 
