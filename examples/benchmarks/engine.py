@@ -7,7 +7,8 @@ number of tokens for the same prompts. Needs vLLM (`make test-vllm` installs it 
 
 ```sh
 python examples/benchmarks/engine.py
-python examples/benchmarks/engine.py --sizes smollm2 --sequences 256
+python examples/benchmarks/engine.py --sequences 256 --longest 128
+python examples/benchmarks/engine.py --sizes smollm2 --shortest 16 --longest 48
 ```
 """
 
@@ -127,7 +128,7 @@ def measure(args: argparse.Namespace, student_folder: str, teacher_folder: str) 
         "transformers": lambda: by_transformers("fixed_weight"),
     }
     by_engine(engine), by_engine(alone["student"]), by_engine(alone["teacher"])  # first calls set things up
-    name = "engine" if args.sizes == "testbed" else f"engine_{args.sizes}"
+    name = f"engine_{args.sizes}_{args.sequences}"
     report = Report(name, {**vars(args), "dtype": "float32", "tokens": sum(new_tokens)})
     times: dict[str, list[Seconds]] = {name: [] for name in arms}
     for repeat in range(args.repeats):
