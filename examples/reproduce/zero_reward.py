@@ -143,11 +143,6 @@ def make_arms(steps: int) -> dict[str, Arm]:
             annealed | {"mixing_space": "arithmetic"},
         ),
         "mixed_kept": Arm("mixed objective, 0.5 throughout", (study.GREEN, "p", ":"), {"teacher_weight": 0.5}),
-        "adaptive": Arm(
-            "mixed objective, adaptive weight",
-            (study.GRAY, "*", "-."),
-            {"teacher_weight": 0.5, "teacher_weight_schedule": "adaptive", "adaptive_num_prompts": 32},
-        ),
         "sft_grpo": Arm(
             "SFT on the teacher's rollouts, then GRPO",
             (study.PURPLE, "h", "-."),
@@ -321,7 +316,6 @@ _ABOVE = (
     ("With the teacher's logits added to the student's whole ones it does.", "mixed_arithmetic", "grpo"),
     ("The floor is above the mixed objective.", "floor", "mixed"),
     ("The mixed objective at a fixed weight teaches the student alone.", "mixed_kept", "grpo"),
-    ("The adaptive weight teaches the student.", "adaptive", "grpo"),
     ("The floor is above SFT on the teacher's rollouts, then GRPO.", "floor", "sft_grpo"),
     ("The mixed objective is above SFT on the teacher's rollouts, then GRPO.", "mixed", "sft_grpo"),
     ("The floor is above trust-region distillation, then GRPO.", "floor", "trb_grpo"),
