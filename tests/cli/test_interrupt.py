@@ -147,14 +147,6 @@ def test_a_run_that_is_interrupted_and_resumed_ends_like_one_that_is_not(models,
 # -------------------- in this process
 
 
-@pytest.fixture
-def sigint():
-    """The handler of this process, put back afterwards."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 def interrupted(callback, args):
     """A step during which SIGINT arrives, as the trainer calls it."""
     control, state = TrainerControl(), TrainerState(global_step=3)

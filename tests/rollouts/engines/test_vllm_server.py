@@ -137,7 +137,7 @@ def test_what_hangs_is_broken_off_with_the_first_error(fake, url):
     assert time.perf_counter() - start < 30  # the fake one hangs for 60 seconds
 
 
-def test_ctrl_c_breaks_off_what_hangs(fake, url):
+def test_ctrl_c_breaks_off_what_hangs(sigint, fake, url):
     fake.failures = ["hang"] * 3
 
     def interrupt():
