@@ -181,29 +181,6 @@ def test_statistics_are_those_of_the_drawn_tokens(simple):
     assert sums["kl_behavior_student"][1] >= sum(len(ids) for _, ids, _ in rows)
 
 
-def repeat_output_layer(folder):
-    """Some checkpoints hold it although it is tied to the embedding."""
-    tensors = load_file(f"{folder}/model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
-
-
-def test_an_output_layer_that_a_checkpoint_repeats_follows_the_embedding(monkeypatch, tmp_path):
-    """Of a model with both tied a trainer sends the embedding only."""
-    keep_weights_on_the_cpu(monkeypatch)
-    folders, models = write_pair(tmp_path, ["qwen3", "qwen3"])
-    for folder in folders:
-        repeat_output_layer(folder)
-    trained = tiny_model(seed=5, **SHAPE)
-    weights, blend = [(name, weight.data) for name, weight in trained.named_parameters()], Blend(LogitMixing(0.3))
-    assert trained.config.tie_word_embeddings and "lm_head.weight" not in dict(weights)
-    with running(folders[0], folders[1:], blend) as llm:
-        assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
-        llm.apply_model(lambda model: len(model.load_weights(weights)))
-        llm.reset_prefix_cache()
-        assert worst_error([trained, models[1]], blend, generate(llm, prompts())) < TOLERANCE
-
-
 def test_another_number_of_weights_is_refused(simple):
     with pytest.raises(ConfigError, match=r"2 weight\(s\) for an engine with 1 partner"):
         set_blend(simple[0], Blend(LogitMixing((0.1, 0.2))))
@@ -252,6 +229,29 @@ def test_frequencies_are_those_of_the_blend(simple, name):
     for rule in (*others, LogitMixing(0.0)):
         first, both = enumerated(models, Blend(rule, temperature=0.9), prompt)
         assert g_test(firsts, first) < 1e-6 and g_test(pairs, both.flatten()) < 1e-6
+
+
+def repeat_output_layer(folder):
+    """Some checkpoints hold it although it is tied to the embedding."""
+    tensors = load_file(f"{folder}/model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
+
+
+def test_an_output_layer_that_a_checkpoint_repeats_follows_the_embedding(monkeypatch, tmp_path):
+    """Of a model with both tied a trainer sends the embedding only."""
+    keep_weights_on_the_cpu(monkeypatch)
+    folders, models = write_pair(tmp_path, ["qwen3", "qwen3"])
+    for folder in folders:
+        repeat_output_layer(folder)
+    trained = tiny_model(seed=5, **SHAPE)
+    weights, blend = [(name, weight.data) for name, weight in trained.named_parameters()], Blend(LogitMixing(0.3))
+    assert trained.config.tie_word_embeddings and "lm_head.weight" not in dict(weights)
+    with running(folders[0], folders[1:], blend) as llm:
+        assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
+        llm.apply_model(lambda model: len(model.load_weights(weights)))
+        llm.reset_prefix_cache()
+        assert worst_error([trained, models[1]], blend, generate(llm, prompts())) < TOLERANCE
 
 
 def test_compiled(tmp_path, monkeypatch):
