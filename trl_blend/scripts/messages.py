@@ -26,7 +26,8 @@ def one_line(message: object) -> str:
 def say(message: object) -> None:
     """Write one line to standard error, with the number of the process unless it is the first."""
     who = "" if is_main_process() else f" (process {os.environ['RANK']})"
-    print(f"trl-blend{who}: {one_line(message)}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"trl-blend{who}: {one_line(message)}\n")  # in one piece: other processes write too
+    sys.stderr.flush()
 
 
 def tell(message: str) -> None:
