@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.rollouts.collecting import collect, rows_of, save_model, save_prompts, score
 from trl_blend.rollouts.store import RolloutStore
+from trl_blend.scripts.messages import say
 
 
 pytestmark = pytest.mark.distributed
@@ -51,6 +53,14 @@ def test_the_stores_are_those_of_one_process(folder, launched, tmp_path):
     scored_by_one = score(one, str(folder / "teacher"), tmp_path / "scored")
     scored = RolloutStore.open(folder / "scored", verify=True)
     assert rows_of(scored) == rows_of(scored_by_one) and scored.digest == scored_by_one.digest
+
+
+def test_a_message_is_one_write(monkeypatch):
+    """Two processes have one standard error, which torchrun leaves unbuffered."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    say("gone")
+    assert written == ["trl-blend: gone\n"]
 
 
 def test_an_error_ends_all_processes(launched):
