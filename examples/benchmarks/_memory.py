@@ -1,4 +1,4 @@
-"""Peak memory of a piece of code, measured in a process of its own. Shared by the memory benchmarks."""
+"""Peak memory of a piece of code, measured in a process of its own. Shared by the benchmarks that need one."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def peak_memory(run: Callable[[], Any], existing: Sequence[Tensor], gradients: S
     return {"resident": resident, "allocated": meter.peak, "largest": meter.largest, "gradients": sizes}
 
 
-def in_new_process(script: str, arm: str, sizes: dict[str, int]) -> dict[str, Any]:
+def in_new_process(script: str, arm: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """What `script` prints last when it is told to measure one arm."""
     command = [sys.executable, script, "--measure", json.dumps({"arm": arm, **sizes})]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
