@@ -157,6 +157,12 @@ def test_the_routes_of_a_teacher(student, teacher):
     assert record_teacher(student, second, overwrite=True, route="math").routes == (("math",),)
 
 
+def test_a_teacher_recorded_again_keeps_its_routes_and_note(student, teacher):
+    record_teacher(student, teacher, route="math", note="samples of May")
+    again = record_teacher(student, teacher, route="code")
+    assert (again.routes, again.note) == ((("math", "code"),), "samples of May")
+
+
 def trainer(model, output_dir, callback, **settings):
     args = TrainingArguments(
         output_dir=str(output_dir),

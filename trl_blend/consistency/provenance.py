@@ -147,7 +147,7 @@ def record_teacher(
             split between teachers, as its rollouts are. The note is of all of them.
         route (`str` or `list[str]`, *optional*):
             Route or routes of the rows that were this teacher's, as they stand in the column `route` of the rollouts:
-            these are then compared with this teacher. Of a teacher that is recorded already, `add` adds them to it.
+            these are then compared with this teacher. Of a teacher that is recorded already, they are added to it.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is no such folder, the teacher cannot be read, or another one is
@@ -165,15 +165,15 @@ def record_teacher(
         raise ConfigError("`add=True` keeps the recorded teachers and `overwrite=True` replaces them. Choose one.")
     routes = (route,) if isinstance(route, str) else tuple(route or ())
     teachers = [(_identify(teacher, revision), routes)]
-    if add and (folder / PROVENANCE_FILE).is_file():
-        recorded = TeacherProvenance.load(folder / PROVENANCE_FILE)
-        return _write(folder, [*recorded.routes_of_teachers, *teachers], note or recorded.note)
-    if not overwrite:
+    if not overwrite and not add:
         remedy = (
             "`add=True` (`--add`) keeps both, for a student whose data were split between teachers; `overwrite=True` "
             "(`--overwrite`) replaces it"
         )
         _refuse_another(folder, [identity for identity, _ in teachers], remedy)
+    if not overwrite and (folder / PROVENANCE_FILE).is_file():
+        recorded = TeacherProvenance.load(folder / PROVENANCE_FILE)
+        teachers, note = [*recorded.routes_of_teachers, *teachers], note or recorded.note
     return _write(folder, teachers, note)
 
 
