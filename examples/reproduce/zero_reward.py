@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a file: make the packages of `examples` imp
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from reproduce import study
-from reproduce.study import Claim, Estimate, Runs, difference, over_seeds, verdict
+from reproduce.study import HELD, Claim, Estimate, Runs, difference, over_seeds, verdict, word
 
 
 # isort: split
@@ -43,8 +43,9 @@ from trl_blend.trainers.logit_mix_grpo import trainer as logit_mix
 
 
 # Shares of the steps: until the teacher's weight is 0, until that is so at the earliest where it waits for the reward,
-# of a first stage, and of an arm that goes on
-DECAY, FASTEST, FIRST_STAGE, LONGER = 0.7, 0.4, 1 / 3, 1.6
+# until it would be 0 where it falls as slowly as those that waited, of a first stage, of arms that mix and go on, and
+# of GRPO, which goes on until it has had the compute of the mixed objective
+DECAY, FASTEST, SLOW, FIRST_STAGE, LONGER, COMPUTE = 0.7, 0.4, 1.4, 1 / 3, 1.6, 2.5
 SHAPE = 0.1
 ROLLOUTS = 128  # of a step
 # Of the first figure
@@ -82,15 +83,15 @@ class Arm(logit_mixing.Arm):
         first_stage (`str`, *optional*):
             What takes the place of the first steps: `"sft"` on the teacher's rollouts, or distillation from a
             `"trust_region"`.
-        goes_on (`bool`, *optional*, defaults to `False`):
-            Whether it is trained for `LONGER` times the steps.
+        goes_on (`float`, *optional*, defaults to 1):
+            For how many times the steps it is trained.
         shaped (`bool`, *optional*, defaults to `False`):
             Whether ratios are those of [`shaped_log_ratio`].
     """
 
     student: str = "base"
     first_stage: str | None = None
-    goes_on: bool = False
+    goes_on: float = 1.0
     shaped: bool = False
 
 
@@ -98,6 +99,7 @@ def make_arms(steps: int) -> dict[str, Arm]:
     """All arms. `teacher` solves the task; `student` is an SFT version of `base` that knows the format."""
     waiting = {"teacher_weight_schedule": "reward", "teacher_weight_decay_steps": max(1, round(FASTEST * steps))}
     decay = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": max(1, round(DECAY * steps))}
+    slow = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": max(1, round(SLOW * steps))}
 
     annealed = {"teacher_weight": 0.5, **decay}
 
@@ -107,26 +109,30 @@ def make_arms(steps: int) -> dict[str, Arm]:
         mode: str,
         level: str = "token",
         weight: float = 0.5,
-        waits: bool = False,
+        schedule: dict[str, Any] = decay,
         **others: Any,
     ) -> Arm:
         settings = {"objective": "student", "is_clip_mode": mode, "importance_sampling_level": level}
-        settings |= {"teacher_weight": weight, **(waiting if waits else decay)}
+        settings |= {"teacher_weight": weight, **schedule}
         if others.get("first_stage"):
             settings["teacher_weight_decay_steps"] = max(1, round(DECAY * (steps - round(FIRST_STAGE * steps))))
         return Arm(label, style, settings, **others)
 
     mixed = "mixed objective, 0.5 to 0"
     return {
-        "grpo": Arm("GRPO", (study.BLACK, "o", "-"), {"teacher_weight": 0.0}, goes_on=True),
+        "grpo": Arm("GRPO", (study.BLACK, "o", "-"), {"teacher_weight": 0.0}, goes_on=COMPUTE),
         "grpo_kl": Arm("GRPO + KL (0.04)", (study.GRAY, "v", "--"), {"teacher_weight": 0.0, "beta": 0.04}),
         "fusion_token": fusion("logit fusion, token ratios (cap 3)", (study.RED, "X", "--"), "max"),
         "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", "sequence"),
-        "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=True),
-        "floor_reward": fusion("floor, waits for the reward", (study.SKY, "D", "--"), "floor", waits=True),
+        "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=LONGER),
+        "floor_reward": fusion("floor, waits for the reward", (study.SKY, "D", "--"), "floor", schedule=waiting),
+        "floor_slow": fusion("floor, slower decay", (study.ORANGE, "D", ":"), "floor", schedule=slow),
         "floor_0.8": fusion("floor, from 0.8", (study.BLUE, "D", ":"), "floor", weight=0.8),
         "floor_0.8_reward": fusion(
-            "floor, from 0.8, waits for the reward", (study.SKY, "D", "-"), "floor", weight=0.8, waits=True
+            "floor, from 0.8, waits for the reward", (study.SKY, "D", "-"), "floor", weight=0.8, schedule=waiting
+        ),
+        "floor_0.8_slow": fusion(
+            "floor, from 0.8, slower decay", (study.ORANGE, "D", ":"), "floor", weight=0.8, schedule=slow
         ),
         "mixed_0.8_reward": Arm(
             "mixed objective, from 0.8, waits for the reward",
@@ -135,7 +141,7 @@ def make_arms(steps: int) -> dict[str, Arm]:
         ),
         "shaped": fusion("LUFFY's shaped ratios", (study.YELLOW, "v", "--"), "floor", shaped=True),
         "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
-        "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=True),
+        "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=LONGER),
         "mixed_sft": Arm(f"{mixed}, SFT reference", (study.YELLOW, "^", "-"), annealed, reference="student"),
         "mixed_arithmetic": Arm(
             "mixed objective, logits added, 0.5 to 0",
@@ -201,7 +207,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     if name == study.START:
         return {"task": settings["task"], **run_start(rows, scratch, task)}
     arm = make_arms(steps)[name]
-    last = round(LONGER * steps) if arm.goes_on else steps
+    last = round(arm.goes_on * steps)
     done, earlier_seconds, earlier_tokens = 0, 0.0, 0.0
     if arm.first_stage:
         folder, done = f"{scratch}/first", round(FIRST_STAGE * steps)
@@ -260,7 +266,6 @@ class Results:
             raise SystemExit(f"No finished runs of an arm in {runs.path}.")
         self.first = runs.of(self.names[0])[0]
         self.steps = self.first["steps"]
-        self.later = round(LONGER * self.steps)
         self.arms = make_arms(self.steps)
 
     def scores(self, name: str, policy: str = "student", kind: str = "solve", step: int | None = None) -> np.ndarray:
@@ -280,15 +285,29 @@ class Results:
     def start(self, policy: str, kind: str = "solve") -> float:
         return float(study.as_rates(self.runs.start[policy][kind]).mean())
 
-    def metric(self, name: str, key: str) -> float:
-        """Mean over seeds and one quarter of the decay."""
-        first, last = (round(DECAY * self.steps * share) for share in QUARTERS[key])
-        values = np.array([run["metrics"][key][first:last] for run in self.runs.of(name)], dtype=float)
-        return float(np.nanmean(values))
+    def later(self, name: str) -> int:
+        """The last step of an arm that goes on."""
+        return max(map(int, self.runs.of(name)[0]["curve"]))
 
-    def logged(self, name: str, key: str, step: int) -> float:
-        """A metric of one step, mean over seeds; 0 where it was not logged."""
-        return float(np.mean([run["metrics"][key][step] or 0.0 for run in self.runs.of(name)]))
+    def metric(self, name: str, key: str) -> float | None:
+        """Mean over seeds and one quarter of the decay; `None` if no decay ends in the run, or it is not logged."""
+        settings = self.arms[name].settings
+        decay = settings.get("teacher_weight_decay_steps", 0)
+        if settings.get("teacher_weight_schedule") != "linear" or decay > self.steps:
+            return None
+        first, last = (round(decay * share) for share in QUARTERS[key])
+        values = np.array([run["metrics"][key][first:last] for run in self.runs.of(name)], dtype=float)
+        return None if np.isnan(values).all() else float(np.nanmean(values))
+
+    def first_reward(self, name: str) -> float:
+        """Of GRPO's first step, mean over seeds."""
+        return float(np.mean([run["metrics"]["reward"][0] for run in self.runs.of(name)]))
+
+    def weights(self, name: str) -> tuple[float, float]:
+        """The teacher's, over all steps and in the last: means over seeds. It is logged while it is not 0."""
+        runs, steps = self.runs.of(name), self.steps
+        values = np.array([[weight or 0.0 for weight in run["metrics"][WEIGHT][:steps]] for run in runs])
+        return float(values.mean()), float(values[:, -1].mean())
 
     def seconds(self, name: str, step: int) -> float:
         """CPU seconds of training up to a step, mean over seeds."""
@@ -303,9 +322,11 @@ _ABOVE = (
     ("The floor is above logit fusion as published.", "floor", "fusion_token"),
     ("The floor is above sequence-level ratios.", "floor", "fusion_sequence"),
     ("The floor learns more with a weight that waits for the reward.", "floor_reward", "floor"),
+    ("More than with a linear decay of the same mean weight.", "floor_reward", "floor_slow"),
     ("From a weight of 0.8 the floor learns what GRPO cannot.", "floor_0.8", "grpo"),
     ("From 0.8, waiting for the reward, it does.", "floor_0.8_reward", "grpo"),
     ("From 0.8 it learns more with a weight that waits for the reward.", "floor_0.8_reward", "floor_0.8"),
+    ("From 0.8, more than with a linear decay of the same mean weight.", "floor_0.8_reward", "floor_0.8_slow"),
     ("From 0.8, waiting, the mixed objective learns what GRPO cannot.", "mixed_0.8_reward", "grpo"),
     ("That floor is above SFT on the teacher's rollouts, then GRPO.", "floor_0.8_reward", "sft_grpo"),
     ("The floor is above LUFFY's shaped ratios.", "floor", "shaped"),
@@ -329,19 +350,34 @@ _ABOVE = (
 
 def claims(found: Results) -> Iterator[Claim]:
     """Claims whose arms have no finished run are left out, and those that would rest on a single seed."""
-    steps, later = found.steps, found.later
+    steps = found.steps
     compared = [(*row, steps, steps) for row in _ABOVE]
     for arm, label in (("floor", "floor"), ("mixed", "mixed objective")):
-        compared += [
-            (f"The {label} is above GRPO with {later} steps.", arm, "grpo", steps, later),
-            (f"After the hand-over the student of the {label} goes on rising.", arm, arm, later, steps),
-        ]
+        if found.runs.has(arm, "grpo"):
+            longer, later = found.later("grpo"), found.later(arm)
+            compared += [
+                (f"The {label} is above GRPO with {longer} steps.", arm, "grpo", steps, longer),
+                (f"After the hand-over the student of the {label} goes on rising.", arm, arm, later, steps),
+            ]
     for claim, arm, rival, at, rival_at in compared:
         if found.runs.has(arm, rival) and len(found.runs.of(arm)) > 1:
             gap = difference(found.scores(arm, step=at), found.scores(rival, step=rival_at))
             rates = f"{found.rate(arm, step=at)} against {found.rate(rival, step=rival_at)}"
             cost = f"{found.seconds(arm, at):.0f} and {found.seconds(rival, rival_at):.0f} CPU seconds"
             yield claim, verdict(gap), f"{rates} ({gap.signed()}); {cost}."
+    yield from _price(found)
+
+
+def _price(found: Results) -> Iterator[Claim]:
+    """What learning the format costs, where answers in whatever form were right before."""
+    start = study.as_rates(found.runs.start["base"]["answer"])[None]
+    learned = [name for name in found.names if found.arms[name].student == "base" and found.rate(name).value > 0.1]
+    gaps = {found.arms[name].label: difference(found.scores(name, kind="answer"), start) for name in learned}
+    kept = [f"{label} ({gap.signed()})" for label, gap in gaps.items() if verdict(gap, -1) != HELD]
+    if start.any() and gaps:
+        claim = "An arm from `base` that solves a tenth of the problems, alone, has fewer right answers than before."
+        numbers = f"{len(gaps) - len(kept)} of {len(gaps)} arms{'; not: ' if kept else ''}{', '.join(kept)}."
+        yield claim, word(not kept), numbers
 
 
 def report(runs: Runs, folder: Path) -> str:
@@ -351,6 +387,8 @@ def report(runs: Runs, folder: Path) -> str:
     for name in found.names:
         mixes_at_all = bool(found.arms[name].settings["teacher_weight"])
         mixes = "mixed" in runs.of(name)[0]["curve"][str(found.steps)]
+        goes_on = found.later(name) > found.steps
+        rewarded, suppressed = (found.metric(name, key) for key in (REWARDED, SUPPRESSED))
         row: dict[str, Any] = {"arm": name, "seeds": len(runs.of(name)), "steps": found.steps}
         for kind in KINDS:
             estimate = found.rate(name, kind=kind)
@@ -364,13 +402,13 @@ def report(runs: Runs, folder: Path) -> str:
             found.arms[name].label,
             *(found.rate(name, kind=kind) for kind in KINDS),
             found.rate(name, "mixed") if mixes else "—",
-            found.rate(name, step=found.later) if found.arms[name].goes_on else "—",
-            f"{found.logged(name, 'reward', 0):.2f}",
-            f"{found.logged(name, WEIGHT, len(runs.of(name)[0]['metrics'][WEIGHT]) - 1):.2f}" if mixes_at_all else "—",
-            _metric(found, name, REWARDED, 2),
-            _metric(found, name, SUPPRESSED, 3),
+            f"{found.rate(name, step=found.later(name))} ({found.later(name)})" if goes_on else "—",
+            f"{found.first_reward(name):.2f}",
+            *(f"{weight:.2f}" if mixes_at_all else "—" for weight in found.weights(name)),
+            "—" if rewarded is None else f"{rewarded:.2f}",
+            "—" if suppressed is None else f"{suppressed:.3f}",
             f"{row['rollout_tokens'] / 1000:.0f}k",
-            f"{row['cpu_seconds']:.0f}",
+            f"{found.seconds(name, found.steps):.0f}",
         ])  # fmt: skip
     study.write_csv(folder / f"{runs.name}.csv", rows)
     _plot(found, MAIN, folder / f"{runs.name}.png")
@@ -383,8 +421,9 @@ def report(runs: Runs, folder: Path) -> str:
         "answer",
         "format",
         "mixture",
-        f"student alone, {found.later} steps",
+        "student alone, later (steps)",
         "first reward",
+        "mean weight",
         "last weight",
         "prompts with reward",
         "suppressed",
@@ -403,11 +442,12 @@ def report(runs: Runs, folder: Path) -> str:
         f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate {runs.task.grpo_learning_rate:g}, "
         f"{' or '.join(map(str, seeds))} seeds, "
         f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5, unless said, "
-        f"to 0 over {round(DECAY * found.steps)} steps, where it waits for the reward in "
-        f"{round(FASTEST * found.steps)} at the earliest; a first stage takes the place of the first {stage} steps, "
-        f"with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *first reward* is the mean reward in the first "
-        f"step of GRPO, *last weight* the teacher's in the last, *prompts with reward* the mean of `{REWARDED}` over "
-        f"the last quarter of the decay, *suppressed* that of `{SUPPRESSED}` over the second. Tokens and CPU seconds "
+        f"to 0 over {round(DECAY * found.steps)} steps, with a *slower decay* over {round(SLOW * found.steps)}, where "
+        f"it waits for the reward in {round(FASTEST * found.steps)} at the earliest; a first stage takes the place "
+        f"of the first {stage} steps, with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *first reward* is the "
+        "mean reward in the first step of GRPO, *mean weight* the teacher's over all steps, *last weight* that of the "
+        f"last, *prompts with reward* the mean of `{REWARDED}` over the last quarter of a decay that ends in the run, "
+        f"*suppressed* that of `{SUPPRESSED}` over the second. Tokens and CPU seconds "
         f"are those of {found.steps} steps, without evaluation; between arms that were run at other times they "
         "compare only roughly, since other work on the cores slows all of them.",
         "",
@@ -426,11 +466,6 @@ def report(runs: Runs, folder: Path) -> str:
     ])  # fmt: skip
 
 
-def _metric(found: Results, name: str, key: str, digits: int) -> str:
-    logged = any(value is not None for run in found.runs.of(name) for value in run["metrics"][key])
-    return f"{found.metric(name, key):.{digits}f}" if logged else "—"
-
-
 def _plot(found: Results, names: Iterable[str], path: Path) -> None:
     figure, (axis,) = study.panels(1, width=8.0, height=4.2)
     for name in (name for name in found.names if name in names):
@@ -438,7 +473,7 @@ def _plot(found: Results, names: Iterable[str], path: Path) -> None:
     axis.axvspan(0, DECAY * found.steps, color=study.GRAY, alpha=0.08, linewidth=0)
     axis.set(
         title="A student without reward at the start, decoded alone",
-        xlabel="optimizer step (shaded: the teacher's weight falls)",
+        xlabel="optimizer step (shaded: the teacher's weight falls, where it does not wait)",
         ylabel=f"solved, of {found.runs.start['n_test']} test prompts (band: ±1 SE)",
     )
     study.save(figure, path, legend_of=axis, columns=2)

@@ -41,9 +41,12 @@ def start(folder, model=None, **given):
     model = tiny_model() if model is None else model
     model.name_or_path = folder
     settings = {"partners": [Partner(folder)], "blend": Blend(LogitMixing(0.3)), "partners_stop": False, **given}
-    return _engine.BlendedVLLMGeneration(
+    engine = _engine.BlendedVLLMGeneration(
         model=model, accelerator=Accelerator(cpu=True), processing_class=tiny_tokenizer(), **settings
     )
+    if engine.mode == "colocate":
+        engine.llm.events.remove(("check_takes_weights", "student"))
+    return engine
 
 
 def draw(engine):
@@ -157,17 +160,25 @@ def test_greedy_decoding_blends_at_temperature_one(vllm, folder):
 def test_a_sleeping_engine_is_woken_before_it_is_told(vllm, folder):
     engine = start(folder, enable_sleep_mode=True)
     assert engine.llm.events == ["sleep"]
-    engine.llm.events = []
     engine.send_partners({0: (tiny_model(seed=1), True)})
+    engine.llm.events = []
     engine.set_rule(LogitMixing(0.5), [1])
     events = [event if isinstance(event, str) else event[0] for event in draw(engine)]
     assert events[0] == "wake weights" and events.index("partner_0") < events.index("set_blend")
     assert events[-3:] == ["wake kv_cache", "generate", "sleep"]
 
 
+def test_experts_are_kept_as_they_are_sent(vllm, folder, monkeypatch):
+    assert "moe_backend" not in start(folder, tiny_model("qwen3_moe")).llm.started_with
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert start(folder, tiny_model("qwen3_moe")).llm.started_with["moe_backend"] == "triton"
+    assert "moe_backend" not in start(folder).llm.started_with
+
+
 def test_a_teacher_in_memory_is_sent_once(vllm, folder):
     engine, teacher = start(folder), tiny_model(seed=1)
     engine.send_partners({0: (teacher, True)})
+    assert engine.llm.events[-1] == ("check_takes_weights", "partner_0")
     for expected in (dict(teacher.named_parameters()), {}):
         engine.llm.events = []
         engine.sync_weights()
@@ -207,6 +218,9 @@ class Client:
     def init_communicator(self, device):
         pass
 
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
     def reset_prefix_cache(self):
         self.posts.append("reset")
 
@@ -230,6 +244,11 @@ def test_a_server_is_told_by_rpc(vllm, folder, monkeypatch):
     assert engine.take_statistics() == {"kl_behavior_student": (2.0, 4, 1.0)}
     with pytest.raises(ConfigError, match=r"The server holds 1 teacher\(s\), \['teacher'\], but the trainer has 2"):
         start(folder, mode="server", server_base_url="http://host:1", partners=[None, None])
+    with monkeypatch.context() as patch:
+        raw = {"model_config": {"logprobs_mode": "raw_logprobs"}}
+        patch.setattr(Client, "get_server_info", lambda self: raw)
+        with pytest.raises(ConfigError, match="http://host:1 was started with `--logprobs-mode raw_logprobs`"):
+            start(folder, mode="server", server_base_url="http://host:1", partners=[None])
     monkeypatch.setattr(Client, "_post", lambda self, url, json: 1 / 0)
     with pytest.raises(EngineError, match="http://host:1 did not answer `describe_blend`"):
         start(folder, mode="server", server_base_url="http://host:1", partners=[None])

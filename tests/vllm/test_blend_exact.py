@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 from tests.vllm.conftest import keep_weights_on_the_cpu
 from tests.vllm.engines import SHAPE, generate, prompts, running, saved, set_blend, teacher_forced, worst_error
 from trl_blend import LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
-from trl_blend.errors import ConfigError
+from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation.rules import ChernoffBlend, ContrastiveDecoding, LogitArithmetic
 from trl_blend.ops.vocab import EosMap
 from trl_blend.serving.blend import Blend
@@ -96,6 +96,29 @@ def test_log_probabilities_of_every_pair(pair):
     rows += generate(llm, prompts())
     # What one of the models has no row for is never drawn, by the student alone neither
     assert max(token for _, ids, _ in rows for token in ids) < min(model.config.vocab_size for model in models)
+
+
+def test_weights_that_are_sent_to_experts(pair):
+    """The last test of each pair. The kernel of a CPU wants another layout, so that only what arrives is compared."""
+    llm, models, _ = pair
+    (engine,) = llm.apply_model(lambda model: model)
+    names = ["student", *(f"partner_{index}" for index in range(len(models) - 1))]
+    for index, (name, model) in enumerate(zip(names, models, strict=True)):
+        if model.config.model_type != "qwen3_moe":
+            llm.collective_rpc("check_takes_weights", args=(name,))
+            continue
+        with pytest.raises(UnsupportedError, match=rf"lays the experts of `{name}` out for a kernel \(CPU\)"):
+            llm.collective_rpc("check_takes_weights", args=(name,))
+        sent = {key: one + 1 for key, one in model.named_parameters() if ".experts." in key}
+        assert sent
+        if index == 0:
+            engine.load_weights(sent.items())
+        else:
+            engine.load_partner_weights(index - 1, sent.items())
+        found = dict(getattr(engine, name).named_parameters())
+        for key, tensor in sent.items():
+            key = key.replace("gate_up_proj", "routed_experts.w13_weight")
+            assert torch.equal(found[key.replace("down_proj", "routed_experts.w2_weight")], tensor)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +275,15 @@ def test_an_output_layer_that_a_checkpoint_repeats_follows_the_embedding(monkeyp
         llm.apply_model(lambda model: len(model.load_weights(weights)))
         llm.reset_prefix_cache()
         assert worst_error([trained, models[1]], blend, generate(llm, prompts())) < TOLERANCE
+
+
+def test_a_teacher_with_a_shorter_context_is_named(tmp_path):
+    folders, _ = write_pair(tmp_path, ["qwen3", ("qwen3", {"max_position_embeddings": 64})])
+    with (
+        pytest.raises(ConfigError, match="/1' reads fewer tokens than the 128 .*Lower `max_model_len`"),
+        running(folders[0], folders[1:], Blend(LogitMixing(0.3))),
+    ):
+        pass
 
 
 def test_compiled(tmp_path, monkeypatch):

@@ -61,6 +61,18 @@ GENERATION_SETTINGS = {
 }
 
 
+# What vLLM has under other names, which it applies to the logits of a blend. Unset or empty they do nothing
+AFTER_THE_BLEND = (
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "min_tokens",
+    "structured_outputs",
+)
+
+
 def names_with(*effects: str) -> set[str]:
     """Names of the settings with one of the effects."""
     return {name for name, setting in GENERATION_SETTINGS.items() if setting.effects & set(effects)}

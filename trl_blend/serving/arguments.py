@@ -90,7 +90,7 @@ def engine_arguments(
 def overrides_of(partners: Sequence[Partner]) -> dict[str, Any]:
     """What the configuration of the student has to say of its partners before vLLM builds anything."""
     overrides: dict[str, Any] = {"architectures": [ARCHITECTURE]}
-    experts = max((_num_experts(partner) for partner in partners), default=0)
+    experts = max((_experts_of(partner) for partner in partners), default=0)
     if experts:  # vLLM prepares for experts where the engine's own configuration has some
         overrides["num_experts"] = experts
     return overrides
@@ -112,8 +112,12 @@ def check_version() -> None:
         )
 
 
-def _num_experts(partner: Partner) -> int:
+def num_experts(config: Any) -> int:
+    """Experts of a layer, 0 of a model without any."""
+    return next((count for name in _EXPERTS if (count := getattr(config.get_text_config(), name, None))), 0)
+
+
+def _experts_of(partner: Partner) -> int:
     hub = {"revision": partner.revision, "trust_remote_code": partner.trust_remote_code or None}
     hub = {name: value for name, value in hub.items() if value is not None}
-    config = find_config(partner.model, "teacher_model", **hub).get_text_config()
-    return next((count for name in _EXPERTS if (count := getattr(config, name, None))), 0)
+    return num_experts(find_config(partner.model, "teacher_model", **hub))

@@ -105,8 +105,11 @@ class BlendForCausalLM(nn.Module):
         # Which tokens end a completion. CUDA graphs read it where it is, so it is changed in place
         self.register_buffer("_stops", torch.zeros(sizes[0], dtype=torch.bool), persistent=False)
         self._source, self._loaded = _source(vllm_config), False
-        # A draft may be a token that a partner has no row for: it is refused, once all towers have read it
-        self._clamps = vllm_config.speculative_config is not None and self._num_tokens < self._vocab_size
+        # A draft may be a token that a partner has no row for: it is refused, once all towers have read another one in
+        # its place, which CUDA graphs read where it is
+        clamps = vllm_config.speculative_config is not None and self._num_tokens < self._vocab_size
+        known = torch.zeros(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int32) if clamps else None
+        self.register_buffer("_known", known, persistent=False)
         # In a list, whose modules are not this model's own
         self._drafting: list[nn.Module] = []
         # Graphs are captured with every tower, whatever is blended at first
@@ -169,7 +172,9 @@ class BlendForCausalLM(nn.Module):
             )
         hidden = [self.student(input_ids, positions)]
         if self._runs_partners:
-            known = input_ids.clamp(max=self._num_tokens - 1) if self._clamps else input_ids
+            known = input_ids
+            if self._known is not None:
+                known = torch.clamp(input_ids, max=self._num_tokens - 1, out=self._known[: len(input_ids)])
             hidden += [tower(known, positions) for tower in self._partner_towers]
         else:
             hidden += [hidden[0].new_zeros(len(hidden[0]), width) for width in self._widths[1:]]
@@ -296,17 +301,25 @@ def _student_config(vllm_config: VllmConfig) -> VllmConfig:
 
 def _partner_config(vllm_config: VllmConfig, partner: Partner, name: str) -> VllmConfig:
     engine, load_config = vllm_config.model_config, vllm_config.load_config
-    model_config = ModelConfig(
-        model=partner.model,
-        revision=partner.revision,
-        trust_remote_code=partner.trust_remote_code,
-        dtype=partner.dtype or engine.dtype,
-        tokenizer=engine.tokenizer,
-        max_model_len=engine.max_model_len,
-        seed=engine.seed,
-        enforce_eager=engine.enforce_eager,
-        model_impl=engine.model_impl,
-    )
+    try:
+        model_config = ModelConfig(
+            model=partner.model,
+            revision=partner.revision,
+            trust_remote_code=partner.trust_remote_code,
+            dtype=partner.dtype or engine.dtype,
+            tokenizer=engine.tokenizer,
+            max_model_len=engine.max_model_len,
+            seed=engine.seed,
+            enforce_eager=engine.enforce_eager,
+            model_impl=engine.model_impl,
+        )
+    except ValueError as error:
+        if "max_model_len" not in str(error):
+            raise
+        raise ConfigError(
+            f"{partner.model!r} reads fewer tokens than the {engine.max_model_len} that the engine is to read. Lower "
+            "`max_model_len` (of a trainer: `vllm_max_model_length`)."
+        ) from error
     if "bitsandbytes" in (model_config.quantization, load_config.load_format):
         own_format = "bitsandbytes" if model_config.quantization == "bitsandbytes" else "auto"
         load_config = replace(load_config, load_format=own_format)

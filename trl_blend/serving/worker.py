@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from trl_blend.errors import ConfigError
+from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.serving.blend import Blend
 
 
@@ -108,6 +108,23 @@ class BlendWorkerExtension:
         if not isinstance(runner.rejection_sampler, ObservedSampler):
             runner.rejection_sampler = ObservedSampler(runner.rejection_sampler, model)
         return True
+
+    def check_takes_weights(self, tower: str) -> None:
+        """
+        Refuse to send weights to a model, `"student"` or `"partner_0"`, whose experts vLLM has laid out for a kernel:
+        it would take them for what they are not, and say nothing.
+
+        Raises:
+            [`~trl_blend.errors.UnsupportedError`]: With the kernel.
+        """
+        for module in getattr(self._blend_model(), tower).modules():
+            backend = getattr(getattr(module, "quant_method", None), "unquantized_backend", None)
+            if backend is not None and "TRITON" not in backend.name:
+                raise UnsupportedError(
+                    f"vLLM lays the experts of `{tower}` out for a kernel ({backend.value}), where the weights of a "
+                    "trainer do not fit. Draw on a GPU that has vLLM's Triton kernels, with `vllm_mode='server'`, or "
+                    "with `use_vllm=False`; a teacher that is passed by its name is sent no weights."
+                )
 
     def take_blend_statistics(self) -> dict[str, list[float]]:
         """Total, count and largest value of each statistic since the last call or the last [`set_blend`]."""

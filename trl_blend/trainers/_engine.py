@@ -21,7 +21,7 @@ from trl_blend.errors import ConfigError, EngineError, TrlBlendError, Unsupporte
 from trl_blend.generation.rules import BlendRule
 from trl_blend.generation.settings import CUTS, SAMPLES, names_with
 from trl_blend.models.loading import base_of_adapter
-from trl_blend.serving.arguments import check_version, engine_arguments
+from trl_blend.serving.arguments import check_version, engine_arguments, num_experts
 from trl_blend.serving.blend import Blend, Partner
 from trl_blend.serving.drafts import DraftChoice, schedule_drafts
 from trl_blend.serving.statistics import Statistic
@@ -57,7 +57,9 @@ class BlendedVLLMGeneration(VLLMGeneration):
         blend ([`~trl_blend.serving.blend.Blend`]): What the next call of `generate` draws from.
 
     Raises:
-        [`~trl_blend.errors.ConfigError`]: If a server holds another number of teachers, or blends nothing.
+        [`~trl_blend.errors.ConfigError`]: If a server holds another number of teachers, blends nothing, or returns
+            log-probabilities of another distribution than the one that it draws from.
+        [`~trl_blend.errors.UnsupportedError`]: If vLLM could not read the weights of this student.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class BlendedVLLMGeneration(VLLMGeneration):
             del arguments["sleep_preserve_parameter_names"]
         if self._partners_stop:
             arguments["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+        if num_experts(self.model.config) and torch.cuda.is_available():
+            arguments["moe_backend"] = "triton"  # others shuffle the weights, and new ones come as they are
         try:
             with _compat.engine_arguments(**arguments):
                 super()._init_vllm()
@@ -99,6 +103,7 @@ class BlendedVLLMGeneration(VLLMGeneration):
                 "Raise `vllm_gpu_memory_utilization` (vLLM's `gpu_memory_utilization`), or lower "
                 "`vllm_max_model_length`."
             ) from error
+        self._call("check_takes_weights", "student")
         if self._drafts is not None:
             self._call("lead_drafts")
             self._drafts.student_share = self._call("student_share")
@@ -110,6 +115,14 @@ class BlendedVLLMGeneration(VLLMGeneration):
                 f"The server holds {len(found['partners'])} teacher(s), {found['partners']}, but the trainer has "
                 f"{len(self._partners)}. Serve the same ones."
             )
+        if self.accelerator.is_main_process:
+            mode = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+            if mode != "processed_logprobs":
+                raise ConfigError(
+                    f"The vLLM server at {self.vllm_client.base_url} was started with `--logprobs-mode {mode}`: its "
+                    "log-probabilities are not those of the blend that it draws from. Start it with `--logprobs-mode "
+                    "processed_logprobs`."
+                )
         self._call("lead_drafts")  # which it has if it was started with `--speculative-config`
         self._tell()
 
@@ -120,8 +133,13 @@ class BlendedVLLMGeneration(VLLMGeneration):
         Args:
             partners (`Mapping[int, tuple[PreTrainedModel, bool]]`):
                 By index, a model and whether its adapters are part of it.
+
+        Raises:
+            [`~trl_blend.errors.UnsupportedError`]: If vLLM could not read them.
         """
         self._unsent = dict(partners) if self.mode == "colocate" else {}
+        for index in self._unsent:
+            self._call("check_takes_weights", f"partner_{index}")
 
     def sync_weights(self) -> None:
         """Send the weights of the student, see [`~trl.generation.vllm_generation.VLLMGeneration.sync_weights`]."""

@@ -1,6 +1,7 @@
 """Partners of another architecture, size or vocabulary than the student's, and conversational prompts."""
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -67,6 +68,21 @@ def test_probability_mixing_never_draws_a_row_that_the_teacher_lacks(build, tmp_
     record = runs.train(trainer)
     assert max(max(row) for row in forced.tokens(record.calls[0].inputs)) < 64
     assert trainer.generation_config.suppress_tokens == list(range(64, 96))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_greedy_decodes_draw_no_row_that_is_no_token(build, tmp_path, weight):
+    student = tiny_model(seed=5, vocab_size=96)
+    student.generation_config.eos_token_id = list(runs.EOS_IDS)
+    student.save_pretrained(tmp_path / "student")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    trainer = build(student=str(tmp_path / "student"), teacher_weight=0.4)
+    prompts = torch.arange(5, 45).view(8, 5)
+    alone = student.generate(prompts, do_sample=False, max_new_tokens=6)
+    assert alone.max() >= 64  # it would
+    with trainer._decoding_greedily(), trainer.policy((weight,), recording=False):
+        completion_ids, _ = trainer._generate_single_turn(prompts.tolist(), None, {}, 1)
+    assert max(max(row) for row in completion_ids) < 64
 
 
 def assert_loss(record, call, student, partner, objective, vocab_size):

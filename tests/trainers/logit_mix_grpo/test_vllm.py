@@ -9,6 +9,7 @@ import trl.trainer.grpo_trainer as trl_grpo
 from tests.trainers import runs
 from tests.trainers.engines import COMPLETION, Engine, PlainEngine
 from trl_blend import LogitMixing, ProbabilityMixing
+from trl_blend.errors import TokenizerMismatchError
 from trl_blend.generation import LogitArithmetic
 from trl_blend.serving.statistics import OF_DRAFTS
 from trl_blend.trainers import _engine
@@ -83,8 +84,23 @@ def test_greedy_decodes_are_the_engines(build_vllm):
     trainer = build_vllm(teacher_weight=0.4)
     rewards = trainer.greedy_rewards(list(runs.dataset())[:4], (0.3,))
     assert len(rewards.rewards) == 4 and trainer.engine.rules == [LogitMixing((0.3,))]
-    assert [temperature for _, _, temperature in trainer.engine.calls] == [0.0]
+    assert trainer.engine.calls == [(4, 1, 0.0)]  # the prompts are all different
     assert trainer.engine.settings[0]["records"] is False and trainer.engine.temperature == 1.0
+    assert trainer.num_generations_eval == trainer.num_generations == 4
+
+
+@pytest.mark.parametrize("weights", [(0.0,), (0.3,)])
+def test_greedy_decodes_draw_no_row_that_is_no_token(build_vllm, weights):
+    trainer = build_vllm(teacher_weight=0.4, max_steps=1)
+    trainer._num_tokens = 60
+    trainer.greedy_rewards(list(runs.dataset())[:4], weights)
+    assert trainer.engine.settings[0]["vocab_size"] == 60
+
+
+def test_a_prompt_without_a_row_is_refused(build_vllm):
+    trainer = build_vllm(teacher_weight=0.4)
+    with pytest.raises(TokenizerMismatchError, match="holds token id 1000 "):
+        trainer._generate_single_turn([[5, 1000]], None, {}, 1)
 
 
 def test_without_teachers_the_engine_is_the_parents(build_vllm):

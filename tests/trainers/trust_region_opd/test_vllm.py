@@ -11,8 +11,20 @@ from tests.trainers.engines import COMPLETION, Engine, PlainEngine
 from tests.trainers.trust_region_opd import policies
 from trl_blend import LogitMixing
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.generation import settings
 from trl_blend.serving.statistics import OF_DRAFTS
 from trl_blend.trainers import _engine
+
+
+AFTER_THE_BLEND = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "logit_bias": {5: 1.0},
+    "bad_words": ["a"],
+    "allowed_token_ids": [5, 6],
+    "min_tokens": 3,
+    "structured_outputs": {"regex": "[0-9]+"},
+}
 
 
 @pytest.fixture
@@ -98,6 +110,23 @@ def test_the_engine_stops_at_merged_tokens(build_vllm):
         33,
     }
     assert "stop_token_ids" not in build_vllm().vllm_generation.generation_kwargs
+    given = build_vllm(teacher_eos_token_id=[33], generation_kwargs={"stop_token_ids": [45]})
+    assert {33, 45} < set(given.vllm_generation.generation_kwargs["stop_token_ids"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"generation_kwargs": {name: value}} for name, value in AFTER_THE_BLEND.items()),
+        {"vllm_structured_outputs_regex": "[0-9]+"},
+    ],
+)
+def test_what_vllm_applies_after_the_blend_is_refused(build_vllm, given):
+    (name,) = given.get("generation_kwargs", given)
+    with pytest.raises(ConfigError, match=f"`{name}=.*after the blend.*`rollout_policy='student'`"):
+        build_vllm(**given)
+    build_vllm(rollout_policy="student", **given)
+    assert set(AFTER_THE_BLEND) == set(settings.AFTER_THE_BLEND)
 
 
 def test_greedy_decodes_are_the_engines(build_vllm, build_opd):
@@ -108,6 +137,7 @@ def test_greedy_decodes_are_the_engines(build_vllm, build_opd):
         engine.rules == [None, LogitMixing(1.0)] and [temperature for _, _, temperature in engine.calls] == [0.0] * 2
     )
     assert engine.settings[1]["eos"] == trainer.eos and engine.temperature == 1.0
+    assert [given["vocab_size"] for given in engine.settings] == [trainer._num_tokens] * 2
     with pytest.raises(ConfigError, match="No engine draws blended rollouts here"):
         build_opd().decode_greedily([[5, 6]])
 

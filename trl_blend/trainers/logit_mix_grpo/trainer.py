@@ -20,6 +20,7 @@ from trl_blend.generation.hooks import blended_generation
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.generation.rules import BlendRule
 from trl_blend.generation.settings import CUTS, SAMPLES, names_with
+from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.output_layer import OutputLayers, find_plain_outputs, plain_outputs
 from trl_blend.models.own_logits import check_own_logits, fused_log_probs
 from trl_blend.models.wrappers import adapter_layers, evaluation_mode
@@ -310,12 +311,13 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
         turn = (prompt_ids, images, multimodal_fields, num_generations)
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        if self.engine is not None or self._rule is not None:
+            _partners.check_prompt_ids(prompt_ids, student, self.partners, self._tokenizer)
         if self.engine is not None:
             return self._draw_with_engine(self.engine, *turn, **kwargs)
         if self._rule is None:
             return super()._generate_single_turn(*turn, **kwargs)
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        _partners.check_prompt_ids(prompt_ids, student, self.partners, self._tokenizer)
         with (
             evaluation_mode(student),  # dropout would draw tokens from another policy than the one that is scored
             blended_generation(
@@ -331,7 +333,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         return completion_ids, [row[:n] for row, n in zip(record.behavior_logps.tolist(), lengths, strict=True)]
 
     def _draw_with_engine(self, engine: "_engine.BlendedVLLMGeneration", *turn: Any, **kwargs: Any) -> tuple:
-        tokens = None if self._rule is None else self._num_tokens
+        tokens = None if self._rule is None and self.model.training else self._num_tokens
         engine.set_rule(self._rule, self.eos_token_ids, vocab_size=tokens, records=self._recording)
         drawn = super()._generate_single_turn(*turn, **kwargs)
         if self._rule is None or not self._recording:
@@ -392,12 +394,14 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     def _decoding_greedily(self) -> Iterator[None]:
         """Greedy settings; logs and counters are put back on exit."""
         saved_logs = self._metrics, self.state.num_input_tokens_seen
+        saved_generations, self.num_generations_eval = self.num_generations_eval, 1  # the prompts are all different
         self._metrics = {mode: defaultdict(list) for mode in saved_logs[0]}
         try:
             with self._transformers_greedy() if self.engine is None else self.engine.greedy():
                 yield
         finally:
             self._metrics, self.state.num_input_tokens_seen = saved_logs
+            self.num_generations_eval = saved_generations
             # Reward functions may have logged extra columns and metrics for rows that are not part of the run
             self._pending_extra_logs.clear()
             self._pending_metrics.clear()
@@ -407,6 +411,9 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         saved = self.generation_kwargs, self.generation_config
         sampling = names_with(SAMPLES, CUTS)
         settings = {key: value for key, value in self.generation_kwargs.items() if key not in sampling}
+        if self._num_tokens is not None:  # the other rows are no tokens
+            padding = range(self._num_tokens, vocabulary_rows(self.model))
+            settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or ()), *padding]
         self.generation_kwargs = {**settings, "do_sample": False}
         self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
         try:

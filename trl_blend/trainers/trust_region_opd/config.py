@@ -15,7 +15,7 @@ from trl_blend.generation.rules import (
     SpeculativeKD,
     TrustRegion,
 )
-from trl_blend.generation.settings import check_one_sequence, distribution_warpers
+from trl_blend.generation.settings import AFTER_THE_BLEND, check_one_sequence, distribution_warpers
 from trl_blend.schedules import make_schedule
 from trl_blend.trainers._options import (
     check_choices,
@@ -334,7 +334,12 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
             return
         check_generation_kwargs(self)
         check_one_sequence(self.generation_kwargs, "num_rollouts_per_prompt")
-        for name, value in distribution_warpers(self).items():
+        found = distribution_warpers(self)
+        if self.use_vllm:
+            given = {"vllm_structured_outputs_regex": self.vllm_structured_outputs_regex}
+            given |= {name: (self.generation_kwargs or {}).get(name) for name in AFTER_THE_BLEND}
+            found |= {name: value for name, value in given.items() if value}
+        for name, value in found.items():
             raise ConfigError(
                 f"`{name}={value}` cuts or reshapes the distribution after the blend, but `rollout_policy="
                 f"{self.rollout_policy!r}` is defined on full distributions, and its KL to the student would not be "

@@ -273,7 +273,8 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
         self.model.generation_config.eos_token_id = self.eos_token_ids
         if self.use_vllm:
-            self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
+            settings = self.vllm_generation.generation_kwargs
+            settings["stop_token_ids"] = sorted({*(settings.get("stop_token_ids") or ()), *self.eos_token_ids})
 
     @property
     def uses_own_divergence(self) -> bool:
@@ -396,7 +397,8 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         if self.engine is None:
             raise ConfigError("No engine draws blended rollouts here. Decode with the model, or set `use_vllm=True`.")
         with self.engine.greedy():
-            self.engine.set_rule(LogitMixing(1.0) if teacher else None, self.eos_token_ids, eos=self.eos)
+            rule = LogitMixing(1.0) if teacher else None
+            self.engine.set_rule(rule, self.eos_token_ids, eos=self.eos, vocab_size=self._num_tokens)
             return super()._generate_single_turn(prompt_ids, None, {})
 
     def _sampling_temperature(self) -> float:
