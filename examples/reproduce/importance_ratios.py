@@ -164,13 +164,28 @@ def report(runs: Runs, folder: Path) -> str:
                 values = [run["rows"][key][column] for run in runs.of(name)]
                 unknown = None in values or (column == "cosine" and silent)
                 row[column] = "—" if unknown else over_seeds(values)
+            row["floor_minus_it"] = "—"
+            if row["cosine"] != "—" and ratio not in (ON_POLICY, "floor"):
+                floor = [run["rows"][f"{weight} floor"]["cosine"] for run in runs.of(name)]
+                own = [run["rows"][key]["cosine"] for run in runs.of(name)]
+                row["floor_minus_it"] = over_seeds(a - b for a, b in zip(floor, own, strict=True))
             cells.append([f"`{name}`", *(f"{v:.2f}" if isinstance(v, float) else v for v in list(row.values())[1:])])
             rows.append({k: v if isinstance(v, (str, float)) else v.value for k, v in row.items()})
     study.write_csv(folder / "importance_ratios.csv", rows)
     _plot(runs, folder / "importance_ratios.png")
     seeds = len(runs.of(runs.names(STUDY.arms({}))[0]))
     batches = first["batches"]
-    header = ["student", "weight", "ratio", "reward", "cosine", "norm", "deviation", "between batches"]
+    header = [
+        "student",
+        "weight",
+        "ratio",
+        "reward",
+        "cosine",
+        "norm",
+        "deviation",
+        "between batches",
+        "floor minus it",
+    ]
     return "\n".join([
         "# Importance ratios: bias and noise",
         "",
@@ -179,10 +194,10 @@ def report(runs: Runs, folder: Path) -> str:
         f"the same rollouts; {seeds} sets of rollouts, mean ± SE. {study.machine_text(runs.start['machine'])}",
         "",
         f"*cosine* is that of the mean gradient with the student's own (on-policy, {4 * batches} batches; its own "
-        "line compares two halves of them, which is what the others can reach at most); *norm* that of the mean; "
+        "line compares two halves of them); *norm* that of the mean; "
         "*deviation* of one batch from it; *between batches* the mean cosine of two batches, near 0 where a gradient "
-        "is noise. —: half of the student's own batches of one set have no reward, so that its own gradient is next "
-        "to 0.",
+        "is noise; *floor minus it* by how much the floor's cosine is larger, from the same rollouts. —: half of the "
+        "student's own batches of one set have no reward, so that its own gradient is next to 0.",
         "",
         study.markdown_table(header, cells),
         "",
