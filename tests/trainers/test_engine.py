@@ -6,7 +6,9 @@ import pytest
 import torch
 import trl.generation.vllm_generation as trl_vllm
 from accelerate import Accelerator
+from trl.generation import vllm_client
 
+from tests.distributed.conftest import free_port
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import engines
 from trl_blend import LogitMixing, TrustRegion
@@ -252,6 +254,19 @@ def test_a_server_is_told_by_rpc(vllm, folder, monkeypatch):
     monkeypatch.setattr(Client, "_post", lambda self, url, json: 1 / 0)
     with pytest.raises(EngineError, match="http://host:1 did not answer `describe_blend`"):
         start(folder, mode="server", server_base_url="http://host:1", partners=[None])
+
+
+def test_a_server_that_is_gone(vllm, folder, monkeypatch):
+    monkeypatch.setattr(trl_vllm, "VLLMClient", Client)
+    url = f"http://127.0.0.1:{free_port()}"  # nobody listens there
+    engine = start(folder, mode="server", server_base_url=url, partners=[None])
+    client = object.__new__(vllm_client.VLLMClient)  # TRL's own, which looks for the server when it is made
+    client.base_url, client.session, client.model = url, vllm_client.requests.Session(), "model"
+    engine.vllm_client = client
+    with pytest.raises(EngineError, match=f"server at {url} draws no more rollouts: .*`resume_from_checkpoint=True`"):
+        engine.generate(prompts=[[5, 6]], images=None, num_generations=1)
+    with pytest.raises(EngineError, match=f"server at {url} did not answer `take_blend_statistics`"):
+        engine.take_statistics()
 
 
 # Which teachers

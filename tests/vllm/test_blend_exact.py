@@ -1,12 +1,14 @@
 """The engine draws from the blend: its log-probabilities and its frequencies are those of transformers."""
 
+import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from tests.tiny import tiny_model
 from tests.vllm.conftest import keep_weights_on_the_cpu
@@ -275,6 +277,30 @@ def test_an_output_layer_that_a_checkpoint_repeats_follows_the_embedding(monkeyp
         llm.apply_model(lambda model: len(model.load_weights(weights)))
         llm.reset_prefix_cache()
         assert worst_error([trained, models[1]], blend, generate(llm, prompts())) < TOLERANCE
+
+
+def test_what_the_towers_cannot_be_passed(simple, tmp_path):
+    from vllm.config import ModelConfig
+
+    from trl_blend.serving import model as serving
+
+    llm, _, _ = simple
+    recurrent = MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=64, architectures=["MambaForCausalLM"])
+    recurrent.save_pretrained(tmp_path / "recurrent")
+    (engine,) = llm.apply_model(lambda model: model)
+    with pytest.raises(UnsupportedError, match="prompt came as embeddings"):
+        engine(None, torch.arange(3), inputs_embeds=torch.zeros(3, 64))
+    settings = copy.copy(engine._configs[0])
+    settings.model_config = ModelConfig(
+        str(tmp_path / "recurrent"), tokenizer=engine._configs[0].model_config.tokenizer
+    )
+    with pytest.raises(UnsupportedError, match="the student .*MambaForCausalLM.* has a recurrent state"):
+        serving._tower(settings, "the student", "")
+    stages = SimpleNamespace(pipeline_parallel_size=2)
+    content = SimpleNamespace(trl_blend={"partners": [], "blend": Blend().to_dict()})
+    with pytest.raises(UnsupportedError, match="`pipeline_parallel_size=2`: .*Use `tensor_parallel_size`"):
+        given = SimpleNamespace(model_config=SimpleNamespace(hf_config=content), parallel_config=stages)
+        serving.BlendForCausalLM(vllm_config=given)
 
 
 def test_a_teacher_with_a_shorter_context_is_named(tmp_path):

@@ -24,6 +24,7 @@ from trl_blend import (
     TrustRegionOPDConfig,
     TrustRegionOPDTrainer,
 )
+from trl_blend.errors import EngineError
 from trl_blend.ops.trust_region import acceptance_bound
 from trl_blend.serving.blend import Blend
 
@@ -385,6 +386,12 @@ def test_drafts_inside_the_trust_region(cpu_engine, monkeypatch, tmp_path, draft
     with passes(trainer.engine.llm) as counts:  # of the student alone, after the warmup
         assert_engine_has_the_weights_of(trainer, saved_student(trainer, tmp_path / "saved"))
     assert counts["student"] > 10 and counts["teacher"] == counts["drafts"] == 0
+
+
+def test_an_engine_without_memory(cpu_engine, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
+    with pytest.raises(EngineError, match="not enough memory for the weights and caches of 2 models"):
+        grpo(tmp_path / "run")
 
 
 def test_two_processes(tmp_path):
