@@ -17,7 +17,7 @@ from trl_blend import LogitMixing, ProbabilityMixing, SpeculativeKD, TrustRegion
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.generation.rules import ChernoffBlend, ContrastiveDecoding, LogitArithmetic
 from trl_blend.ops.vocab import EosMap
-from trl_blend.serving.blend import Blend
+from trl_blend.serving.blend import Blend, Partner
 
 
 pytestmark = pytest.mark.vllm
@@ -301,6 +301,19 @@ def test_what_the_towers_cannot_be_passed(simple, tmp_path):
     with pytest.raises(UnsupportedError, match="`pipeline_parallel_size=2`: .*Use `tensor_parallel_size`"):
         given = SimpleNamespace(model_config=SimpleNamespace(hf_config=content), parallel_config=stages)
         serving.BlendForCausalLM(vllm_config=given)
+
+
+def test_a_teacher_in_its_own_dtype(tmp_path):
+    folders, models = write_pair(tmp_path, PAIRS["other_family_and_heads"])
+    models[1].to(torch.bfloat16)
+    blend = Blend(LogitMixing(0.5))
+    with running(folders[0], [Partner(folders[1], dtype="bfloat16")], blend) as llm:
+        (engine,) = llm.apply_model(lambda model: model)
+        assert {one.dtype for one in engine.student.parameters()} == {torch.float32}
+        assert {one.dtype for one in engine.partner_0.parameters()} == {torch.bfloat16}
+        rows = generate(llm, prompts())
+    error, off = (worst_error(models, Blend(LogitMixing(weight)), rows) for weight in (0.5, 0.4))
+    assert error < 0.4 < off  # logits of 20 nats, rounded to 8 bits in every layer
 
 
 def test_a_teacher_with_a_shorter_context_is_named(tmp_path):
