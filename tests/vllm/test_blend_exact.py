@@ -337,6 +337,22 @@ def test_compiled(tmp_path, monkeypatch):
         assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
 
 
+@pytest.mark.parametrize("pair", ["wider_vocabulary", "experts_beside_dense"])
+def test_two_devices(monkeypatch, tmp_path, pair):
+    """Half of each layer on either of two workers, which agree on what was drawn."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    folders, models = write_pair(tmp_path, PAIRS[pair])
+    blend = Blend(LogitMixing(0.3))
+    with running(folders[0], folders[1:], blend, tensor_parallel_size=2) as llm:
+        assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
+        blend = Blend(TrustRegion(0.05), temperature=0.7, records=True)
+        set_blend(llm, blend)
+        rows = generate(llm, prompts(), 0.7)
+        assert worst_error(models, blend, rows) < TOLERANCE
+        first, second = llm.collective_rpc("take_blend_statistics")
+    assert first == second and first["kl_behavior_student"][1] == sum(len(ids) for _, ids, _ in rows)
+
+
 def test_the_plugin_costs_nothing_without_a_blend():
     code = (
         "import sys, time\n"
