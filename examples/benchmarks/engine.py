@@ -9,7 +9,8 @@ of the memory reserved there) is told too. Needs vLLM (`make test-vllm` installs
 ```sh
 python examples/benchmarks/engine.py
 python examples/benchmarks/engine.py --sequences 256 --longest 128
-python examples/benchmarks/engine.py --sizes smollm2
+python examples/benchmarks/engine.py --sizes smollm2 --longest 128
+python examples/benchmarks/engine.py --sizes smollm2 --shortest 16 --longest 48
 python examples/benchmarks/engine.py --sizes smollm2 --sequences 256 --shortest 16 --longest 48
 ```
 """
@@ -42,7 +43,14 @@ from trl_blend.serving.blend import Blend, Partner
 CHECKPOINTS = Path(task.__file__).resolve().parent / "checkpoints"
 RULES = {"blend": LogitMixing(0.3), "trust_region": TrustRegion(0.05), "transformers": LogitMixing(0.3)}
 CACHE = 2 * 2**30  # bytes of the engine's cache, for each model
-ARMS = ("blend", "trust_region", "student", "teacher", "transformers")
+LABELS = {
+    "blend": "vLLM blended",
+    "trust_region": "vLLM trust region",
+    "student": "vLLM student",
+    "teacher": "vLLM teacher",
+    "transformers": "transformers blended",
+}
+ARMS = tuple(LABELS)
 
 
 def folders(sizes: str, scratch: Path) -> dict[str, str]:
@@ -153,7 +161,7 @@ def compare(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
     tokens = sum(ragged(args.sequences, args.shortest, args.longest, seed=1))
     settings = {name: value for name, value in vars(args).items() if name != "measure"}
     report = Report(
-        f"engine_{args.sizes}_{args.sequences}",
+        f"engine_{args.sizes}_{args.sequences}_{args.longest}",
         {**settings, "dtype": "float32", "tokens": tokens, "cache_gib_per_model": CACHE / 2**30},
     )
     rounds: list[dict[str, dict[str, float]]] = []
@@ -162,7 +170,7 @@ def compare(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
         order = [*ARMS[repeat % len(ARMS) :], *ARMS[: repeat % len(ARMS)]]
         rounds.append({arm: in_new_process(__file__, arm, sizes) for arm in order})
         print(f"round {repeat + 1}: {json.dumps(rounds[-1])}", flush=True)
-    what = f"{args.sequences} sequences of {args.sizes} sizes"
+    what = f"{args.sequences} sequences of {args.sizes} sizes, {args.shortest} to {args.longest} tokens"
     for clock in ("wall", "cpu"):
         for arm in ARMS:
             report.note(f"{arm}, tokens per second of {clock} time", [tokens / one[arm][clock] for one in rounds])
@@ -178,7 +186,7 @@ def compare(args: argparse.Namespace, sizes: dict[str, Any]) -> None:
         for name, (values, bar) in ratios.items():
             report.row(f"{name}, {what}, {clock} time", values, round(bar, 3))
     for arm in ARMS:
-        report.note(f"{arm}, peak memory (GiB)", [one[arm]["peak"] for one in rounds])
+        report.row(f"peak memory, {LABELS[arm]}, {what}", [one[arm]["peak"] for one in rounds], None, " GiB")
     report.write()
 
 
