@@ -480,7 +480,7 @@ def _plot(found: Results, names: Iterable[str], path: Path) -> None:
     axis.axvspan(0, DECAY * found.steps, color=study.GRAY, alpha=0.08, linewidth=0)
     axis.set(
         title="A student without reward at the start, decoded alone",
-        xlabel="optimizer step (shaded: the teacher's weight falls to 0 in most arms)",
+        xlabel="optimizer step (shaded: the faster linear decay of the weight)",
         ylabel=f"solved, of {found.runs.start['n_test']} test prompts (band: ±1 SE)",
     )
     study.save(figure, path, legend_of=axis, columns=2)
