@@ -285,6 +285,8 @@ def test_partners_of(vllm, folder, tmp_path):
     assert _engine.partners_of([folder, teacher], given) == [Partner(folder, dtype="bfloat16")] * 2
     given = config(teacher_model_init_kwargs={"dtype": "auto"}, trust_remote_code=True)
     assert _engine.partners_of([folder], given) == [Partner(folder, trust_remote_code=True)]
+    given = config(teacher_model_init_kwargs={"revision": "v2"}, teacher_model_revision="v1")
+    assert _engine.partners_of([folder], given) == [Partner(folder, "v2")]  # what the loss loads, too
     assert _engine.partners_of([folder, folder], config(vllm_mode="server")) == [None, None]
     adapted = tiny_lora(tiny_model())
     adapted.peft_config["default"].base_model_name_or_path = folder

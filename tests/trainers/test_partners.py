@@ -1,11 +1,14 @@
+import shutil
+
 import pytest
 import torch
 from accelerate.utils import is_peft_model
 from transformers import AutoModelForCausalLM
 
+from tests.models.checkpoints import hub_snapshot
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import runs
-from trl_blend.errors import UnsupportedError
+from trl_blend.errors import TokenizerMismatchError, UnsupportedError
 from trl_blend.trainers import _partners
 
 
@@ -52,6 +55,45 @@ def test_load_settings_have_the_last_word(loads, tmp_path):
     ((_, kwargs),) = loads
     assert kwargs["dtype"] == "float32" and kwargs["attn_implementation"] == "eager" and kwargs["revision"] == "v2"
     assert args.teacher_model_init_kwargs == settings
+
+
+def test_what_says_which_files_are_meant_is_given_to_every_read(tmp_path):
+    given = {"revision": "v2", "subfolder": "inner", "token": "hf_mine", "dtype": "float32"}
+    args = runs.config(tmp_path, teacher_model_init_kwargs=given, teacher_model_revision="v1")
+    assert _partners.teacher_arguments(args) == given | {"trust_remote_code": False}
+    files = {"revision": "v2", "subfolder": "inner", "token": "hf_mine", "trust_remote_code": False}
+    assert _partners.teacher_files(args) == files
+    trusted = runs.config(tmp_path, teacher_model_init_kwargs={"trust_remote_code": True}, teacher_model_revision="v1")
+    assert _partners.teacher_files(trusted) == {"revision": "v1", "trust_remote_code": True}
+
+
+@pytest.mark.parametrize("trainer", ["build", "build_opd"])
+def test_a_teacher_in_a_subfolder(request, trainer, models, tmp_path):
+    shutil.copytree(models / "teacher", tmp_path / "outer" / "inner")
+    make, outer = request.getfixturevalue(trainer), str(tmp_path / "outer")
+    loaded = make(teacher=outer, teacher_model_init_kwargs={"subfolder": "inner"}).partners[0]
+    runs.assert_same_tensors(runs.snapshot(loaded), runs.snapshot(make().partners[0]))
+
+
+@pytest.mark.parametrize("trainer", ["build", "build_opd"])
+def test_a_revision_in_the_settings_of_loading_comes_first(
+    request, trainer, models, other_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    revisions = {"main": other_tokenizer, "v1": other_tokenizer, "v2": tmp_path / "ends_elsewhere"}
+    shutil.copytree(models / "teacher", revisions["v2"])
+    tiny_tokenizer(eos_token="<pad>").save_pretrained(revisions["v2"])
+    for number, (branch, folder) in enumerate(revisions.items(), start=1):
+        snapshot = hub_snapshot(tmp_path, "org/teacher", str(number) * 40, branch)
+        shutil.copytree(folder, snapshot, dirs_exist_ok=True)
+    make = request.getfixturevalue(trainer)
+    with pytest.raises(TokenizerMismatchError):
+        make(teacher="org/teacher")
+    for revision in (None, "v1"):
+        settings = {"teacher_model_revision": revision, "teacher_model_init_kwargs": {"revision": "v2"}}
+        built = make(teacher="org/teacher", **settings)
+        if trainer == "build_opd":
+            assert 0 in built.eos.merged  # that of the tokenizer at v2
 
 
 def test_partners_are_frozen_and_keep_their_order(loads, tmp_path):
@@ -107,6 +149,8 @@ def test_an_adapter_folder_is_a_teacher(request, trainer, models, tmp_path):
     assert is_peft_model(runs_of["adapter"].partners[0])
     named = runs_of["adapter"].card_fields()["teachers"][0]
     assert named.name == str(tmp_path / "adapter")  # not its base
+    runs_of["adapter"].args.teacher_model_init_kwargs = {"revision": "v2"}
+    assert runs_of["adapter"].card_fields()["teachers"][0].commit == "v2"
     assert losses["adapter"] == pytest.approx(losses["merged"], rel=1e-4)
     student = runs_of["merged"].model.state_dict()
     for name, tensor in runs_of["adapter"].model.state_dict().items():

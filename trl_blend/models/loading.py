@@ -253,7 +253,7 @@ def _load(
     name: str, argument: str, create: Callable[..., Any], arguments: dict[str, Any], is_trainable: bool
 ) -> PreTrainedModel:
     *above, (base, of_base) = _places(name, argument, arguments)
-    own = _of_files(of_base) | _given({"trust_remote_code": of_base.get("trust_remote_code")})
+    own = of_files(of_base) | _given({"trust_remote_code": of_base.get("trust_remote_code")})
     with _named_errors(base, argument, of_base):
         config = AutoConfig.from_pretrained(base, **own)
         # Found here, because TRL would look it up without the revision
@@ -275,7 +275,7 @@ def _load(
         loaded.resize_token_embeddings(rows, mean_resizing=False)  # the new rows are the adapter's
     with _named_errors(name, argument, arguments), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        return PeftModel.from_pretrained(loaded, name, is_trainable=is_trainable, **_of_files(arguments))
+        return PeftModel.from_pretrained(loaded, name, is_trainable=is_trainable, **of_files(arguments))
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -446,13 +446,13 @@ def _file(name: str, file: str, argument: str, options: dict[str, Any]) -> str |
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
-            **_of_files(options),
+            **of_files(options),
         )
     except (OSError, ValueError) as error:
         raise missing_model(name, error, argument, options.get("revision")) from error
 
 
-def _of_files(options: dict[str, Any]) -> dict[str, Any]:
+def of_files(options: dict[str, Any]) -> dict[str, Any]:
     """The options that say which files are meant."""
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
     return {name: options[name] for name in names if options.get(name) is not None}

@@ -20,6 +20,7 @@ from trl_blend.reports import cards, metadata
 from trl_blend.reports.cards import CardTeacher, model_link
 from trl_blend.reports.curves import CURVES_FILE, Panel, draw_curves, last_values
 from trl_blend.reports.names import shown_name
+from trl_blend.trainers._partners import teacher_arguments
 from trl_blend.trainers._record import Stage, kept_by_the_optimizer
 
 
@@ -189,7 +190,7 @@ class CardMixin:
 
 def student_name(trainer: Any) -> str:
     """Name or path of the model that training started from; empty if it was built in memory."""
-    return _origin(trainer.model.config, trainer.args.model_init_kwargs)[0]
+    return _origin(trainer.model.config)[0]
 
 
 def is_adapter(model: Any) -> bool:
@@ -200,15 +201,13 @@ def is_adapter(model: Any) -> bool:
 def _base_of(trainer: Any) -> tuple[str, str | None]:
     """Name and commit of what was trained; of an adapter that was given by name, those of its base."""
     if trainer.started_from_adapter is None:
-        return _origin(trainer.model.config, trainer.args.model_init_kwargs)
+        return _origin(trainer.model.config, (trainer.args.model_init_kwargs or {}).get("revision"))
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return _origin(model.config, None, AdapterConfig.of_model(model).base_revision)
+    return _origin(model.config, AdapterConfig.of_model(model).base_revision)
 
 
-def _origin(config: Any, init_kwargs: Any, revision: str | None = None) -> tuple[str, str | None]:
+def _origin(config: Any, revision: str | None = None) -> tuple[str, str | None]:
     """Name of a model, and its commit on the Hub; the revision asked for, where nothing says the commit."""
-    if isinstance(init_kwargs, dict):
-        revision = init_kwargs.get("revision", revision)
     name = _compat.get_config_model_id(config) or ""
     if getattr(config, "_commit_hash", None):
         return name, config._commit_hash
@@ -336,9 +335,10 @@ def shortened(text: str) -> str:
 
 def live_teacher(partner: Any, given: Any, args: Any) -> CardTeacher:
     """A teacher that was in memory: it is what the user named, and nothing compared its weights with a record."""
-    name, commit = _origin(partner.config, args.teacher_model_init_kwargs, args.teacher_model_revision)
+    revision = teacher_arguments(args).get("revision")
+    name, commit = _origin(partner.config, revision)
     if is_peft_model(partner):  # whose configuration is its base's
-        name, commit = (given, args.teacher_model_revision) if isinstance(given, str) else ("", None)
+        name, commit = (given, revision) if isinstance(given, str) else ("", None)
     if not name:
         reason = "it was passed as a model in memory that does not say where it came from"
         return CardTeacher(None, None, _dtype(partner.dtype), "unknown", reason)

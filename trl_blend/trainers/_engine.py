@@ -25,6 +25,7 @@ from trl_blend.serving.arguments import check_version, engine_arguments, num_exp
 from trl_blend.serving.blend import Blend, Partner
 from trl_blend.serving.drafts import DraftChoice, schedule_drafts
 from trl_blend.serving.statistics import Statistic
+from trl_blend.trainers import _partners
 
 
 # Of `teacher_model_init_kwargs`: they say which weights are meant, in a way that an engine is not told
@@ -331,15 +332,13 @@ def partners_of(teachers: Sequence[str | PreTrainedModel], args: Any) -> list[Pa
         return [None]
     dtype = settings.get("dtype")
     dtype = str(dtype).removeprefix("torch.") if dtype not in (None, "auto") else None
-    return [_partner(teacher, args, settings.get("revision"), dtype) for teacher in teachers]
+    return [_partner(teacher, _partners.teacher_files(args), dtype) for teacher in teachers]
 
 
-def _partner(teacher: str | PreTrainedModel, args: Any, revision: str | None, dtype: str | None) -> Partner:
-    trust = args.trust_remote_code
+def _partner(teacher: str | PreTrainedModel, files: dict[str, Any], dtype: str | None) -> Partner:
+    trust = files["trust_remote_code"]
     if isinstance(teacher, str):
-        options = {"revision": args.teacher_model_revision or revision, "trust_remote_code": trust or None}
-        options = {name: value for name, value in options.items() if value is not None}
-        name, options = base_of_adapter(teacher, "teacher_model", **options)
+        name, options = base_of_adapter(teacher, "teacher_model", **files)
         return Partner(name, options.get("revision"), dtype, trust)
     if getattr(teacher, "is_quantized", False):
         raise UnsupportedError(

@@ -24,6 +24,7 @@ from trl_blend.models.loading import (
     find_tokenizer,
     load_frozen,
     load_trainable_adapter,
+    of_files,
     supports_attention,
 )
 from trl_blend.models.output_layer import output_layer_name
@@ -135,7 +136,7 @@ def _fields_that_reach(config: Any, module: str) -> list[str]:
     return found
 
 
-def check_names(
+def check_vocabularies(
     student: str | PreTrainedModel,
     teachers: list[str | PreTrainedModel],
     processing_class: PreTrainedTokenizerBase | None,
@@ -150,7 +151,7 @@ def check_names(
     sentence to add to the error of two different tokenizers.
     """
     of_student = _of_student(args)
-    of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+    of_teacher = teacher_files(args)
     vocab_size = _rows(student, find_config(student, "model", **of_student))
     student_tokenizer = processing_class or find_tokenizer(student, "model", **of_student)
     student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
@@ -195,8 +196,8 @@ def load_student_adapter(
         arguments["quantization_config"] = quantization_config
     model = load_trainable_adapter(name, "model", **arguments)
     if processing_class is None:
-        of_files = {"revision": arguments.get("revision"), "trust_remote_code": arguments["trust_remote_code"]}
-        processing_class = find_tokenizer(name, "model", required=True, **of_files, **tokenizer_options)
+        files = {"revision": arguments.get("revision"), "trust_remote_code": arguments["trust_remote_code"]}
+        processing_class = find_tokenizer(name, "model", required=True, **files, **tokenizer_options)
     return model, processing_class
 
 
@@ -243,6 +244,20 @@ def _of_student(args: Any) -> dict[str, Any]:
     return {"revision": revision, "trust_remote_code": args.trust_remote_code}
 
 
+def teacher_arguments(args: Any) -> dict[str, Any]:
+    """Of `from_pretrained`, for a teacher given by name: `teacher_model_init_kwargs` have the last word."""
+    arguments = {"trust_remote_code": args.trust_remote_code}
+    if args.teacher_model_revision is not None:
+        arguments["revision"] = args.teacher_model_revision
+    return arguments | (args.teacher_model_init_kwargs or {})
+
+
+def teacher_files(args: Any) -> dict[str, Any]:
+    """Those of `teacher_arguments` with which a configuration and a tokenizer are found."""
+    arguments = teacher_arguments(args)
+    return {"trust_remote_code": arguments["trust_remote_code"]} | of_files(arguments)
+
+
 def load_partners(
     teachers: list[str | PreTrainedModel], args: Any, defaults: dict[str, Any] | None = None
 ) -> list[PreTrainedModel]:
@@ -252,12 +267,8 @@ def load_partners(
     They are loaded with `defaults` unless `teacher_model_init_kwargs` says otherwise, or a teacher has no such
     attention implementation. Without, the checkpoint decides the dtype and, in a single process, TRL the device.
     """
-    arguments = dict(args.teacher_model_init_kwargs or {})
-    if args.teacher_model_revision is not None:
-        arguments.setdefault("revision", args.teacher_model_revision)
     placement = {"device_map": None} if args.distributed_state.distributed_type != "NO" else {}
-    trust = {"trust_remote_code": args.trust_remote_code}
-    arguments = {"dtype": None} | placement | (defaults or {}) | trust | arguments
+    arguments = {"dtype": None} | placement | (defaults or {}) | teacher_arguments(args)
     partners = []
     for teacher in teachers:
         partner = teacher
@@ -275,8 +286,7 @@ def _supported(teacher: str, arguments: dict[str, Any], args: Any) -> dict[str, 
     attention = arguments.get("attn_implementation")
     if attention is None or "attn_implementation" in (args.teacher_model_init_kwargs or {}):
         return arguments
-    of_files = {name: arguments.get(name) for name in ("revision", "trust_remote_code")}
-    if supports_attention(find_config(teacher, "teacher_model", **of_files), attention):
+    if supports_attention(find_config(teacher, "teacher_model", **teacher_files(args)), attention):
         return arguments
     return {name: value for name, value in arguments.items() if name != "attn_implementation"}
 

@@ -48,7 +48,7 @@ def check_arguments(
         raise ConfigError("`teacher_model` is `model` itself. Pass a frozen copy, or its name.")
     if args.teacher_weight_schedule == "adaptive":
         _check_validation_prompts(eval_dataset, uses_tools)
-    _partners.check_names(model, teachers, processing_class, args)
+    _partners.check_vocabularies(model, teachers, processing_class, args)
 
 
 def check_student(student: PreTrainedModel, args: LogitMixGRPOConfig, *, is_vision_language: bool) -> None:

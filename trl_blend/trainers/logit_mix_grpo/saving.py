@@ -18,6 +18,7 @@ from trl_blend.export.policy_folder import Student, Weights, pinned, vocabulary_
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
 from trl_blend.models.wrappers import AdapterConfig
+from trl_blend.trainers import _partners
 
 
 logger = get_logger(__name__)
@@ -120,11 +121,11 @@ class MixedPolicyFiles:
 
     def _origin_of(self, teacher: Any, base: Checkpoint | None) -> ModelSource:
         """Where a teacher can be had as it is: nowhere, if it was in memory or loaded with settings of its own."""
-        load = {"revision": self.args.teacher_model_revision} | (self.args.teacher_model_init_kwargs or {})
+        load = _partners.teacher_arguments(self.args)
         if not isinstance(teacher, str) or load.keys() - _OF_NO_MATTER:
             return ModelSource()
         try:
-            checkpoint = find_checkpoint(teacher, load["revision"], local_files_only=True)
+            checkpoint = find_checkpoint(teacher, load.get("revision"), local_files_only=True)
         except ConfigError:
             return ModelSource()
         if base is not None and checkpoint.folder.resolve() == base.folder.resolve():

@@ -76,7 +76,7 @@ def check_arguments(
             f"{batch} rollouts ({args.per_device_train_batch_size} per device x {args.world_size} process(es) x "
             f"{args.gradient_accumulation_steps} accumulation steps). Change one of them."
         )
-    rows = _partners.check_names(model, teachers, processing_class, args, remedy=_GOLD)
+    rows = _partners.check_vocabularies(model, teachers, processing_class, args, remedy=_GOLD)
     top_k = {"skd_top_k": args.skd_top_k, "kl_top_k": args.kl_top_k if args.kl_support != "full" else None}
     for name, value in top_k.items():
         if value is not None and value > rows:
@@ -192,7 +192,6 @@ def find_eos_map(
 def _teacher_eos_ids(given: str | PreTrainedModel, teacher: Any, args: TrustRegionOPDConfig) -> list[int]:
     # As TRL does for the student: the tokenizer's EOS first, then every id that the checkpoint declares
     declared = eos_token_ids(getattr(teacher, "generation_config", None))
-    load = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = find_tokenizer(given, "teacher_model", **load)
+    tokenizer = find_tokenizer(given, "teacher_model", **_partners.teacher_files(args))
     own = getattr(tokenizer, "eos_token_id", None)
     return declared if own is None or own in declared else [own, *declared]
