@@ -24,14 +24,15 @@ from trl_blend.serving.worker import EXTENSION
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 5e-5
-MIXTURE = Blend(ProbabilityMixing((0.3,)))
+PADDED = {**SHAPE, "vocab_size": 80}  # the tokenizer has 64 tokens
+MIXTURE = Blend(ProbabilityMixing((0.3,)), vocab_size=64)
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """An exported policy, and the models that it is mixed from."""
-    student = tiny_model(**SHAPE)
-    teacher = tiny_model("llama", seed=1, **SHAPE)
+    student = tiny_model(**PADDED)
+    teacher = tiny_model("llama", seed=1, **PADDED)
     folder = tmp_path_factory.mktemp("export") / "mixed"
     export_mixed_policy(student, teacher, 0.3, folder, mixing_space="probs", processing_class=tiny_tokenizer())
     return str(folder), [student, teacher]
@@ -74,7 +75,7 @@ def test_an_exported_policy_is_served_as_the_mixture(server, mixed):
     (found,) = call(server, "describe_blend")
     assert found["partners"] == [os.path.join(folder, "reference")] and Blend.from_dict(found["blend"]) == MIXTURE
     assert worst_error(models, MIXTURE, draw(server, folder)) < TOLERANCE
-    assert worst_error(models, Blend(ProbabilityMixing((0.0,))), draw(server, folder)) > 20 * TOLERANCE
+    assert worst_error(models, Blend(ProbabilityMixing((0.0,)), vocab_size=64), draw(server, folder)) > 20 * TOLERANCE
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_chat(client, mixed):
 def test_what_a_server_draws_from_is_changed(server, mixed):
     """The last test of this server."""
     folder, models = mixed
-    blend = Blend(TrustRegion(0.05), temperature=0.7, records=True)
+    blend = Blend(TrustRegion(0.05), temperature=0.7, vocab_size=64, records=True)
     call(server, "set_blend", blend.to_dict())
     rows = draw(server, folder, 0.7)
     assert worst_error(models, blend, rows) < TOLERANCE
@@ -188,7 +189,7 @@ def reload(model, weights, config):
 def test_weights_that_a_server_takes_reach_the_student_only(mixed, cpu_engine, monkeypatch, drafts):
     expand_on_the_cpu(monkeypatch)
     folder, models = mixed
-    trained = tiny_model(seed=5, **SHAPE)
+    trained = tiny_model(seed=5, **PADDED)
     speculation = {"method": "draft_model", "model": folder, "num_speculative_tokens": drafts}
     speculation["draft_sample_method"] = "probabilistic"
     with running(folder, worker_extension_cls=EXTENSION, speculative_config=speculation if drafts else None) as llm:
