@@ -179,6 +179,19 @@ def test_no_record_says_how_to_record_or_override(world, tmp_path):
     assert "remedy: Record it" in str(error.value)
 
 
+def test_the_record_of_a_base_is_not_that_of_an_adapter_in_memory(world, tmp_path):
+    """Whose teacher may be another one, recorded where its folder is."""
+    adapted = tiny_lora(AutoModelForCausalLM.from_pretrained(world.student))
+    adapted.save_pretrained(tmp_path / "adapter")
+    record_teacher(tmp_path / "adapter", changed(world.teacher_model, 1e-3))
+    report = check_teacher_consistency(adapted, world.scored)
+    assert (report["provenance"].severity, report["teacher"].severity) == ("missing", "info")
+    assert "a record beside the base is not that of the adapter" in report["provenance"].message
+    assert check_teacher_consistency(str(tmp_path / "adapter"), world.scored)["teacher"].severity == "error"
+    stated = check_teacher_consistency(adapted, world.scored, sft_teacher=world.teacher)
+    assert (stated["provenance"].severity, stated["teacher"].severity) == ("info", "ok")
+
+
 def test_a_stated_teacher(world, tmp_path, monkeypatch):
     student = unrecorded(world, tmp_path / "student")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -295,7 +308,7 @@ def test_a_fresh_adapter_is_still_the_rollout_student(world):
         return check_teacher_consistency(model, world.scored)
 
     fresh = check(init_lora_weights=True)
-    assert fresh.ok and fresh["rollout_student"].severity == "ok"
+    assert fresh.ok and fresh["provenance"].severity == fresh["rollout_student"].severity == "ok"
     assert check()["rollout_student"].evidence["differences"] == ["an adapter that only one of them has"]
 
 

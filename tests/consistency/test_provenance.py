@@ -70,9 +70,19 @@ def test_an_adapter_has_its_own_record_or_that_of_its_base(student, teacher, tmp
     assert read_provenance(adapter) is None
     record_teacher(student, teacher, note="base")
     assert read_provenance(adapter).note == "base"
-    assert read_provenance(model).note == "base"
     record_teacher(adapter, teacher, note="adapter")
     assert read_provenance(adapter).note == "adapter"
+
+
+def test_in_memory_a_trained_adapter_has_no_record_and_a_new_one_that_of_its_base(student, teacher):
+    record_teacher(student, teacher, note="base")
+    model = tiny_lora(AutoModelForCausalLM.from_pretrained(student), init_lora_weights=True)
+    assert read_provenance(model).note == "base"
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    assert read_provenance(model) is None  # of several nobody says what they change together
+    trained = tiny_lora(AutoModelForCausalLM.from_pretrained(student))
+    assert read_provenance(trained) is None
 
 
 def test_of_a_hub_id(tmp_path, monkeypatch, teacher):

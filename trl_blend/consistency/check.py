@@ -13,7 +13,7 @@ import torch
 
 from trl_blend.consistency import identity_checks, score_checks
 from trl_blend.consistency.identity_checks import Identities
-from trl_blend.consistency.provenance import TeacherProvenance, read_provenance
+from trl_blend.consistency.provenance import TeacherProvenance, has_trained_adapter, read_provenance
 from trl_blend.consistency.report import ConsistencyReport, Finding
 from trl_blend.consistency.rows import SampledRows, sample_rows
 from trl_blend.errors import ConfigError, TrlBlendError
@@ -189,6 +189,11 @@ def _identities(
         identity = found or ModelIdentity(name=str(sft_teacher), unhashed="neither a folder nor in the Hub's cache")
         stated = TeacherProvenance(identity, "stated", datetime.now(UTC).isoformat(timespec="seconds"))
     recorded = read_provenance(student, revision=revision)
+    if has_trained_adapter(student):
+        notes["record"] = (
+            "its adapter is in memory, where nothing says which folder it is from, and a record beside the base is "
+            "not that of the adapter. Pass the folder of the adapter instead"
+        )
     if recorded is not None:
         # A note says of one teacher how it was compared
         role = "sft_teacher" if not recorded.others else "one of several teachers"

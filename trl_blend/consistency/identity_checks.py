@@ -42,7 +42,8 @@ class Identities:
         routes (`tuple[str, ...]`):
             Routes of the scored rows; of those drawn at random where the store has more than one.
         notes (`dict[str, str]`):
-            Per role, how its identity was come by where that is not the plain way.
+            Per role, how its identity was come by where that is not the plain way; for `record`, why the student can
+            have none.
     """
 
     student: ModelIdentity | None
@@ -79,9 +80,8 @@ def check_provenance(who: Identities) -> Finding:
     """The teacher of the student's fine-tuning is recorded or stated, and not one recorded and another stated."""
     if who.provenance is None:
         student = who.student or ModelIdentity()
-        message = (
-            f"Nothing says which teacher {student.describe()} was fine-tuned on: no teacher_provenance.json beside it."
-        )
+        reason = who.notes.get("record", "no teacher_provenance.json beside it")
+        message = f"Nothing says which teacher {student.describe()} was fine-tuned on: {reason}."
         return Finding("provenance", "missing", message, {"student": student.name}, HOW_TO_RECORD)
     teacher = who.provenance.teacher.describe()
     evidence: dict[str, Any] = {"teacher": teacher, "how": who.provenance.how}

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeAlias
 from transformers import TrainerCallback
 
 from trl_blend._files import write_atomically
-from trl_blend.errors import ConfigError
+from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.models.checkpoints import find_checkpoint
 from trl_blend.models.fingerprint import identify_model
 from trl_blend.models.identity import ModelIdentity, compare_identities
+from trl_blend.models.weights import hashable_state
 from trl_blend.models.wrappers import AdapterConfig
 
 
@@ -230,11 +231,14 @@ def _refuse_another(folder: Path, identities: Sequence[ModelIdentity], remedy: s
 def read_provenance(student: Any, *, revision: str | None = None) -> TeacherProvenance | None:
     """
     The record beside a student's checkpoint: a folder or Hub id, or where a model in memory was loaded from. An
-    adapter without one has its base model's. `None` where there is none.
+    adapter without one has its base model's. `None` where there is none, and for a model that
+    [`has_trained_adapter`].
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If there is a file that is no record, or the name is no model.
     """
+    if has_trained_adapter(student):
+        return None
     if not isinstance(student, (str, os.PathLike)):
         config = student.config
         return _read_if_here(getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None))
@@ -245,6 +249,20 @@ def read_provenance(student: Any, *, revision: str | None = None) -> TeacherProv
         adapter = AdapterConfig.of_folder(checkpoint.folder)
         return _read_if_here(adapter.base_name, adapter.base_revision)
     return None
+
+
+def has_trained_adapter(student: Any) -> bool:
+    """
+    Whether a student is a model in memory with an adapter that changes something: where the adapter is from is not
+    known then, and what is recorded beside the base was written before the adapter was trained.
+    """
+    if isinstance(student, (str, os.PathLike)):
+        return False
+    try:
+        adapter = AdapterConfig.of_model(student)
+    except UnsupportedError:  # several at once
+        return True
+    return adapter is not None and not adapter.is_neutral(hashable_state(student, adapter, with_base=False)[1])
 
 
 def _read_if_here(name: str | None, revision: str | None) -> TeacherProvenance | None:
