@@ -1,9 +1,12 @@
 """`eval_policy`: which policy is evaluated, and under which names its metrics appear."""
 
 import pytest
+import torch
 from transformers import set_seed
 
 from tests.trainers import runs
+from trl_blend.ops.importance import ImportanceSums, importance_statistics, summarize_importance
+from trl_blend.trainers.logit_mix_grpo import trainer as grpo_trainer
 
 
 WEIGHT = 0.5
@@ -103,6 +106,25 @@ def test_evaluation_during_training_leaves_the_training_metrics_alone(build):
     # Training samples from the mixture again after an evaluation of the student
     assert record.logged("mixing/kl_behavior_student")[1] > 0.05
     assert trainer._rule is None
+
+
+def test_the_ratios_of_training_are_logged_without_those_of_an_evaluation(build, monkeypatch):
+    settings = {"max_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = build_eval(build, objective="student", eval_policy="mixed", **settings)
+    sums = []
+
+    def recorded(*args, **kwargs):
+        found = importance_statistics(*args, **kwargs)
+        sums.append((trainer.model.training, found))
+        return found
+
+    monkeypatch.setattr(grpo_trainer, "importance_statistics", recorded)
+    record = runs.train(trainer)
+    assert sums[0][0] and not sums[1][0]  # an evaluation comes between the two steps
+    first, second = (torch.stack(found) for training, found in sums if training)
+    together = ImportanceSums(*(first + second))._replace(ratio_max=torch.maximum(first[3], second[3]))
+    for name, value in summarize_importance(together).items():
+        assert record.logged(f"importance/{name}") == [pytest.approx(value, rel=1e-5)], name
 
 
 def test_the_schedule_applies_to_the_evaluation(build):

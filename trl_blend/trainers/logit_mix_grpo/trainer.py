@@ -186,7 +186,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         self._panels = report.panels(len(args.teacher_weight))
         self._rollout_means = TokenMeans()
         self._latest_logps: Tensor | None = None
-        self._importance_sums: ImportanceSums | None = None
+        self._importance_sums: dict[str, ImportanceSums] = {}  # an evaluation comes between two logs of the training
         self._floored_batch: dict[str, Any] | None = None
         with _engine.blended_engine(args, teachers, args.rule_at(0), blends=args.mixes, partners_stop=args.decays):
             super().__init__(
@@ -536,10 +536,11 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             advantages=inputs["advantages"],
         )
         total = _combined(self.accelerator.gather(torch.stack(sums).float()[None]))
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
         if "importance/ratio_mean" in metrics:
-            total = _combined(torch.stack([torch.stack(self._importance_sums), torch.stack(total)]))
-        self._importance_sums = total
+            total = _combined(torch.stack([torch.stack(self._importance_sums[mode]), torch.stack(total)]))
+        self._importance_sums[mode] = total
         # One value for everything since the last log: TRL would otherwise average maxima and shares of micro-batches
         for name, value in summarize_importance(total).items():
             metrics[f"importance/{name}"] = [value]
