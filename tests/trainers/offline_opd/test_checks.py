@@ -67,6 +67,18 @@ def test_a_ratio_to_an_unknown_policy(build_offline, monkeypatch, rows):
     refusal(build_offline, monkeypatch, ConfigError, "importance_correction='token'.*lacks rollout_logps", **settings)
 
 
+def test_a_ratio_to_an_unknown_policy_in_an_evaluation(build_offline, rows):
+    data = rows.remove_columns("rollout_logps")
+    trainer = build_offline(importance_correction="token", trainer_kwargs={"eval_dataset": {"known": rows}})
+    for given, name in ((data, "eval_dataset"), ({"b": data}, r"eval_dataset\['b'\]")):
+        with pytest.raises(ConfigError, match=f"`importance_correction='token'.*`{name}` lacks rollout_logps"):
+            trainer.evaluate(given)
+    whole, prepared = (trainer.evaluate(given)["eval_loss"] for given in (rows, trainer.train_dataset))
+    assert trainer.evaluate("known")["eval_loss"] == whole == pytest.approx(prepared)
+    with pytest.raises(StoreError, match="nowhere"):
+        trainer.evaluate("nowhere")
+
+
 def test_a_baseline_on_data_without_top_k(build_offline, monkeypatch, rows):
     settings = {"train_dataset": rows.remove_columns("teacher_topk_ids"), "advantage_baseline": "kl"}
     refusal(build_offline, monkeypatch, StoreError, "teacher_topk_ids.*without `advantage_baseline`", **settings)

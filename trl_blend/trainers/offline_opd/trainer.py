@@ -216,9 +216,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Evaluate on scored rollouts of any type that the constructor takes, see [`~transformers.Trainer`]."""
-        if isinstance(eval_dataset, RolloutStore | dict | list | tuple) or (
-            isinstance(eval_dataset, str) and not isinstance(self.eval_dataset, dict)
-        ):
+        keys = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if not (isinstance(eval_dataset, str) and eval_dataset in keys):
             eval_dataset = self._open_eval(eval_dataset, self.args)
         self._offline_metrics.pause()
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
