@@ -11,7 +11,7 @@ from trl import TrlParser
 
 from trl_blend import _resources
 from trl_blend.errors import ConfigError
-from trl_blend.scripts import settings
+from trl_blend.scripts import checks, settings
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,3 +208,9 @@ def test_a_settings_file_that_does_not_exist(given, hint):
     with pytest.raises(ConfigError) as caught:
         settings.read_script_config(given)
     assert str(caught.value) == f"`--config {given}`: there is no such file{hint}"
+
+
+@pytest.mark.parametrize("name", ["num_test_prompts", "lora_r", "lora_alpha", "lora_dropout"])
+def test_a_number_without_a_value(name):
+    with pytest.raises(ConfigError, match=f"`--{name}` has no value. Give it a number, or leave it out"):
+        checks.check_ranges({name: None})

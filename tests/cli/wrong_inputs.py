@@ -52,6 +52,7 @@ FILES = {
     "list.yaml": b"- 1\n- 2\n",
     "unknown.yaml": b"learnin_rate: 1e-4\n",
     "typed.yaml": b"max_completion_length: many\n",
+    "valueless.yaml": b"use_peft: true\nlora_r:\n",
 }
 
 # `{}` stands for the option that names the prompts
@@ -144,6 +145,7 @@ TRAINING = [
     ("--config @/bad.yaml", "bad.yaml` is not YAML"),
     ("--config @/list.yaml", "has to hold `option: value` lines"),
     ("--config @/unknown.yaml", "unknown key `learnin_rate`; did you mean `learning_rate`"),
+    ("--config @/valueless.yaml", "`--lora_r` has no value. Give it a number, or leave it out"),
     ("--config @/typed.yaml", "--max_completion_length: invalid int value: 'many'"),
     ("--config grpo_mix_tstbed", "no such file; did you mean `grpo_mix_testbed`"),
     ("--accelerate_config zero9", "neither a file nor one of"),

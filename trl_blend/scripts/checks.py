@@ -145,6 +145,9 @@ def check_ranges(given: Given) -> None:
         [`~trl_blend.errors.ConfigError`]: For the first one.
     """
     least = {"num_test_prompts": 0, "lora_r": 1, "lora_alpha": 1}
+    for name in (*least, "lora_dropout"):
+        if name in given and given[name] is None:  # without a value in a settings file
+            raise ConfigError(f"`--{name}` has no value. Give it a number, or leave it out.")
     for name, value in least.items():
         if given.get(name, value) < value:
             raise ConfigError(f"`--{name} {given[name]}` must be at least {value}.")
