@@ -129,7 +129,7 @@ class Engine(Protocol):
             The configuration.
 
     Attributes:
-        description (`dict[str, str]`): Its name and versions, for the manifest.
+        description (`dict[str, str]`): Its name, versions and what it was started with, for the manifest.
         settings (`dict[str, Any]`): What else decides the rows, so that a store has to be continued with it.
     """
 

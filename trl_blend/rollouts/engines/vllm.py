@@ -1,6 +1,7 @@
 """Rollouts with a vLLM engine in this process."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -27,6 +28,22 @@ from trl_blend.rollouts.engines.vllm_server import check_by_name, request_settin
 
 _OURS = {"model", "revision", "dtype", "trust_remote_code"}
 _OURS |= {"logprobs_mode", "enable_prefix_caching", "generation_config"}
+# What a machine has to offer, which may be another one when a collection is continued
+_OF_THE_MACHINE = {
+    "cpu_offload_gb",
+    "disable_custom_all_reduce",
+    "disable_log_stats",
+    "distributed_executor_backend",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+}
+_NOT_RECORDED = {"download_dir", "hf_token"}
 
 
 class VllmEngine:
@@ -34,8 +51,9 @@ class VllmEngine:
     Draws whole shards: one pass draws the completions, a second one, a prefill of prompt and completion, gives
     `student_logps`. Every row has its own seed.
 
-    Rows do not depend on each other but for rounding: the engine's kernels may round otherwise in another batch. See
-    [`~trl_blend.rollouts.engines.base.Engine`] for the arguments.
+    Rows do not depend on each other but for rounding: the engine's kernels may round otherwise in another batch. Of
+    `vllm_kwargs`, those that say how much memory the engine takes and how many devices may change when a collection is
+    continued; all others may not. See [`~trl_blend.rollouts.engines.base.Engine`] for the arguments.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If vLLM is not installed, in several processes, for a loaded model or 4-bit
@@ -65,6 +83,12 @@ class VllmEngine:
         self.max_length = None if context is None else context - 1
         self.description = {"name": "vllm", "vllm": version("vllm")}
         self.settings: dict[str, Any] = {}
+        given = {name: value for name, value in self._kwargs.items() if name not in _NOT_RECORDED}
+        if given:
+            self.description["vllm_kwargs"] = json.dumps(given, default=str)  # a call may hold what JSON does not
+            given = json.loads(self.description["vllm_kwargs"])
+        if deciding := {name: value for name, value in given.items() if name not in _OF_THE_MACHINE}:
+            self.settings["vllm_kwargs"] = deciding
 
     def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
         """Start the engine; vLLM chooses the devices."""
