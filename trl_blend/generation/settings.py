@@ -78,6 +78,12 @@ def names_with(*effects: str) -> set[str]:
     return {name for name, setting in GENERATION_SETTINGS.items() if setting.effects & set(effects)}
 
 
+def without_sampling(generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `generate` without those of sampling, for greedy decoding."""
+    sampling = names_with(SAMPLES, CUTS)
+    return {name: value for name, value in generation_kwargs.items() if name not in sampling}
+
+
 def active_settings(settings: Mapping[str, Any], *effects: str) -> dict[str, Any]:
     """
     Those of `settings`, such as `vars(generation_config)`, that have one of the effects, such as [`FORBIDS`], with a

@@ -6,9 +6,10 @@ Shared by the trainers. A trainer builds itself inside [`blended_engine`], hands
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -19,7 +20,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl_blend import _compat
 from trl_blend.errors import ConfigError, EngineError, TrlBlendError, UnsupportedError
 from trl_blend.generation.rules import BlendRule
-from trl_blend.generation.settings import CUTS, SAMPLES, names_with
+from trl_blend.generation.settings import without_sampling
 from trl_blend.models.loading import base_of_adapter
 from trl_blend.serving.arguments import check_version, engine_arguments, num_experts
 from trl_blend.serving.blend import Blend, Partner
@@ -229,19 +230,10 @@ class BlendedVLLMGeneration(VLLMGeneration):
                 f"policy with `VLLM_SERVER_DEV_MODE=1`, as the trainer's page says. {error}"
             ) from error
 
-    @contextmanager
-    def greedy(self) -> Iterator[None]:
+    def greedy(self) -> AbstractContextManager[Any]:
         """Decode greedily inside the context."""
         plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        sampling = names_with(SAMPLES, CUTS)
-        settings = {name: value for name, value in self.generation_kwargs.items() if name not in sampling}
-        changed = {**plain, "generation_kwargs": settings}
-        saved = {name: getattr(self, name) for name in changed}
-        vars(self).update(changed)
-        try:
-            yield
-        finally:
-            vars(self).update(saved)
+        return patch.multiple(self, **plain, generation_kwargs=without_sampling(self.generation_kwargs))
 
 
 def _load_partner(model: Any, index: int, weight: tuple[str, Tensor]) -> None:

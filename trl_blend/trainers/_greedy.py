@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 
-from trl_blend.generation.settings import CUTS, SAMPLES, names_with
+from trl_blend.generation.settings import without_sampling
 from trl_blend.models.limits import eos_token_ids, num_token_ids, vocabulary_rows
 from trl_blend.models.wrappers import evaluation_mode
 
@@ -85,8 +85,7 @@ def greedy_settings(
     Settings of `generate` without those of sampling, that stop at every end-of-sequence token there is, and choose no
     row of the model that is not a token.
     """
-    sampling = names_with(SAMPLES, CUTS)
-    settings = {key: value for key, value in generation_kwargs.items() if key not in sampling}
+    settings = without_sampling(generation_kwargs)
     given = settings.pop("eos_token_id", ())
     ends = settings["eos_token_id"] = sorted({*given, *eos_token_ids(model.generation_config), tokenizer.eos_token_id})
     if padding := range(num_token_ids(tokenizer, ends), vocabulary_rows(model)):

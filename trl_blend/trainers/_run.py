@@ -4,9 +4,8 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -78,7 +77,7 @@ class RunMixin(CardMixin):
                 quantization_config=kwargs.pop("quantization_config", None),
                 **self._tokenizer_options,
             )
-            with _without_init_kwargs(args):  # which the parent would warn of
+            with patch.object(args, "model_init_kwargs", None):  # which the parent would warn of
                 super().__init__(args=args, model=loaded, **kwargs)
         self._stages: list[_record.Stage] = []
         self._compared_logits = False
@@ -293,15 +292,6 @@ class RunMixin(CardMixin):
         for job in failed:
             said = _words(_error_of(job))
             logger.warning(f"Step {self.state.global_step}: a push of a checkpoint has failed. {said} {goes_on}")
-
-
-@contextmanager
-def _without_init_kwargs(args: Any) -> Iterator[None]:
-    saved, args.model_init_kwargs = args.model_init_kwargs, None
-    try:
-        yield
-    finally:
-        args.model_init_kwargs = saved
 
 
 def prepare_repository(args: Any) -> None:

@@ -5,9 +5,10 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import is_peft_model
@@ -19,7 +20,7 @@ from trl_blend import _compat
 from trl_blend.generation.hooks import blended_generation
 from trl_blend.generation.recording import RolloutRecord
 from trl_blend.generation.rules import BlendRule
-from trl_blend.generation.settings import CUTS, SAMPLES, names_with
+from trl_blend.generation.settings import without_sampling
 from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.output_layer import OutputLayers, find_plain_outputs, plain_outputs
 from trl_blend.models.own_logits import check_own_logits, fused_log_probs
@@ -259,17 +260,12 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         waits = self.args.teacher_weight_schedule == "reward"
         return self.args.weights_at(self.weight_steps if waits else self.state.global_step)
 
-    @contextmanager
     def policy(
         self, weights: tuple[float, ...], *, generating: bool = False, recording: bool = True
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[Any]:
         """Teacher weights that decoding and scoring inside the context use."""
-        saved = self._rule, self._generating, self._recording
-        self._rule, self._generating, self._recording = self.args.rule_of(weights), generating, recording
-        try:
-            yield
-        finally:
-            self._rule, self._generating, self._recording = saved
+        rule = self.args.rule_of(weights)
+        return patch.multiple(self, _rule=rule, _generating=generating, _recording=recording)
 
     def _suffix(self, index: int) -> str:
         return f"_{index}" if len(self.args.teacher_weight) > 1 else ""
@@ -406,34 +402,22 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             self._pending_extra_logs.clear()
             self._pending_metrics.clear()
 
-    @contextmanager
-    def _transformers_greedy(self) -> Iterator[None]:
-        saved = self.generation_kwargs, self.generation_config
-        sampling = names_with(SAMPLES, CUTS)
-        settings = {key: value for key, value in self.generation_kwargs.items() if key not in sampling}
+    def _transformers_greedy(self) -> AbstractContextManager[Any]:
+        settings = without_sampling(self.generation_kwargs) | {"do_sample": False}
         if self._num_tokens is not None:  # the other rows are no tokens
             padding = range(self._num_tokens, vocabulary_rows(self.model))
             settings["suppress_tokens"] = [*(settings.get("suppress_tokens") or ()), *padding]
-        self.generation_kwargs = {**settings, "do_sample": False}
-        self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
-        try:
-            yield
-        finally:
-            self.generation_kwargs, self.generation_config = saved
+        config = GenerationConfig(**settings, disable_compile=True)
+        return patch.multiple(self, generation_kwargs=settings, generation_config=config)
 
-    @contextmanager
-    def _engine_correction(self, weights: tuple[float, ...]) -> Iterator[None]:
+    def _engine_correction(self, weights: tuple[float, ...]) -> AbstractContextManager[Any]:
         """
         Leave out TRL's correction for the difference between engine and trainer where the ratio has the engine's own
         probabilities in its denominator: `objective="student"`, while tokens come from the mixture.
         """
-        saved = self.vllm_importance_sampling_correction
-        if self.args.objective == "student" and any(weights):
-            self.vllm_importance_sampling_correction = False
-        try:
-            yield
-        finally:
-            self.vllm_importance_sampling_correction = saved
+        if self.args.objective != "student" or not any(weights):
+            return nullcontext()
+        return patch.object(self, "vllm_importance_sampling_correction", False)
 
     # Loss
 
@@ -513,17 +497,11 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         if args.is_clip_mode == "ppo":
             yield
             return
-        saved = self.epsilon_low, self.epsilon_high, args.delta
         cap = args.is_clip_max if args.is_clip_mode == "max" else None
-        self.epsilon_low = float("inf")
-        self.epsilon_high = float("inf") if cap is None else cap - 1
-        args.delta = cap
-        self._floored_batch = batch if args.is_clip_mode == "floor" else None
-        try:
+        bounds = {"epsilon_low": float("inf"), "epsilon_high": float("inf") if cap is None else cap - 1}
+        floored = batch if args.is_clip_mode == "floor" else None
+        with patch.multiple(self, **bounds, _floored_batch=floored), patch.object(args, "delta", cap):
             yield
-        finally:
-            self._floored_batch = None
-            self.epsilon_low, self.epsilon_high, args.delta = saved
 
     def _log_importance(self, inputs: dict[str, Any]) -> None:
         """Log the ratio of the latest log-probabilities to the recorded ones, over the tokens of all ranks."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.logging import get_logger
@@ -416,12 +417,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
             yield
             return
         engine = self.vllm_generation if self.use_vllm else self.generation_config
-        saved, saved_kwargs = engine.temperature, self.generation_kwargs
-        engine.temperature, self.generation_kwargs = temperature, {**saved_kwargs, "temperature": temperature}
-        try:
+        settings = {**self.generation_kwargs, "temperature": temperature}
+        with patch.object(engine, "temperature", temperature), patch.object(self, "generation_kwargs", settings):
             yield
-        finally:
-            engine.temperature, self.generation_kwargs = saved, saved_kwargs
 
     def _get_train_sampler(self, dataset=None):
         with _compat.repeated_prompts(self.args.num_rollouts_per_prompt):
@@ -600,11 +598,8 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         if not self._table.is_own:
             yield
             return
-        self.log_completions = False
-        try:
+        with patch.object(self, "log_completions", False):
             yield
-        finally:
-            self.log_completions = True
         if self.accelerator.is_main_process:
             self._table.write(self.state.global_step, list(self._logs["prompt"]), list(self._logs["completion"]))
 
