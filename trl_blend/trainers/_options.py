@@ -195,15 +195,15 @@ def _check_reports(report_to: Any) -> None:
         )
 
 
-def refuse_unread(args: Any, names: Iterable[str], switch: str, needed: Any = None) -> None:
+def refuse_unread(args: Any, names: Iterable[str], switch: str, *needed: Any) -> None:
     """
     Refuse settings that nothing reads because of another one, `switch`: those that are not at their default. They are
-    read with its value `needed`; without one, with any other than it has.
+    read with its values `needed`; without one, with any other than it has.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: Names both settings and their values.
     """
-    remedy = f"Set `{switch}={needed!r}`" if needed is not None else f"Change `{switch}`"
+    remedy = "Set " + " or ".join(f"`{switch}={value!r}`" for value in needed) if needed else f"Change `{switch}`"
     for name in names:
         if not is_default(args, name):
             raise ConfigError(

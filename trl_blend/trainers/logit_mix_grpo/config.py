@@ -40,6 +40,7 @@ _ADAPTIVE = (
 )
 # Settings that only some values of another setting read, in the order in which they are looked at
 _READ_BY = (
+    (("teacher_weight_decay_steps",), "teacher_weight_schedule", ("linear", "cosine", "reward")),
     (_ADAPTIVE, "teacher_weight_schedule", ("adaptive",)),
     (("teacher_weight_min_reward",), "teacher_weight_schedule", ("reward",)),
     (("is_clip_mode", "is_clip_max"), "objective", ("student",)),
@@ -239,11 +240,6 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
                 f"`teacher_weight_schedule={schedule!r}` needs a positive `teacher_weight_decay_steps`, got {steps!r}."
                 " Set it to the optimizer step at which the weight should reach 0 (the logit-fusion code uses 1000)."
             )
-        if not self.decays and steps is not None:
-            raise ConfigError(
-                f"`teacher_weight_decay_steps={steps}` has no effect with `teacher_weight_schedule={schedule!r}`. "
-                "Set the schedule to 'linear', 'cosine' or 'reward', or leave `teacher_weight_decay_steps` unset."
-            )
         if schedule == "adaptive":
             for name in ("adaptive_num_prompts", "adaptive_interval"):
                 if getattr(self, name) < 1:
@@ -268,7 +264,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             refuse_unread(self, _MIXING, "teacher_weight")
         for names, switch, values in _READ_BY:
             if getattr(self, switch) not in values:
-                refuse_unread(self, names, switch, values[0])
+                refuse_unread(self, names, switch, *values)
 
     def _check_objective(self):
         check_drafts(self, self.mixes)

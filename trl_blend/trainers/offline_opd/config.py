@@ -171,11 +171,10 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
                 f"{self.offline_loss!r}`, whose terms are not sampled. Leave it out."
             )
         cap = self.importance_cap
-        if cap is not None and (self.importance_correction != "token" or not cap > 0.0):
-            raise ConfigError(
-                f"`importance_cap={cap}` must be positive and needs `importance_correction='token'`. Leave it out, or "
-                "set both."
-            )
+        if self.importance_correction != "token":
+            refuse_unread(self, ("importance_cap",), "importance_correction", "token")
+        if cap is not None and not cap > 0.0:
+            raise ConfigError(f"`importance_cap={cap}` must be positive. Leave it out for no bound.")
         drift = self.max_policy_drift
         if drift is None:
             refuse_unread(self, ("policy_drift_action",), "max_policy_drift")
@@ -261,11 +260,8 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
                 f"`teacher_model_name_or_path={self.teacher_model_name_or_path!r}` is only used to score rows again, "
                 f"which `{setting}` leaves out. Drop one of them: the loss needs no teacher."
             )
-        if self.sft_teacher and self.teacher_consistency == "off":
-            raise ConfigError(
-                f"`sft_teacher={self.sft_teacher!r}` is compared by the consistency check, which "
-                "`teacher_consistency='off'` leaves out. Drop one of them."
-            )
+        if self.teacher_consistency == "off":
+            refuse_unread(self, ("sft_teacher",), "teacher_consistency", "strict", "warn")
 
     def resolved(self, columns: Collection[str]) -> "OfflineOPDConfig":
         """

@@ -238,19 +238,12 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
                 )
             self.blend_warmup_steps = 50 if self.kl_budget is None else None
         for name, (switch, value, default) in _READ_BY.items():
-            if getattr(self, switch) == value:
-                if getattr(self, name) is None:
-                    setattr(self, name, default)
-            elif getattr(self, name) is not None:
-                raise ConfigError(
-                    f"`{name}={getattr(self, name)}` has no effect with `{switch}={getattr(self, switch)!r}`. Set "
-                    f"`{switch}={value!r}`, or leave `{name}` unset, in a settings file too."
-                )
-        if self.rollout_policy == "student" and self.blend_warmup_steps is not None:
-            raise ConfigError(
-                f"`blend_warmup_steps={self.blend_warmup_steps}` has no effect with `rollout_policy='student'`. "
-                "Choose another `rollout_policy`, or leave `blend_warmup_steps` unset."
-            )
+            if getattr(self, switch) != value:
+                refuse_unread(self, (name,), switch, value)
+            elif getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.rollout_policy == "student":
+            refuse_unread(self, ("blend_warmup_steps",), "rollout_policy")
         if self.rollout_policy != "trust_region":
             refuse_unread(self, ("kl_budget_schedule",), "rollout_policy", "trust_region")
         if self.kl_support == "full":
@@ -258,11 +251,8 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         amount = {"trust_region": "kl_budget", "fixed_weight": "teacher_weight"}.get(self.rollout_policy)
         if amount and getattr(self, amount) == 0:
             refuse_unread(self, ("kl_budget_schedule", "blend_warmup_steps"), amount)
-        if self.teacher_eos_token_id is not None and not self.canonicalize_eos:
-            raise ConfigError(
-                f"`teacher_eos_token_id={self.teacher_eos_token_id}` has no effect with `canonicalize_eos=False`. "
-                "Drop one of them."
-            )
+        if not self.canonicalize_eos:
+            refuse_unread(self, ("teacher_eos_token_id",), "canonicalize_eos", True)
         if self.temperature_warmup_start is not None or self.temperature_warmup_steps is not None:
             if self.rollout_policy != "student":
                 raise ConfigError(
