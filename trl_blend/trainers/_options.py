@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -14,11 +14,16 @@ from trl_blend.errors import ConfigError, nearest
 
 Config = TypeVar("Config", bound=type)
 
-# Settings of the parents that are refused late, in a traceback, or not at all: smallest value, largest value
+# Smallest value, largest value, and what a setting must be
+Range = tuple[float, float, str]
+
+ABOVE_ZERO = math.nextafter(0.0, 1.0)
+BELOW_ONE = math.nextafter(1.0, 0.0)
 _AT_LEAST_ONE = (1, math.inf, "at least 1")
 _NOT_NEGATIVE = (0.0, math.inf, "at least 0")
-_POSITIVE = (math.nextafter(0.0, 1.0), math.inf, "positive")
-_RANGES: dict[str, tuple[float, float, str]] = {
+_POSITIVE = (ABOVE_ZERO, math.inf, "positive")
+# Settings of the parents that are refused late, in a traceback, or not at all
+_RANGES: dict[str, Range] = {
     "per_device_train_batch_size": _AT_LEAST_ONE,
     "per_device_eval_batch_size": _AT_LEAST_ONE,
     "gradient_accumulation_steps": _AT_LEAST_ONE,
@@ -33,7 +38,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_grad_norm": _NOT_NEGATIVE,
     "temperature": _POSITIVE,
     "repetition_penalty": _POSITIVE,
-    "top_p": (math.nextafter(0.0, 1.0), 1.0, "above 0 and at most 1"),
+    "top_p": (ABOVE_ZERO, 1.0, "above 0 and at most 1"),
     "min_p": (0.0, 1.0, "between 0 and 1"),
     "top_k": _NOT_NEGATIVE,
 }
@@ -65,14 +70,15 @@ def described_options(docstring: str | None) -> dict[str, str]:
     return {name: re.sub(r"\[`~?([^`]+)`\]", r"`\1`", text) for name, text in without_formulas.items()}
 
 
-def check_choices(args: Any) -> None:
+def check_choices(args: Any, words: Mapping[str, tuple[Any, ...]] | None = None) -> None:
     """
-    Refuse a word that an option does not know. Options of a few words are annotated as `Literal`.
+    Refuse a word that an option does not know: `words` of each, by default those of the options that are annotated as
+    `Literal`.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: With the words it knows.
     """
-    for name, choices in choices_of(type(args)).items():
+    for name, choices in (choices_of(type(args)) if words is None else words).items():
         if getattr(args, name) not in choices:
             allowed = ", ".join(repr(choice) for choice in choices if choice is not None)
             raise ConfigError(f"`{name}={getattr(args, name)!r}` is unknown. Choose one of {allowed}.")
@@ -98,14 +104,24 @@ def check_run(args: Any) -> None:
     Raises:
         [`~trl_blend.errors.ConfigError`]: With the value, and the values that there are.
     """
-    for name, bounds in _RANGES.items():
-        _check_range(name, getattr(args, name, None), *bounds)
+    check_ranges(args, _RANGES)
     _check_range("max_steps", args.max_steps, -math.inf, math.inf, "a number")
     if args.max_steps == 0:
         raise ConfigError("`max_steps=0` trains nothing. Set it to a number of steps, or leave it out for epochs.")
     if args.max_steps < 0:
         _check_range("num_train_epochs", args.num_train_epochs, *_POSITIVE)
     _check_reports(args.report_to)
+
+
+def check_ranges(args: Any, ranges: Mapping[str, Range]) -> None:
+    """
+    Refuse a setting that is out of its range, infinite, or no number. `None`, or none of that name, is passed over.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: With the value, and what it must be.
+    """
+    for name, bounds in ranges.items():
+        _check_range(name, getattr(args, name, None), *bounds)
 
 
 def check_generation_kwargs(args: Any) -> None:
@@ -168,7 +184,7 @@ def check_drafts(args: Any, blends: bool) -> None:
 
 
 def _check_range(name: str, value: Any, low: float, high: float, must_be: str) -> None:
-    if value is None or (isinstance(value, Real) and low <= value <= high and value != math.inf):
+    if value is None or (isinstance(value, Real) and math.isfinite(value) and low <= value <= high):
         return
     must_be = must_be if isinstance(value, Real) else "a number"
     hint = " Greedy rollouts (0) are none to learn from." if name == "temperature" else ""

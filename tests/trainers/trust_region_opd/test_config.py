@@ -187,12 +187,14 @@ OUT_OF_RANGE = [
     ({"forward_kl_entropy": -0.1}, "forward_kl_entropy"),
     ({"forward_kl_entropy": float("nan")}, "forward_kl_entropy"),
     ({"distillation_objective": "iw_opd", "iw_opd_gamma": -0.1}, "iw_opd_gamma"),
+    ({"distillation_objective": "iw_opd", "iw_opd_gamma": "0.5"}, "iw_opd_gamma"),
+    ({"kl_budget": "0.1", "blend_warmup_steps": 5}, "kl_budget"),
 ]
 
 
 @pytest.mark.parametrize(("settings", "name"), OUT_OF_RANGE, ids=[f"{n}={s[n]}" for s, n in OUT_OF_RANGE])
 def test_values_out_of_range(make, settings, name):
-    with pytest.raises(ConfigError, match=re.escape(f"`{name}={settings[name]}`") + ".* must be "):
+    with pytest.raises(ConfigError, match=re.escape(f"`{name}={settings[name]!r}`") + ".* must be "):
         make(**settings)
 
 

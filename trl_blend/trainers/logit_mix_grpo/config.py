@@ -1,5 +1,6 @@
 """Configuration of [`LogitMixGRPOTrainer`]."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,9 +13,12 @@ from trl_blend.generation.settings import check_one_sequence, distribution_warpe
 from trl_blend.ops.mixing import validate_weights
 from trl_blend.schedules import DECAYING_SCHEDULES, make_schedule
 from trl_blend.trainers._options import (
+    ABOVE_ZERO,
+    Range,
     check_choices,
     check_drafts,
     check_generation_kwargs,
+    check_ranges,
     check_run,
     refuse_unread,
     with_help,
@@ -48,6 +52,15 @@ _READ_BY = (
 )
 # And those that no run without a teacher reads
 _MIXING = ("teacher_weight_schedule", "mixing_space", "is_clip_mode", "is_clip_max", "eval_policy")
+
+_RANGES: dict[str, Range] = {
+    "teacher_weight_decay_steps": (1, math.inf, "at least 1 (the optimizer step at which the weight reaches 0)"),
+    "adaptive_num_prompts": (1, math.inf, "at least 1"),
+    "adaptive_interval": (1, math.inf, "at least 1"),
+    "adaptive_scale": (ABOVE_ZERO, math.inf, "positive and finite"),
+    "adaptive_offset": (-math.inf, math.inf, "a finite number"),
+    "adaptive_max_weight": (ABOVE_ZERO, 1.0, "above 0 and at most 1"),
+}
 
 
 @with_help
@@ -191,10 +204,9 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         weights = self.teacher_weight if isinstance(self.teacher_weight, (list, tuple)) else [self.teacher_weight]
         check_choices(self)
         self.teacher_weight = list(validate_weights(weights, "teacher_weight", self.mixing_space))
-        for name, words in WORDS_OF_TRL.items():
-            if getattr(self, name) not in words:
-                raise ConfigError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(words)}.")
+        check_choices(self, WORDS_OF_TRL)
         check_run(self)
+        check_ranges(self, _RANGES)
         self._check_schedule()
         self._check_unread()
         if self.eval_policy is None and self.mixes:
@@ -234,25 +246,18 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         return mixing_rule(self.mixing_space, weights)
 
     def _check_schedule(self):
-        schedule, steps = self.teacher_weight_schedule, self.teacher_weight_decay_steps
-        if self.decays and (steps is None or steps <= 0):
+        schedule = self.teacher_weight_schedule
+        if self.decays and self.teacher_weight_decay_steps is None:
             raise ConfigError(
-                f"`teacher_weight_schedule={schedule!r}` needs a positive `teacher_weight_decay_steps`, got {steps!r}."
-                " Set it to the optimizer step at which the weight should reach 0 (the logit-fusion code uses 1000)."
+                f"`teacher_weight_schedule={schedule!r}` needs `teacher_weight_decay_steps`. Set it to the optimizer "
+                "step at which the weight should reach 0 (the logit-fusion code uses 1000)."
             )
         if schedule == "adaptive":
-            for name in ("adaptive_num_prompts", "adaptive_interval"):
-                if getattr(self, name) < 1:
-                    raise ConfigError(f"`{name}={getattr(self, name)}` must be at least 1.")
-            if self.adaptive_scale <= 0:
-                raise ConfigError(f"`adaptive_scale={self.adaptive_scale}` must be positive.")
             if self.mixing_space == "arithmetic":
                 raise ConfigError(
                     "`teacher_weight_schedule='adaptive'` moves a weight in (0, 1), the teacher's share, and "
                     "`mixing_space='arithmetic'` has no shares. Use `mixing_space='logits'`, or another schedule."
                 )
-            if not 0.0 < self.adaptive_max_weight <= 1.0:
-                raise ConfigError(f"`adaptive_max_weight={self.adaptive_max_weight}` must be in (0, 1].")
             if len(self.teacher_weight) > 1:
                 raise ConfigError(
                     "`teacher_weight_schedule='adaptive'` moves a single weight, got "
@@ -287,8 +292,8 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         # A constant weight never reaches 0, from where on TRL's clipping would apply, nor does an adaptive one
         if self.is_clip_mode != "ppo" and not self.decays:
             refuse_unread(self, ("epsilon", "epsilon_high"), "is_clip_mode", "ppo")
-        if self.is_clip_mode == "max" and self.is_clip_max <= 0:
-            raise ConfigError(f"`is_clip_max={self.is_clip_max}` must be positive (the logit-fusion code uses 3.0).")
+        if self.is_clip_max != math.inf:  # which is no cap
+            check_ranges(self, {"is_clip_max": (ABOVE_ZERO, math.inf, "positive (the logit-fusion code uses 3.0)")})
         if self.is_clip_mode == "floor" and self.is_clip_max < 1:
             raise ConfigError(
                 f"`is_clip_max={self.is_clip_max}` is below the floor of `is_clip_mode='floor'`. Set it to 1 or more, "

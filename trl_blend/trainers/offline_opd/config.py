@@ -9,7 +9,15 @@ from typing import Any, Literal
 from trl import SFTConfig
 
 from trl_blend.errors import ConfigError
-from trl_blend.trainers._options import check_choices, check_run, refuse_unread, with_help
+from trl_blend.trainers._options import (
+    ABOVE_ZERO,
+    Range,
+    check_choices,
+    check_ranges,
+    check_run,
+    refuse_unread,
+    with_help,
+)
 from trl_blend.trainers._settings import TokensUnwritten
 
 
@@ -23,6 +31,12 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "eos_token": (None, "the rows are token ids already; set it before collecting rollouts"),
     "dataset_text_field": ("text", "the rows are token ids already"),
     "truncation_mode": ("keep_start", "without its start a row has another context than the teacher scored"),
+}
+_RANGES: dict[str, Range] = {
+    "importance_cap": (ABOVE_ZERO, math.inf, "positive and finite, or left out for no bound"),
+    "reward_extrapolation": (1.0, math.inf, "finite and at least 1 (the paper takes 1.25; 1 is the teacher itself)"),
+    "rescore_num_rows": (0, math.inf, "at least 0 (which scores no row)"),
+    "max_policy_drift": (ABOVE_ZERO, math.inf, "positive and finite (nats per token), or left out for no bound"),
 }
 
 
@@ -157,6 +171,7 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
                 raise ConfigError(f"`{name}={getattr(self, name)!r}` has no use here: {reason}. Leave `{name}` out.")
         check_choices(self)
         check_run(self)
+        check_ranges(self, _RANGES)
         super().__post_init__()
         self._check_parent_settings()
         self._check_rescoring()
@@ -170,18 +185,10 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
                 f"`importance_correction={self.importance_correction!r}` has no use with `offline_loss="
                 f"{self.offline_loss!r}`, whose terms are not sampled. Leave it out."
             )
-        cap = self.importance_cap
         if self.importance_correction != "token":
             refuse_unread(self, ("importance_cap",), "importance_correction", "token")
-        if cap is not None and not cap > 0.0:
-            raise ConfigError(f"`importance_cap={cap}` must be positive. Leave it out for no bound.")
-        drift = self.max_policy_drift
-        if drift is None:
+        if self.max_policy_drift is None:
             refuse_unread(self, ("policy_drift_action",), "max_policy_drift")
-        if drift is not None and not (math.isfinite(drift) and drift > 0.0):
-            raise ConfigError(
-                f"`max_policy_drift={drift}` must be positive and finite (nats per token). Leave it out for no bound."
-            )
         self._check_best_model()
         if self.stream_rollouts and self.max_steps <= 0:
             raise ConfigError(
@@ -192,16 +199,11 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
         if self.offline_loss != "sampled_token":
             names = ("advantage_baseline", "reward_extrapolation")
             refuse_unread(self, names, "offline_loss", "sampled_token")
-        scale = self.reward_extrapolation
-        if not (math.isfinite(scale) and scale >= 1.0):
+        if self.reward_extrapolation != 1.0 and self.advantage_baseline == "kl":
             raise ConfigError(
-                f"`reward_extrapolation={scale}` must be finite and at least 1. The paper takes 1.25; 1 is the "
-                "teacher itself."
-            )
-        if scale != 1.0 and self.advantage_baseline == "kl":
-            raise ConfigError(
-                f"`advantage_baseline='kl'` with `reward_extrapolation={scale}`: the baseline of that advantage needs "
-                "the top tokens of the student that drew the rollouts, which are not stored. Leave one of them out."
+                f"`advantage_baseline='kl'` with `reward_extrapolation={self.reward_extrapolation}`: the baseline of "
+                "that advantage needs the top tokens of the student that drew the rollouts, which are not stored. "
+                "Leave one of them out."
             )
 
     def _check_best_model(self):
@@ -248,8 +250,6 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             refuse_unread(self, loading, "teacher_model_name_or_path")
         if self.rescore_num_rows is None:
             self.rescore_num_rows = 64 if self.teacher_model_name_or_path else 0
-        if self.rescore_num_rows < 0:
-            raise ConfigError(f"`rescore_num_rows={self.rescore_num_rows}` must not be negative. 0 scores no row.")
         if self.rescore_num_rows and not self.teacher_model_name_or_path:
             raise ConfigError(
                 f"`rescore_num_rows={self.rescore_num_rows}` needs a teacher. Set `teacher_model_name_or_path`."

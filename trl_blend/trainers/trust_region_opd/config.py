@@ -18,9 +18,13 @@ from trl_blend.generation.rules import (
 from trl_blend.generation.settings import AFTER_THE_BLEND, check_one_sequence, distribution_warpers
 from trl_blend.schedules import make_schedule
 from trl_blend.trainers._options import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    Range,
     check_choices,
     check_drafts,
     check_generation_kwargs,
+    check_ranges,
     check_run,
     is_default,
     refuse_unread,
@@ -43,6 +47,39 @@ _READ_BY = {
     "tip_entropy_quantile": ("token_selection", "tip", 0.5),
     "tip_divergence_quantile": ("token_selection", "tip", 0.9),
     "iw_opd_gamma": ("distillation_objective", "iw_opd", 0.5),
+}
+
+_STEPS = (1, math.inf, "at least 1 (a number of optimizer steps)")
+_QUANTILE = (0.0, 1.0, "between 0 and 1 (0 keeps all positions)")
+_RANGES: dict[str, Range] = {
+    # An infinite budget would be annealed to NaN
+    "kl_budget": (0.0, math.inf, "finite and at least 0 (in nats; 0 means student rollouts)"),
+    "blend_warmup_steps": _STEPS,
+    "teacher_weight": (0.0, 1.0, "between 0 and 1 (0 is the student, 1 the teacher)"),
+    "skd_top_k": (1, math.inf, "at least 1 (the paper uses 15, 25 and 50)"),
+    "skd_teacher_temperature": (ABOVE_ZERO, math.inf, "positive and finite (the paper uses .2, .6, 1)"),
+    "contrastive_alpha": (ABOVE_ZERO, 1.0, "above 0 and at most 1 (the papers use 0.1)"),
+    "contrastive_beta": (0.0, math.inf, "finite and at least 0 (the paper uses 0.5)"),
+    "temperature_warmup_steps": _STEPS,
+    "num_rollouts_per_prompt": (1, math.inf, "at least 1 (the paper uses 4)"),
+    "kl_top_k": (1, math.inf, "at least 1 (the paper uses 16)"),
+    "veto_weight_start": (
+        0.0,
+        BELOW_ONE,
+        "at least 0 and below 1 (the paper uses .2, .4, .6, .8): at 1 the student's entropy cancels out of the loss, "
+        "and its optimum is a single token",
+    ),
+    "veto_warmup_steps": _STEPS,
+    "target_weight": (
+        ABOVE_ZERO,
+        math.inf,
+        "positive and finite (1 is the teacher): at 0 the target is the student at step 0, and nothing would be "
+        "trained",
+    ),
+    "tip_entropy_quantile": _QUANTILE,
+    "tip_divergence_quantile": _QUANTILE,
+    "forward_kl_entropy": (0.0, math.inf, "finite and at least 0 (an entropy in nats)"),
+    "iw_opd_gamma": (0.0, math.inf, "finite and at least 0 (TRL uses 0.5)"),
 }
 
 
@@ -221,7 +258,9 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         check_choices(self)
         check_run(self)
         self._resolve()
-        self._check_ranges()
+        check_ranges(self, _RANGES)
+        start = f"positive and at most `temperature={self.temperature}`"
+        check_ranges(self, {"temperature_warmup_start": (ABOVE_ZERO, self.temperature, start)})
         super().__post_init__()  # also parses the dictionaries that the command line passes as strings
         self._check_sampling()
         self._check_divergence()
@@ -264,53 +303,6 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
                 self.temperature_warmup_start = 0.9
             if self.temperature_warmup_steps is None:
                 self.temperature_warmup_steps = 25
-
-    def _check_ranges(self):
-        ranges = {
-            "kl_budget": (0.0, math.inf, "a finite budget in nats; 0 means student rollouts"),
-            "blend_warmup_steps": (1, math.inf, "a number of optimizer steps"),
-            "teacher_weight": (0.0, 1.0, "0 is the student, 1 the teacher"),
-            "skd_top_k": (1, math.inf, "the paper uses 15, 25 and 50"),
-            "contrastive_beta": (0.0, math.inf, "the paper uses 0.5"),
-            "temperature_warmup_steps": (1, math.inf, "a number of optimizer steps"),
-            "num_rollouts_per_prompt": (1, math.inf, "the paper uses 4"),
-            "kl_top_k": (1, math.inf, "the paper uses 16"),
-            "veto_warmup_steps": (1, math.inf, "a number of optimizer steps"),
-            "tip_entropy_quantile": (0.0, 1.0, "0 keeps all positions"),
-            "tip_divergence_quantile": (0.0, 1.0, "0 keeps all positions"),
-            "forward_kl_entropy": (0.0, math.inf, "an entropy in nats"),
-            "iw_opd_gamma": (0.0, math.inf, "TRL uses 0.5"),
-        }
-        for name, (low, high, hint) in ranges.items():
-            value = getattr(self, name)
-            # An infinite budget would be annealed to NaN
-            if value is not None and not (low <= value <= high and value < math.inf):
-                bound = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise ConfigError(f"`{name}={value}` must be {bound} ({hint}).")
-        if self.skd_teacher_temperature is not None and not 0.0 < self.skd_teacher_temperature < math.inf:
-            raise ConfigError(
-                f"`skd_teacher_temperature={self.skd_teacher_temperature}` must be positive (the paper uses .2, .6, "
-                "1)."
-            )
-        if self.contrastive_alpha is not None and not 0.0 < self.contrastive_alpha <= 1.0:
-            raise ConfigError(
-                f"`contrastive_alpha={self.contrastive_alpha}` must be above 0 and at most 1 (the papers use 0.1)."
-            )
-        if self.target_weight is not None and not 0.0 < self.target_weight < math.inf:
-            raise ConfigError(
-                f"`target_weight={self.target_weight}` must be positive (1 is the teacher): at 0 the target is the "
-                "student at step 0, and nothing would be trained."
-            )
-        if self.veto_weight_start is not None and not 0.0 <= self.veto_weight_start < 1.0:
-            raise ConfigError(
-                f"`veto_weight_start={self.veto_weight_start}` must be at least 0 and below 1: at 1 the student's "
-                "entropy cancels out of the loss, and its optimum is a single token. The paper uses .2, .4, .6, .8."
-            )
-        start = self.temperature_warmup_start
-        if start is not None and not 0.0 < start <= self.temperature:
-            raise ConfigError(
-                f"`temperature_warmup_start={start}` must be positive and at most `temperature={self.temperature}`."
-            )
 
     def _check_sampling(self):
         temperature = (self.generation_kwargs or {}).get("temperature", self.temperature)
