@@ -1,14 +1,20 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from tests.hub.server import hub_endpoint  # noqa: F401
 from tests.models.checkpoints import hub_snapshot, save_model
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.checkpoints import find_checkpoint
 from trl_blend.models.fingerprint import identify_model
 from trl_blend.models.loading import (
     LoadOptions,
+    find_adapter,
     find_config,
     find_eos_token_ids,
     find_generation_config,
@@ -166,6 +172,39 @@ def test_a_missing_model_has_one_message(tmp_path):
             identify_model(name)
     with pytest.raises(ConfigError, match="'no/such-model'` at revision 'v2' is neither"):
         find_config("no/such-model", "teacher", revision="v2")
+
+
+@pytest.mark.parametrize("status", [429, 503, None])
+def test_a_hub_that_fails_is_not_taken_for_a_missing_file(hub_endpoint, tmp_path, monkeypatch, status):  # noqa: F811
+    """Or an adapter would be loaded as a whole model. What the cache has or knows not to exist needs no Hub."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    hub_endpoint.create("me/model")
+    HfApi().upload_folder(repo_id="me/model", folder_path=save_model(tiny_model(), tmp_path / "model"))
+    hub_endpoint.fail("resolve", status, times=1000)
+    for find in (find_adapter, find_config, find_tokenizer, find_generation_config):
+        with pytest.raises(ConfigError, match=f"`model='me/model'` is neither a folder.*{status or 'disconnected'}"):
+            find("me/model", "model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_adapter("me/model", "model") is None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub_endpoint.before.clear()
+    assert find_adapter("me/model", "model") is None
+    expected = find_config("me/model", "model").to_dict()
+    hub_endpoint.fail("resolve", 503, times=1000)
+    assert find_adapter("me/model", "model") is None and find_config("me/model", "model").to_dict() == expected
+
+
+def test_a_repository_without_access_or_of_no_model(hub_endpoint):  # noqa: F811
+    hub_endpoint.create("me/empty")
+    assert find_adapter("me/empty", "model") is None and find_tokenizer("me/empty", "model") is None
+    with pytest.raises(ConfigError, match="`model='me/other'` is neither a folder with a model nor one that can be"):
+        find_adapter("me/other", "model")
+
+
+def test_a_snapshot_whose_connection_breaks_off(hub_endpoint):  # noqa: F811
+    hub_endpoint.fail("info", None, times=1000)
+    with pytest.raises(ConfigError, match="'me/model' is neither a folder .* disconnected"):
+        find_checkpoint("me/model")
 
 
 def test_an_adapter_that_does_not_name_its_base(tmp_path):

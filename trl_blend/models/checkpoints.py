@@ -67,13 +67,13 @@ def find_checkpoint(name: str, revision: str | None = None, local_files_only: bo
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], local_files_only: bool) -> str:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     # Said, too: some releases ask for the tree of a commit that is in the cache, and fail
     local_files_only = local_files_only or constants.HF_HUB_OFFLINE
     try:
         return snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise missing_model(name, error, revision=revision) from error
 
 

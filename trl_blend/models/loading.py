@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from trl_blend.errors import ConfigError, TrlBlendError, UnsupportedError
 from trl_blend.models.checkpoints import Checkpoint, check_files, missing_model, read_json, weight_shapes
@@ -438,18 +439,27 @@ def _named_tokenizer(model: str, argument: str, options: dict[str, Any]) -> PreT
 
 
 def _file(name: str, file: str, argument: str, options: dict[str, Any]) -> str | None:
-    """Path of a file of a model; `None` where it has no such file."""
+    """Path of a file of a model; `None` where it has no such file, or nothing says it without the Hub."""
+    where = of_files(options)
+    if Path(name).is_dir():
+        path = Path(name, where.get("subfolder", ""), file)
+        return str(path) if path.is_file() else None
     try:
-        return cached_file(
-            name,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-            **of_files(options),
-        )
-    except (OSError, ValueError) as error:
+        return hf_hub_download(name, file, **where)
+    except (RemoteEntryNotFoundError, GatedRepoError):
+        return None
+    except LocalEntryNotFoundError as error:
+        # Not on this disk. The Hub failed, unless it was not asked, or has said before that there is none
+        if constants.HF_HUB_OFFLINE or where.get("local_files_only") or _is_known_to_lack(name, file, where):
+            return None
+        raise missing_model(name, error.__cause__ or error, argument, options.get("revision")) from error
+    except (HTTPError, OSError, ValueError) as error:
         raise missing_model(name, error, argument, options.get("revision")) from error
+
+
+def _is_known_to_lack(name: str, file: str, where: dict[str, Any]) -> bool:
+    path = f"{where['subfolder']}/{file}" if where.get("subfolder") else file
+    return try_to_load_from_cache(name, path, where.get("cache_dir"), where.get("revision")) is not None
 
 
 def of_files(options: dict[str, Any]) -> dict[str, Any]:
