@@ -7,8 +7,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tests.hub.server import running_hub
+from tests.hub.server import hub_endpoint, running_hub  # noqa: F401
 from tests.rollouts.stores import contents, write_store
+from trl_blend.errors import StoreError
 from trl_blend.rollouts.store import RolloutStore, load_rollouts
 
 
@@ -86,3 +87,9 @@ def test_the_files_of_the_repository_open_with_load_dataset(pushed, tmp_path, mo
     assert found.manifest == store.manifest
     assert contents(repository) == {n: d for n, d in contents(store.folder).items() if not n.startswith(".")}
     assert RolloutStore.open(str(repository)).digest == store.digest
+
+
+def test_a_store_whose_connection_breaks_off(hub_endpoint):  # noqa: F811
+    hub_endpoint.fail("info", None, times=1000)
+    with pytest.raises(StoreError, match="no dataset of that name could be fetched from the Hub .RemoteProtocolError"):
+        RolloutStore.open("me/store")

@@ -293,11 +293,11 @@ def _types(schema: pa.Schema) -> str:
 
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise StoreError(
             f"{repo_id!r} is not a folder here, and no dataset of that name{at} could be fetched from the Hub "
