@@ -25,50 +25,34 @@ from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.reduction import masked_sum
 
 
-FusedLogProbs = Callable[[LMHead, torch.Tensor, float, tuple[str, ...]], tuple[torch.Tensor | None, ...]]
-"""`(head, targets, temperature, outputs) -> (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1)`."""
+FusedLogProbs = Callable[[LMHead, torch.Tensor, float, tuple[str, ...]], tuple[torch.Tensor | None, ...] | None]
+"""
+`(head, targets, temperature, outputs) -> (log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1)`, or `None` for
+TRL's own.
+"""
 
 
 @contextmanager
 def fused_log_prob_function(function: FusedLogProbs) -> Iterator[None]:
     """
     Let every `model(..., labels=labels, fused_lm_head=True)` inside the context hand its hidden states and LM head to
-    `function` instead of TRL's `ChunkedLogProbFunction`.
+    `function` instead of TRL's `ChunkedLogProbFunction`. Where it returns `None`, TRL's is computed.
 
     Upstream: the forward that `trl.trainer.utils.add_fused_lm_head` installs looks up `_ChunkedLogProbFunction` at
     each call. It has already run the backbone, shifted the labels, gathered an FSDP2 or ZeRO-3 head and resolved logit
     scale and soft-capping, so that none of it is repeated here. Removal: TRL accepts a log-prob function.
     """
 
-    class Redirected:
-        @staticmethod
-        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-            head = LMHead(hidden, weight, bias, logit_scale, softcap)
-            return function(head, targets, temperature, outputs)
-
-    with patch.object(trl_utils, "_ChunkedLogProbFunction", Redirected):
-        yield
-
-
-@contextmanager
-def observed_lm_head(observe: Callable[[LMHead, torch.Tensor], None]) -> Iterator[None]:
-    """
-    Let every `model(..., labels=labels, fused_lm_head=True)` inside the context show its hidden states, LM head and
-    targets to `observe`, and go on with TRL's own `ChunkedLogProbFunction`.
-
-    Upstream and removal: see [`fused_log_prob_function`].
-    """
     original = trl_utils._ChunkedLogProbFunction
 
-    class Observed:
+    class Redirected:
         @staticmethod
-        def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs):
-            observe(LMHead(hidden, weight, bias, logit_scale, softcap), targets)
-            return original.apply(
-                hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
-            )
+        def apply(*given):
+            hidden, weight, bias, targets, temperature, _, softcap, logit_scale, outputs = given
+            result = function(LMHead(hidden, weight, bias, logit_scale, softcap), targets, temperature, outputs)
+            return original.apply(*given) if result is None else result
 
-    with patch.object(trl_utils, "_ChunkedLogProbFunction", Observed):
+    with patch.object(trl_utils, "_ChunkedLogProbFunction", Redirected):
         yield
 
 
@@ -108,46 +92,29 @@ def divergence_function(function: Callable[[DivergenceInputs], DivergenceResult]
     """
     original = trl_distillation._chunked_divergence_loss
 
-    def redirected(
-        student_hidden_states,
-        teacher_hidden_states,
-        student_lm_head_weight,
-        teacher_lm_head_weight,
-        completion_mask,
-        beta,
-        num_items_in_batch=None,
-        temperature=1.0,
-        **heads,
-    ):
+    def redirected(*given, **named):
         def head(role: str, hidden: torch.Tensor, weight: torch.Tensor) -> LMHead:
-            weight, bias = plain_tensor(weight, hidden.dtype), heads.get(f"{role}_lm_head_bias")
+            weight, bias = plain_tensor(weight, hidden.dtype), named.get(f"{role}_lm_head_bias")
             return LMHead(
                 hidden.reshape(-1, hidden.size(-1)),
                 weight,
                 None if bias is None else plain_tensor(bias, bias.dtype),
-                heads.get(f"{role}_logit_scale", 1.0),
-                heads.get(f"{role}_final_logit_softcapping"),
+                named.get(f"{role}_logit_scale", 1.0),
+                named.get(f"{role}_final_logit_softcapping"),
             )
 
-        student = head("student", student_hidden_states, student_lm_head_weight)
-        teacher = head("teacher", teacher_hidden_states, teacher_lm_head_weight)
-        result = function(DivergenceInputs(student, teacher, completion_mask, temperature))
+        student_hidden, teacher_hidden, student_weight, teacher_weight, mask, _ = given
+        student, teacher = (
+            head("student", student_hidden, student_weight),
+            head("teacher", teacher_hidden, teacher_weight),
+        )
+        result = function(DivergenceInputs(student, teacher, mask, named["temperature"]))
         if result is None:
-            return original(
-                student_hidden_states,
-                teacher_hidden_states,
-                student_lm_head_weight,
-                teacher_lm_head_weight,
-                completion_mask,
-                beta,
-                num_items_in_batch=num_items_in_batch,
-                temperature=temperature,
-                **heads,
-            )
+            return original(*given, **named)
         per_token, entropy = result
-        count = (completion_mask != 0).sum()
-        denominator = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return masked_sum(per_token, completion_mask.reshape(-1)) / denominator, entropy.sum(), count
+        count, num_items = (mask != 0).sum(), named["num_items_in_batch"]
+        denominator = count.clamp(min=1) if num_items is None else num_items
+        return masked_sum(per_token, mask.reshape(-1)) / denominator, entropy.sum(), count
 
     with patch.object(trl_distillation, "_chunked_divergence_loss", redirected):
         yield

@@ -63,7 +63,7 @@ class OfflineForward:
         mask = inputs["labels"][:, 1:] != -100
         if not self.args.uses_top_k:
             has_baseline = self.args.advantage_baseline == "kl"
-            with _compat.observed_lm_head(partial(self._baseline, mask)) if has_baseline else nullcontext():
+            with _compat.fused_log_prob_function(partial(self._baseline, mask)) if has_baseline else nullcontext():
                 outputs = self.student(**inputs)
             self.student_logps = outputs.log_probs.detach()
             rollout = self.columns["rollout_logps"] if self.args.importance_correction == "token" else None
@@ -86,7 +86,8 @@ class OfflineForward:
         return extrapolated_logps(teacher, self.columns["student_logps"], self.args.reward_extrapolation)
 
     @torch.no_grad()
-    def _baseline(self, mask: Tensor, head: LMHead, targets: Tensor) -> None:
+    def _baseline(self, mask: Tensor, head: LMHead, targets: Tensor, *_: Any) -> None:
+        """Keep the divergence, and leave the log-probabilities to TRL's own function."""
         result, _ = self._divergence(mask, head, targets, "reverse")
         self.divergence = result.loss.new_zeros(mask.shape).masked_scatter(mask, result.loss)
 
