@@ -50,29 +50,58 @@ class RolloutRecord:
         return columns < torch.tensor(lengths, device=device)[:, None]
 
 
-class RolloutRecorder:
+class DrawnLogProbs:
     """
-    Collects a [`RolloutRecord`] while `generate` runs.
+    Log-probabilities of the tokens that `generate` draws, under one or several policies.
 
     The token drawn from a step is only known at the next one, so the step's `(B, V)` logits are kept until then;
-    nothing else of that size is. Call [`add`][RolloutRecorder.add] once per decoding step and
+    nothing else of that size is. Call [`add`][DrawnLogProbs.add] once per decoding step and
+    [`finish`][DrawnLogProbs.finish] with the sequences that `generate` returned.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Sequence[tuple[Tensor, Tensor]] = ()
+        self._logps: list[Tensor] = []
+
+    def add(self, input_ids: Tensor, policies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """One decoding step: the tokens so far `(B, S)`, and of each policy the logits `(B, V)` with `log Σ exp`."""
+        if self._pending:
+            self._gather(input_ids[:, -1])
+        self._pending = policies
+
+    def finish(self, sequences: Tensor, prompt_length: int) -> Tensor:
+        """Log-probabilities `(n_policies, B, T)`, given the sequences `(B, prompt_length + T)`."""
+        length = sequences.shape[1] - prompt_length
+        # `generate` may have undone its last step (deferred stop check): then no token belongs to it
+        if len(self._logps) < length:
+            self._gather(sequences[:, -1])
+        self._pending = ()
+        return torch.stack(self._logps[:length], dim=-1)
+
+    def _gather(self, tokens: Tensor) -> None:
+        index = tokens.to(self._pending[0][0].device).unsqueeze(-1)
+        gathered = [logits.gather(-1, index).squeeze(-1) - normalizer for logits, normalizer in self._pending]
+        self._logps.append(torch.stack(gathered))
+
+
+class RolloutRecorder:
+    """
+    Collects a [`RolloutRecord`] while `generate` runs. Call [`add`][RolloutRecorder.add] once per decoding step and
     [`finish`][RolloutRecorder.finish] with the sequences that `generate` returned.
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._logps: list[Tensor] = []
+        self._drawn = DrawnLogProbs()
         self._entropies: list[Tensor] = []
         self._statistics: list[dict[str, Tensor]] = []
 
     def add(self, input_ids: Tensor, step: BlendStep, partner_logits: Sequence[Tensor]) -> None:
         """Record one decoding step: the tokens so far `(B, S)`, and what follows from the tempered logits `(B, V)`."""
-        if self._pending:
-            self._gather(input_ids[:, -1])
         known = step.log_normalizer
-        self._pending = [(step.logits, log_normalizer(step.logits) if known is None else known)]
         probs = [logits.softmax(dim=-1) for logits in partner_logits]
-        self._pending += [(z, log_normalizer(z, p)) for z, p in zip(partner_logits, probs, strict=True)]
+        policies = [(step.logits, log_normalizer(step.logits) if known is None else known)]
+        policies += [(z, log_normalizer(z, p)) for z, p in zip(partner_logits, probs, strict=True)]
+        self._drawn.add(input_ids, policies)
         self._entropies.append(torch.stack([torch.special.entr(p).sum(dim=-1) for p in probs]))
         self._statistics.append(step.statistics)
 
@@ -80,18 +109,9 @@ class RolloutRecorder:
         self, sequences: Tensor, prompt_length: int, *, num_forward_steps: int, partner_seconds: float
     ) -> RolloutRecord:
         """Close the record with the sequences `(B, prompt_length + T)` that `generate` returned."""
-        length = sequences.shape[1] - prompt_length
-        # `generate` may have undone its last step (deferred stop check): then no token belongs to it
-        if len(self._logps) < length:
-            self._gather(sequences[:, -1])
-        self._pending = []
-        logps = torch.stack(self._logps, dim=-1)  # (1 + n_partners, B, T)
+        logps = self._drawn.finish(sequences, prompt_length)  # (1 + n_partners, B, T)
+        length = logps.shape[-1]
         entropies = torch.stack(self._entropies[:length], dim=-1)
         names = self._statistics[0].keys()
         statistics = {name: torch.stack([s[name] for s in self._statistics[:length]], dim=-1) for name in names}
         return RolloutRecord(logps[0], logps[1:], entropies, statistics, num_forward_steps, partner_seconds)
-
-    def _gather(self, tokens: Tensor) -> None:
-        index = tokens.to(self._pending[0][0].device).unsqueeze(-1)
-        gathered = [logits.gather(-1, index).squeeze(-1) - normalizer for logits, normalizer in self._pending]
-        self._logps.append(torch.stack(gathered))

@@ -25,6 +25,7 @@ from transformers.generation.logits_process import (
 
 from trl_blend import _compat
 from trl_blend.errors import ConfigError, TokenizerMismatchError, UnsupportedError
+from trl_blend.generation.recording import DrawnLogProbs
 from trl_blend.generation.settings import GENERATION_SETTINGS
 from trl_blend.models.limits import context_length, vocabulary_rows
 from trl_blend.models.loading import find_config, load_model
@@ -385,19 +386,14 @@ class _SampledLogProbs(LogitsProcessor):
     """
     Applies the warpers, as the last processor of `generate`, and records log-probabilities before and after them.
     Rows of the vocabulary from `vocab_size` on are no tokens: they are taken out before.
-
-    The token drawn from a step is only known at the next one, so one step's two `(B, V)` tensors are kept until then.
     """
 
     def __init__(self, warpers: Sequence[LogitsProcessor], vocab_size: int | None = None) -> None:
         self._warpers = warpers
         self._vocab_size = vocab_size
-        self._pending: list[Tensor] = []
-        self._logps: list[Tensor] = []
+        self._drawn = DrawnLogProbs()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._pending:
-            self._gather(input_ids[:, -1])
         if self._vocab_size is not None and self._vocab_size < scores.shape[-1]:
             scores = scores.clone()
             scores[:, self._vocab_size :] = -math.inf
@@ -414,20 +410,10 @@ class _SampledLogProbs(LogitsProcessor):
         warped = scores
         for warper in self._warpers:
             warped = warper(input_ids, warped)
-        self._pending = [warped, scores]
+        self._drawn.add(input_ids, [(logits, log_normalizer(logits)) for logits in (warped, scores)])
         return warped
 
     def finish(self, sequences: Tensor, prompt_length: int) -> tuple[list[list[float]], list[list[float]]]:
         """Log-probabilities of the sampled-from distribution and of the model, one list per row each."""
-        length = sequences.shape[1] - prompt_length
-        # `generate` may have undone its last step (deferred stop check): then no token belongs to it
-        if len(self._logps) < length:
-            self._gather(sequences[:, -1])
-        self._pending = []
-        sampled, own = torch.stack(self._logps[:length], dim=-1).clamp_(max=0.0).tolist()
+        sampled, own = self._drawn.finish(sequences, prompt_length).clamp_(max=0.0).tolist()
         return sampled, own
-
-    def _gather(self, tokens: Tensor) -> None:
-        index = tokens[:, None]
-        logps = [logits.gather(1, index).squeeze(1) - log_normalizer(logits) for logits in self._pending]
-        self._logps.append(torch.stack(logps))  # (2, B)
