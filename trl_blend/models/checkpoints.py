@@ -99,24 +99,9 @@ def weight_tensors(checkpoint: Checkpoint, stem: str = "model") -> dict[str, Laz
     tensors: dict[str, LazyTensor] = {}
     for file in weight_files(checkpoint, stem):
         opened = _opened(file)
-        if file.suffix == ".safetensors":
-            handle = functools.cache(functools.partial(_opened, file))
-            tensors |= {name: lambda name=name, handle=handle: handle().get_tensor(name) for name in opened.keys()}
-        else:
-            tensors |= {name: functools.partial(opened.__getitem__, name) for name in opened}
+        read = opened.get_tensor if file.suffix == ".safetensors" else opened.__getitem__
+        tensors |= {name: functools.partial(read, name) for name in opened.keys()}
     return tensors
-
-
-def weight_shapes(checkpoint: Checkpoint, stem: str = "model") -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of [`weight_tensors`], read without the tensors."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(checkpoint, stem):
-        opened = _opened(file)
-        if file.suffix == ".safetensors":
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-        else:
-            shapes |= {name: tuple(tensor.shape) for name, tensor in opened.items()}
-    return shapes
 
 
 def _opened(file: Path) -> Any:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from trl_blend.errors import ConfigError, TrlBlendError, UnsupportedError
-from trl_blend.models.checkpoints import Checkpoint, check_files, missing_model, read_json, weight_shapes
+from trl_blend.models.checkpoints import Checkpoint, check_files, missing_model, read_json, weight_tensors
 from trl_blend.models.compatibility import check_decoder_only, check_partner_model
 from trl_blend.models.limits import eos_token_ids
 from trl_blend.models.weights import layout_of
@@ -315,17 +315,17 @@ def _vocabulary_rows(name: str, argument: str, options: dict[str, Any], config: 
     for file in ("adapter_model.safetensors", "adapter_model.bin"):
         _file(name, file, argument, options)
     folder = Path(found).parent
-    shapes = weight_shapes(Checkpoint(name, folder, None, False, True), "adapter_model")
+    tensors = weight_tensors(Checkpoint(name, folder, None, False, True), "adapter_model")
     tied = layout_of(config).tied
     layers = {layer.split(".")[-2] for layer in (*tied, *tied.values())}  # such as `lm_head` and `embed_tokens`
-    for tensor, shape in shapes.items():
+    for tensor, read in tensors.items():
         parts = tensor.split(".")
         if layers.isdisjoint(parts):
             continue
         if "lora_embedding_A" in parts:
-            return shape[1]
+            return read().shape[1]
         if "lora_B" in parts or (parts[-1] == "weight" and not any(part.startswith("lora_") for part in parts)):
-            return shape[0]
+            return read().shape[0]
     fields = AdapterConfig.of_folder(folder).fields
     trained = fields.get("trainable_token_indices") or fields.get("token_indices") or []
     if isinstance(trained, dict):
