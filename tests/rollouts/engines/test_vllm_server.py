@@ -189,13 +189,6 @@ def test_the_key_is_sent_along(monkeypatch, fake, url):
     assert fake.headers[0]["Authorization"] == "Bearer secret"
 
 
-def test_a_row_that_is_too_long(fake, url):
-    fake.max_model_len = 20
-    with pytest.raises(ConfigError, match="10 prompt and 10 completion tokens.*takes 19 .*--max-model-len 21"):
-        score(url, random_rows([(10, 10)]))
-    assert fake.requests == []
-
-
 def without(answer):
     answer["choices"][0]["prompt_logprobs"] = None
     return answer

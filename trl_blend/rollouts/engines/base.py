@@ -231,25 +231,27 @@ def as_logp(value: Any, token: int, position: int) -> float:
     return min(number, 0.0)
 
 
-def sampled_logps(values: Sequence[Any], tokens: Sequence[int]) -> list[float]:
-    """Log-probabilities of the tokens of a completion, each of them checked by [`as_logp`]."""
-    return [as_logp(value, token, at) for at, (value, token) in enumerate(zip(values, tokens, strict=True))]
-
-
-def check_tokens(tokens: Sequence[int], vocab_size: int | None) -> None:
+def drawn_completion(
+    tokens: Sequence[int], values: Sequence[Any], sampling: SamplingSettings
+) -> tuple[list[int], list[float], bool]:
     """
-    Refuse a completion with an id that is no token.
+    A completion as an engine drew it: its tokens up to the first end-of-sequence token, with it, their
+    log-probabilities from what the engine wrote, and whether there is such a token.
 
     Raises:
-        [`RowError`]: With the id and its position.
+        [`RowError`]: With the id and its position, if an id is no token or its value no log-probability.
     """
+    end, ended = cut_at_eos(tokens, sampling.eos_token_ids)
+    tokens = list(tokens[:end])
     for position, token in enumerate(tokens):
-        if vocab_size is not None and not 0 <= token < vocab_size:
+        if sampling.vocab_size is not None and not 0 <= token < sampling.vocab_size:
             raise RowError(
                 f"The engine drew id {token} at position {position}, which is no token of the tokenizer (ids 0 to "
-                f"{vocab_size - 1}): a row that only pads the model's embedding. Draw with transformers, which leaves "
-                "such rows out, or resize the model (`resize_token_embeddings`)."
+                f"{sampling.vocab_size - 1}): a row that only pads the model's embedding. Draw with transformers, "
+                "which leaves such rows out, or resize the model (`resize_token_embeddings`)."
             )
+    logps = [as_logp(value, token, at) for at, (value, token) in enumerate(zip(values[:end], tokens, strict=True))]
+    return tokens, logps, ended
 
 
 @contextmanager

@@ -18,10 +18,8 @@ from trl_blend.rollouts.engines.base import (
     Rollout,
     SamplingSettings,
     about_row,
-    check_tokens,
-    cut_at_eos,
+    drawn_completion,
     load_options,
-    sampled_logps,
 )
 from trl_blend.rollouts.engines.vllm_server import check_by_name, request_settings, scores_of_prompt_logprobs
 
@@ -120,13 +118,10 @@ class VllmEngine:
         drawn = []
         for row, result in enumerate(self._generate(prompt_ids, drawing)):
             output = result.outputs[0]
-            tokens = list(output.token_ids)
-            end, ended = cut_at_eos(tokens, self.sampling.eos_token_ids)
-            entries = [found.get(token) for found, token in zip(output.logprobs, tokens, strict=True)]
+            entries = [found.get(token) for found, token in zip(output.logprobs, output.token_ids, strict=True)]
+            values = [getattr(entry, "logprob", None) for entry in entries]
             with about_row(row):
-                logps = sampled_logps([getattr(entry, "logprob", None) for entry in entries[:end]], tokens[:end])
-                check_tokens(tokens[:end], self.sampling.vocab_size)
-            drawn.append((tokens[:end], logps, ended))
+                drawn.append(drawn_completion(output.token_ids, values, self.sampling))
         prefill = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
         sequences = [[*prompt, *tokens] for prompt, (tokens, _, _) in zip(prompt_ids, drawn, strict=True)]
         rollouts = []

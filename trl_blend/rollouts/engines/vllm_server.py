@@ -25,10 +25,8 @@ from trl_blend.rollouts.engines.base import (
     TokenScores,
     about_row,
     as_logp,
-    check_tokens,
-    cut_at_eos,
+    drawn_completion,
     load_options,
-    sampled_logps,
 )
 
 
@@ -54,7 +52,7 @@ class VllmServerEngine:
 
     Attributes:
         model_id (`str`): Name under which the server has the model.
-        max_model_len (`int`, *optional*): Its context there.
+        max_length (`int`, *optional*): Most tokens of a prompt and its completion there.
 
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the URL is none, the server has another model, or the model is loaded or
@@ -80,9 +78,9 @@ class VllmServerEngine:
                 f"with `--served-model-name {model}` if it is the same one."
             )
         self.model_id: str = found[0]["id"]
-        self.max_model_len: int | None = found[0].get("max_model_len")
+        context = found[0].get("max_model_len")
         # The prefill that scores a completion generates a token
-        self.max_length = None if self.max_model_len is None else self.max_model_len - 1
+        self.max_length = None if context is None else context - 1
         self.description = {"name": "vllm-server", "vllm": self._version()}
         self.settings: dict[str, Any] = {}
         self.dtype = options.weights
@@ -134,10 +132,7 @@ class VllmServerEngine:
                 f"The vLLM server at {self.client.url} answered without the log-probability of every token. It must "
                 "be one of vLLM, started with `--logprobs-mode processed_logprobs`."
             )
-        end, ended = cut_at_eos(tokens, self.sampling.eos_token_ids)
-        tokens = tokens[:end]
-        check_tokens(tokens, self.sampling.vocab_size)
-        logps = sampled_logps(logps[:end], tokens)
+        tokens, logps, ended = drawn_completion(tokens, logps, self.sampling)
         own = (await self._score_one(prompt_ids, tokens, None, self.sampling.vocab_size)).logps
         return Rollout(tokens, logps, own.tolist(), truncated=not ended)
 
@@ -145,13 +140,7 @@ class VllmServerEngine:
         self, prompt_ids: Sequence[int], completion_ids: Sequence[int], top_k: int | None, vocab_size: int | None
     ) -> TokenScores:
         """A prefill of prompt and completion, at temperature 1."""
-        limit, ids = self.max_model_len, [*prompt_ids, *completion_ids]
-        if limit is not None and len(ids) + 1 > limit:
-            raise ConfigError(
-                f"A row has {len(prompt_ids)} prompt and {len(completion_ids)} completion tokens; the vLLM server at "
-                f"{self.client.url} takes {limit - 1} (`max_model_len={limit}`, one token is generated). Start it "
-                f"with `--max-model-len {len(ids) + 1}` or more, or drop the row."
-            )
+        ids = [*prompt_ids, *completion_ids]
         answer = await self._complete(ids, max_tokens=1, temperature=1.0, prompt_logprobs=top_k or 0)
         entries = answer.get("prompt_logprobs")
         try:
