@@ -104,10 +104,8 @@ def divergence_function(function: Callable[[DivergenceInputs], DivergenceResult]
             )
 
         student_hidden, teacher_hidden, student_weight, teacher_weight, mask, _ = given
-        student, teacher = (
-            head("student", student_hidden, student_weight),
-            head("teacher", teacher_hidden, teacher_weight),
-        )
+        student = head("student", student_hidden, student_weight)
+        teacher = head("teacher", teacher_hidden, teacher_weight)
         result = function(DivergenceInputs(student, teacher, mask, named["temperature"]))
         if result is None:
             return original(*given, **named)

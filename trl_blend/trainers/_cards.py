@@ -193,11 +193,6 @@ def student_name(trainer: Any) -> str:
     return _origin(trainer.model.config)[0]
 
 
-def is_adapter(model: Any) -> bool:
-    """Whether an adapter is trained, rather than all weights."""
-    return is_peft_model(model)
-
-
 def _base_of(trainer: Any) -> tuple[str, str | None]:
     """Name and commit of what was trained; of an adapter that was given by name, those of its base."""
     if trainer.started_from_adapter is None:
@@ -333,7 +328,13 @@ def shortened(text: str) -> str:
 # -------------------- teachers
 
 
-def live_teacher(partner: Any, given: Any, args: Any) -> CardTeacher:
+def teachers(trainer: Any) -> list[CardTeacher]:
+    """The teachers of a run that has any; the student's own base where none was loaded."""
+    pairs = zip(trainer.partners, trainer._given_teachers, strict=True)
+    return [_live_teacher(partner, given, trainer.args) for partner, given in pairs] or [_base_teacher(trainer)]
+
+
+def _live_teacher(partner: Any, given: Any, args: Any) -> CardTeacher:
     """A teacher that was in memory: it is what the user named, and nothing compared its weights with a record."""
     revision = teacher_arguments(args).get("revision")
     name, commit = _origin(partner.config, revision)
@@ -346,7 +347,7 @@ def live_teacher(partner: Any, given: Any, args: Any) -> CardTeacher:
     return CardTeacher(name, commit, _dtype(partner.dtype), "stated", f"loaded for this run under this name, {known}")
 
 
-def base_teacher(trainer: Any) -> CardTeacher:
+def _base_teacher(trainer: Any) -> CardTeacher:
     """The base under the student's adapters, as its own teacher."""
     name, commit = _base_of(trainer)
     reason = "the base that the adapters are trained on, with the adapters disabled"

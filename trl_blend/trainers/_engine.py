@@ -296,7 +296,7 @@ def blended_engine(
 
 
 def of_trainer(trainer: Any) -> BlendedVLLMGeneration | None:
-    """The engine that draws a trainer's blended rollouts; `None` where transformers does."""
+    """The engine of vLLM that draws a trainer's blended rollouts; `None` where transformers does."""
     engine = getattr(trainer, "vllm_generation", None)
     return engine if isinstance(engine, BlendedVLLMGeneration) else None
 

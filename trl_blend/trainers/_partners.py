@@ -366,15 +366,15 @@ def check_adapter_has_moved(model: Any, peft_config: Any) -> None:
         )
 
 
-def check_base_as_reference(model: Any, *, is_fsdp: bool, decodes_from_shards: bool) -> None:
+def check_base_as_reference(model: Any, dist: Any, args: Any) -> None:
     """Refuse `teacher_model=None` where the student's weights cannot serve as a partner while it decodes."""
     check_adapters_can_be_disabled(model)
-    if is_fsdp:
+    if dist.is_fsdp:
         raise UnsupportedError(
             "`teacher_model=None` reads the reference from the student, which FSDP shards: a rank whose sequences "
             "are finished would leave the others waiting for its shards. Pass the base model as `teacher_model`."
         )
-    if decodes_from_shards:
+    if dist.is_zero3 and not args.ds3_gather_for_generation:
         raise UnsupportedError(
             "`teacher_model=None` with ZeRO-3 decodes from gathered weights. Set `ds3_gather_for_generation=True`, or "
             "pass the base model as `teacher_model`."

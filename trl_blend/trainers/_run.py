@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
@@ -108,7 +108,7 @@ class RunMixin(CardMixin):
         started = self.started_from_adapter[0] if self.started_from_adapter else _cards.student_name(self)
         name = shown_name(started).text or "a model in memory"
         clauses = [
-            f"student {name}{' (adapter)' if _cards.is_adapter(self.model) else ''}",
+            f"student {name}{' (adapter)' if is_peft_model(self.model) else ''}",
             f"teacher {parts.teacher}",
             f"{'a stream of' if rows is None else f'{rows:,}'} training rows",
             f"{held_out:,} held out" if held_out else "none held out",
@@ -135,7 +135,7 @@ class RunMixin(CardMixin):
         """What no step of a run changes."""
         name = shown_name(_cards.student_name(self)).text or "a model in memory"
         base = None
-        if _cards.is_adapter(self.model):
+        if is_peft_model(self.model):
             student = self.accelerator.unwrap_model(self.model)
             frozen = [one for one in student.named_parameters() if not one[1].requires_grad]
             base = _record.model_part(name, _record.weights_sample(frozen))

@@ -147,6 +147,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     }
     _template_name = "logit_mix_grpo.md"
     _recorded = _RECORDED
+    engine = property(_engine.of_trainer)
 
     def __init__(
         self,
@@ -204,11 +205,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             return
         checks.check_student(self.model, args, is_vision_language=self._is_vlm)
         if not teachers:
-            _partners.check_base_as_reference(
-                self.model,
-                is_fsdp=self._dist.is_fsdp,
-                decodes_from_shards=self._dist.is_zero3 and not args.ds3_gather_for_generation,
-            )
+            _partners.check_base_as_reference(self.model, self._dist, args)
         self._prepare_teachers(teachers)
         if args.objective == "mixed":
             self._mixture_files = MixedPolicyFiles(
@@ -245,11 +242,6 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             if missing:  # a teacher could not read them back
                 missing += self.generation_kwargs.get("suppress_tokens") or []
                 self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = missing
-
-    @property
-    def engine(self) -> "_engine.BlendedVLLMGeneration | None":
-        """The engine of vLLM that draws the mixed rollouts; `None` where transformers does."""
-        return _engine.of_trainer(self)
 
     def current_weights(self) -> tuple[float, ...]:
         """Teacher weights of the next generation batch; of the best checkpoint, once that is loaded."""
@@ -575,13 +567,9 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/logit_mix_grpo.md`."""
-        pairs = zip(self.partners, self._given_teachers)
-        teachers = [_cards.live_teacher(partner, given, self.args) for partner, given in pairs]
-        if self.args.mixes and not teachers:
-            teachers = [_cards.base_teacher(self)]
         return report.card_fields(
             self.args,
-            teachers=teachers,
+            teachers=_cards.teachers(self) if self.args.mixes else [],
             weights=self.current_weights() if self.args.mixes else (0.0,),
             rewards=list(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True)),
             num_prompts=_cards.num_rows(self.train_dataset),

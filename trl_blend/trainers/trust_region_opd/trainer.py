@@ -154,6 +154,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     }
     _template_name = "trust_region_opd.md"
     _recorded = _RECORDED
+    engine = property(_engine.of_trainer)
 
     def __init__(
         self,
@@ -204,11 +205,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         self._prepare_teacher(teachers)
         self._prepare_reference(model)
         if not teachers:
-            _partners.check_base_as_reference(
-                self.model,
-                is_fsdp=self._dist.is_fsdp,
-                decodes_from_shards=self._dist.is_zero3 and not args.ds3_gather_for_generation,
-            )
+            _partners.check_base_as_reference(self.model, self._dist, args)
         checks.check_loaded(
             self.model,
             self.teacher_model,
@@ -260,11 +257,6 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         elif self.args.uses_reference:
             reference = _partners.copy_of_student(model, self.model, self.args)
             self._reference = _partners.prepare_partner(reference, self.accelerator)
-
-    @property
-    def engine(self) -> "_engine.BlendedVLLMGeneration | None":
-        """The engine of vLLM that draws the blended rollouts; `None` where transformers does."""
-        return _engine.of_trainer(self)
 
     def _stop_at(self, token_ids: tuple[int, ...]) -> None:
         """End the student's own rollouts, and the trained model's generations, with these tokens too."""
@@ -630,10 +622,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
 
     def card_fields(self) -> dict[str, Any]:
         """Fields of `model_cards/trust_region_opd.md`."""
-        if self.partners:
-            teacher = _cards.live_teacher(self.partners[0], self._given_teachers[0], self.args)
-        else:
-            teacher = _cards.base_teacher(self)
+        (teacher,) = _cards.teachers(self)
         return report.card_fields(
             self.args,
             teacher=teacher,
