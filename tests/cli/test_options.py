@@ -55,7 +55,7 @@ def test_a_script_has_the_parser_of_its_command(name):
 
 @pytest.mark.parametrize("name", teacher_data.COMMANDS)
 def test_names_of_data_commands_are_those_of_the_parser(name):
-    dataclass, _ = teacher_data.COMMANDS[name]
+    dataclass, *_ = teacher_data.COMMANDS[name]
     fields = options.read_options([dataclass])
     assert options.spellings(fields) == option_names(settings.make_parser([dataclass]))
 

@@ -118,7 +118,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
 
     for name, script in training.COMMANDS.items():  # they are run before this parser is asked
         commands[name] = subparsers.add_parser(name, help=script.summary, add_help=False)
-    for name, (_, summary) in teacher_data.COMMANDS.items():
+    for name, (*_, summary) in teacher_data.COMMANDS.items():
         commands[name] = subparsers.add_parser(name, help=summary, add_help=False)
     teacher_data.add_commands(command)
     export.add_command(command)

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 from trl_blend.cli import options
@@ -11,14 +12,16 @@ from trl_blend.scripts import settings
 from trl_blend.scripts.messages import EXIT_FAILED, check_options, name_options, say, tell
 
 
-# Commands whose options are the fields of a configuration, by the place of that
+# Commands whose options are the fields of a configuration: where that is, and the function that takes it
 COMMANDS = {
     "rollouts": (
         "trl_blend.rollouts.config:RolloutConfig",
+        "trl_blend.rollouts.collect:collect_rollouts",
         "sample completions of a student, with log-probs; resumable",
     ),
     "score": (
         "trl_blend.rollouts.config:ScoringConfig",
+        "trl_blend.rollouts.score:score_rollouts",
         "give every token of rollouts a teacher's log-prob; resumable",
     ),
 }
@@ -26,7 +29,7 @@ COMMANDS = {
 
 def run(name: str, arguments: Sequence[str]) -> int:
     """Run one of [`COMMANDS`]."""
-    config, summary = COMMANDS[name]
+    config, function, summary = COMMANDS[name]
     program, fields = f"trl-blend {name}", options.read_options([config])
     if {"-h", "--help"} & set(arguments):
         print(options.format_help(fields, program, summary))
@@ -37,7 +40,7 @@ def run(name: str, arguments: Sequence[str]) -> int:
         (args,) = settings.parse_script(parser, arguments, launched=False)
         if args.disable_tqdm:
             _silence_bars()
-        store = _collect(args) if name == "rollouts" else _score(args)
+        store = resolve_name(function)(args=args)
     except TrlBlendError as error:
         raise ConfigError(name_options(str(error), fields, {})) from error
     tell(
@@ -46,18 +49,6 @@ def run(name: str, arguments: Sequence[str]) -> int:
         f"{store.name}`."
     )
     return 0
-
-
-def _collect(args: Any) -> Any:
-    from trl_blend.rollouts.collect import collect_rollouts
-
-    return collect_rollouts(args=args)
-
-
-def _score(args: Any) -> Any:
-    from trl_blend.rollouts.score import score_rollouts
-
-    return score_rollouts(args=args)
 
 
 def _silence_bars() -> None:
