@@ -64,14 +64,8 @@ def check_processing_class(processing_class: Any) -> None:
         )
 
 
-def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list[float], args: Any) -> None:
-    """Refuse another number of weights than teachers, and settings of loading for a teacher that is loaded."""
-    num_teachers = max(len(teachers), 1)
-    if len(weights) != num_teachers:
-        raise ConfigError(
-            f"`teacher_weight={weights}` has {len(weights)} value(s) for {num_teachers} teacher(s). Give one weight "
-            "per teacher."
-        )
+def check_teacher_arguments(teachers: list[str | PreTrainedModel], args: Any) -> None:
+    """Refuse settings of loading for a teacher that is loaded, and one revision of several teachers."""
     loaded = [teacher for teacher in teachers if not isinstance(teacher, str)]
     for name in ("teacher_model_init_kwargs", "teacher_model_revision"):
         value = getattr(args, name)
@@ -87,6 +81,12 @@ def check_teacher_arguments(teachers: list[str | PreTrainedModel], weights: list
         )
 
 
+def check_not_the_student(model: str | PreTrainedModel, teachers: list[str | PreTrainedModel]) -> None:
+    """Refuse a teacher that would be trained."""
+    if any(teacher is model for teacher in teachers if not isinstance(teacher, str)):
+        raise ConfigError("`teacher_model` is `model` itself. Pass a frozen copy, or its name.")
+
+
 def check_adapter(peft_config: Any, argument: str = "peft_config") -> None:
     """Refuse prompt learning."""
     if getattr(peft_config, "is_prompt_learning", False):
@@ -96,9 +96,8 @@ def check_adapter(peft_config: Any, argument: str = "peft_config") -> None:
         )
 
 
-def check_student_adapters(model: str | PreTrainedModel, peft_config: Any, args: Any) -> None:
+def check_student_adapters(model: str | PreTrainedModel, configs: list[Any], args: Any) -> None:
     """Refuse prompt learning, and adapters on the output layer of the student: they would get no gradient."""
-    configs = adapters_of(model, peft_config, args)
     for config in configs:
         check_adapter(config)
     if not configs:
@@ -150,10 +149,9 @@ def check_vocabularies(
     A tokenizer that cannot be found (a model built in memory) is not compared: a warning says so. `remedy` is a
     sentence to add to the error of two different tokenizers.
     """
-    of_student = _of_student(args)
     of_teacher = teacher_files(args)
-    vocab_size = _rows(student, find_config(student, "model", **of_student))
-    student_tokenizer = processing_class or find_tokenizer(student, "model", **of_student)
+    vocab_size = student_rows(student, args)
+    student_tokenizer = processing_class or find_tokenizer(student, "model", **_of_student(args))
     student_tokenizer = getattr(student_tokenizer, "tokenizer", student_tokenizer)
     rows = [vocab_size]
     for index, teacher in enumerate(teachers):
@@ -324,7 +322,7 @@ def check_adapters(model: Any, teachers: list, peft_config: Any, args: Any, off:
             "`teacher_model=None` means the base of a PEFT student, but there is no `peft_config` and `model` is not "
             f"a PEFT model. Pass `teacher_model`, or `peft_config`{f', or set {off}' if off else ''}."
         )
-    check_student_adapters(model, peft_config, args)
+    check_student_adapters(model, adapters, args)
 
 
 def has_new_adapter(model: Any, peft_config: Any) -> bool:
@@ -392,6 +390,11 @@ def token_ids_without_partner(student: PreTrainedModel, partners: list[PreTraine
     """Padding rows of the student's vocabulary that some partner does not have."""
     sizes = [vocabulary_rows(partner) for partner in partners]
     return list(range(min(sizes), vocabulary_rows(student))) if sizes else []
+
+
+def student_rows(model: str | PreTrainedModel, args: Any) -> int:
+    """Vocabulary rows of the student, by its configuration where it is not loaded."""
+    return _rows(model, find_config(model, "model", **_of_student(args)))
 
 
 def _rows(model: str | PreTrainedModel, config: Any) -> int:

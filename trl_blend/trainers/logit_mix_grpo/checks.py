@@ -30,7 +30,13 @@ def check_arguments(
     if not isinstance(args, LogitMixGRPOConfig):
         raise ConfigError(f"`args` is a {type(args).__name__}. Pass a `LogitMixGRPOConfig`.")
     _partners.check_processing_class(processing_class)
-    _partners.check_teacher_arguments(teachers, args.teacher_weight, args)
+    num_teachers, weights = max(len(teachers), 1), args.teacher_weight
+    if len(weights) != num_teachers:
+        raise ConfigError(
+            f"`teacher_weight={weights}` has {len(weights)} value(s) for {num_teachers} teacher(s). Give one weight "
+            "per teacher."
+        )
+    _partners.check_teacher_arguments(teachers, args)
     if not args.mixes:
         return
     _partners.check_text_only(isinstance(processing_class, ProcessorMixin), "`teacher_weight=0`")
@@ -44,8 +50,7 @@ def check_arguments(
             f"`{name}` draws tokens without the teacher, while `teacher_weight={args.teacher_weight}` needs them "
             f"drawn from the mixed policy. Drop `{name}`, or set `teacher_weight=0`."
         )
-    if any(teacher is model for teacher in teachers if not isinstance(teacher, str)):
-        raise ConfigError("`teacher_model` is `model` itself. Pass a frozen copy, or its name.")
+    _partners.check_not_the_student(model, teachers)
     if args.teacher_weight_schedule == "adaptive":
         _check_validation_prompts(eval_dataset, uses_tools)
     _partners.check_vocabularies(model, teachers, processing_class, args)

@@ -12,8 +12,6 @@ from trl_blend.consistency.check import check_teacher_consistency
 from trl_blend.consistency.provenance import TeacherProvenance, read_provenance
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.errors import ConfigError, UnsupportedError
-from trl_blend.models.limits import vocabulary_rows
-from trl_blend.models.loading import find_config
 from trl_blend.rollouts.engines.base import nucleus_settings
 from trl_blend.rollouts.folders import describe
 from trl_blend.rollouts.processes import on_main_process
@@ -51,7 +49,7 @@ def check_arguments(
             "Vision-language students cannot be trained on stored rollouts, which hold no images. Pass a tokenizer, "
             "and a text model."
         )
-    _partners.check_student_adapters(model, peft_config, args)
+    _partners.check_student_adapters(model, _partners.adapters_of(model, peft_config, args), args)
 
 
 def check_several(stores: list[RolloutStore], args: OfflineOPDConfig) -> None:
@@ -198,13 +196,6 @@ def _open_one(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutSto
     return None, value
 
 
-def vocab_size(model: str | PreTrainedModel, args: OfflineOPDConfig) -> int:
-    """Rows of the student's embedding, from its configuration alone."""
-    revision = (args.model_init_kwargs or {}).get("revision")
-    config = find_config(model, "model", revision=revision, trust_remote_code=args.trust_remote_code)
-    return vocabulary_rows(config if isinstance(model, str) else model)
-
-
 def find_provenance(model: str | PreTrainedModel, args: OfflineOPDConfig) -> TeacherProvenance | None:
     """Record of the student's SFT teacher; none where there is none, or where nothing is checked and it is broken."""
     try:
@@ -220,34 +211,29 @@ def check_teachers(
     scored: list[RolloutStore] | list[Dataset | IterableDataset],
     args: OfflineOPDConfig,
     processing_class: Any,
-) -> list[ConsistencyReport]:
+) -> tuple[list[ConsistencyReport], ConsistencyReport | None]:
     """
     Run the consistency check of each store on the main process, and act on the findings on all of them; nothing with
-    `"off"`.
+    `"off"`. Returns the report of each, and all of them as one.
 
     Raises:
         [`~trl_blend.errors.ConsistencyError`]:
             If a finding is an error and `teacher_consistency="strict"`.
     """
     if args.teacher_consistency == "off":
-        return []
+        return [], None
     reports = on_main_process(
         args.distributed_state, lambda: [_run_check(model, one, args, processing_class) for one in scored]
     )
-    report = combined(reports, scored)
+    names = [getattr(one, "name", "the dataset") for one in scored]
+    report = ConsistencyReport.of_stores(dict(zip(names, reports, strict=True)))
     if args.teacher_consistency == "strict":
         report.raise_if_failed()
     if not report.ok:
         logger.warning(f"Teacher consistency could not be established, going on as asked.\n{report}")
     elif report.warnings:
         logger.warning("The check of the rollouts warns:\n" + "\n".join(map(str, report.warnings)))
-    return reports
-
-
-def combined(reports: list[ConsistencyReport], scored: list[Any]) -> ConsistencyReport:
-    """The reports about some stores, or about rows, as one."""
-    names = [getattr(one, "name", "the dataset") for one in scored]
-    return ConsistencyReport.of_stores(dict(zip(names, reports, strict=True)))
+    return reports, report
 
 
 def _run_check(model: Any, scored: Any, args: OfflineOPDConfig, processing_class: Any) -> ConsistencyReport:

@@ -15,7 +15,7 @@ from trl_blend.models.identity import ModelIdentity
 from trl_blend.models.own_logits import check_own_logits, fused_log_probs
 from trl_blend.reports.names import shown_name
 from trl_blend.rollouts.store import RolloutStore
-from trl_blend.trainers import _cards
+from trl_blend.trainers import _cards, _partners
 from trl_blend.trainers._data import RowsNeeded, check_data
 from trl_blend.trainers._record import RunParts, model_part
 from trl_blend.trainers._run import RunMixin, default_config
@@ -140,7 +140,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     ):
         args = default_config(OfflineOPDConfig, model) if args is None else args
         checks.check_arguments(model, args, train_dataset, processing_class, peft_config, kwargs)
-        self._vocab_size = checks.vocab_size(model, args)
+        self._vocab_size = _partners.student_rows(model, args)
         self.rollout_stores, train_rows = checks.open_rollouts(train_dataset, "train_dataset", args)
         if rollout_store is not None:
             self.rollout_stores, _ = checks.open_rollouts(rollout_store, "rollout_store", args)
@@ -153,10 +153,9 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         checks.warn_of_long_rows(train_rows, args.max_length)
         prepared = self._prepare_dataset(train_rows, processing_class, args, args.packing, None, "train")
         scored = self.rollout_stores or [train_rows]
-        self._reports = checks.check_teachers(model, scored, args, processing_class)
-        self.consistency_report: ConsistencyReport | None = (
-            checks.combined(self._reports, scored) if self._reports else None
-        )
+        found = checks.check_teachers(model, scored, args, processing_class)
+        self._reports: list[ConsistencyReport] = found[0]
+        self.consistency_report: ConsistencyReport | None = found[1]
         self._provenance = checks.find_provenance(model, args)
         self._offline_metrics = OfflineMetrics()
         self._row_scale: float | torch.Tensor = 1.0

@@ -11,7 +11,7 @@ from trl_blend.models.limits import eos_token_ids
 from trl_blend.models.loading import find_tokenizer
 from trl_blend.models.wrappers import what_changes_the_base
 from trl_blend.ops.vocab import EosMap, eos_map
-from trl_blend.trainers import _partners
+from trl_blend.trainers import _cards, _partners
 from trl_blend.trainers._options import is_default
 from trl_blend.trainers.trust_region_opd.config import TrustRegionOPDConfig
 
@@ -38,7 +38,7 @@ def check_arguments(
     _partners.check_processing_class(processing_class)
     if len(teachers) > 1:
         raise ConfigError(f"`teacher_model` has {len(teachers)} models. Pass one: the loss has one target.")
-    _partners.check_teacher_arguments(teachers, [0.0], args)
+    _partners.check_teacher_arguments(teachers, args)
     _partners.check_adapters(model, teachers, peft_config, args)
     if not has_rewards and not is_default(args, "success_threshold"):
         raise ConfigError(
@@ -65,11 +65,10 @@ def check_arguments(
             f"{args.world_size} processes each of them holds the teacher on its own device. Drop `device_map`, or use "
             "one process."
         )
-    if teachers and teachers[0] is model and not isinstance(model, str):
-        raise ConfigError("`teacher_model` is `model` itself. Pass a frozen copy, or its name.")
+    _partners.check_not_the_student(model, teachers)
     if args.blends:
         _partners.check_text_only(isinstance(processing_class, ProcessorMixin), _OFF)
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    batch = _cards.rows_per_step(args)
     if batch % args.num_rollouts_per_prompt:
         raise ConfigError(
             f"`num_rollouts_per_prompt={args.num_rollouts_per_prompt}` does not divide the generation batch of "
