@@ -161,10 +161,7 @@ class _MixedLogProbs(Kernel):
     def _softmax_statistics(
         self, models: list[TiledModel], scratch: Scratch, *, entropy: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        def tile_logits(block: Block, rows: slice) -> Tensor:
-            return _mixed_logits(block, rows, scratch)
-
-        return tiles.softmax_statistics(models, self.vocab, self.targets, scratch, tile_logits, entropy=entropy)
+        return tiles.softmax_statistics(models, self.vocab, self.targets, scratch, _mixed_logits, entropy=entropy)
 
     def tile_gradient(
         self, models: list[TiledModel], saved: list[Any], grads: Sequence[Tensor | None], scratch: Scratch
@@ -221,10 +218,10 @@ def _mixed_probs(
     `log p_mix` of one tile where probabilities are mixed, in the buffer `"tile"`, and `log p` of the first model, in
     the buffer `"first"`. `tanh` is that of the first model. Overwrites the buffer `"term"`.
     """
-    first = tiles.logits_tile(block, 0, rows, scratch, "first", tanh=tanh).sub_(log_norms[0][rows, None])
+    first = tiles.logits_tile(block, rows, scratch, 0, "first", tanh=tanh).sub_(log_norms[0][rows, None])
     tile = torch.add(first, math.log(block.models[0].share), out=scratch.take("tile", *first.shape))
     for index in range(1, len(block.models)):
-        term = tiles.logits_tile(block, index, rows, scratch, "term")
+        term = tiles.logits_tile(block, rows, scratch, index, "term")
         term.add_(math.log(block.models[index].share) - log_norms[index][rows, None])
         torch.logaddexp(tile, term, out=tile)
     return tile.clamp_(min=LOG_ZERO), first

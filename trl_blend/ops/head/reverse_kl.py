@@ -322,7 +322,7 @@ class _ReverseKL(Kernel):
         statistics = _Statistics(count, self.top_k, scratch, has_forward_kl)
         for block in tiles.vocab_blocks(models, self.vocab):
             for rows in tiles.token_rows(count):
-                student, *partners = (_logits(block, index, rows, scratch) for index in range(len(models)))
+                student, *partners = (_logits(block, rows, scratch, index) for index in range(len(models)))
                 for eos, tile in zip(columns, (student, *partners), strict=True):
                     eos.take_(rows, tile, block)
                 statistics.fold_(rows, student, self.target_(student, partners), block.start)
@@ -375,9 +375,9 @@ class _ReverseKL(Kernel):
 
         def gradient(block: Block, rows: slice, tanh: Tensor | None) -> Tensor:
             at_eos, log_norm, reverse_kl, *rest = (tensor[rows] for tensor in saved)
-            grad = _logits(block, 0, rows, scratch, tanh)
+            grad = _logits(block, rows, scratch, tanh=tanh)
             if self.top_k is None:
-                partners = [_logits(block, index, rows, scratch) for index in range(1, len(block.models))]
+                partners = [_logits(block, rows, scratch, index) for index in range(1, len(block.models))]
                 target = self.target_(grad, partners)
                 log_probs = grad.sub_(log_norm.unsqueeze(1))
                 probs = torch.exp(log_probs, out=scratch.take("aux", *grad.shape))
@@ -410,12 +410,9 @@ class _Support(Kernel):
         return False
 
     def forward(self, models: list[TiledModel], scratch: Scratch) -> tuple[Sequence[Tensor | None], list[Any]]:
-        def tile_logits(block: Block, rows: slice) -> Tensor:
-            return _logits(block, 0, rows, scratch)
-
         settings: dict[str, Any] = {"entropy": True, "eos_ids": self.eos_ids}
         (log_norm, logps, entropy), (_, teacher_logps, teacher_entropy) = (
-            tiles.softmax_statistics([model], self.vocab, self.targets, scratch, tile_logits, **settings)
+            tiles.softmax_statistics([model], self.vocab, self.targets, scratch, _logits, **settings)
             for model in models
         )
         return [logps, teacher_logps, teacher_entropy, entropy], [log_norm, logps]
@@ -429,7 +426,7 @@ class _Support(Kernel):
         scale = grads[0].to(scratch.dtype).unsqueeze(1) * (models[0].factor * models[0].logit_scale)
 
         def gradient(block: Block, rows: slice, tanh: Tensor | None) -> Tensor:
-            grad = _logits(block, 0, rows, scratch, tanh).sub_(log_norm[rows].unsqueeze(1))
+            grad = _logits(block, rows, scratch, tanh=tanh).sub_(log_norm[rows].unsqueeze(1))
             targets = self.targets[rows]
             stops = [(column, grad[:, column].clone()) for _, column in tiles.eos_columns(self.eos_ids, block)]
             local, inside = tiles.local_columns(targets.unsqueeze(1), block)
@@ -442,9 +439,9 @@ class _Support(Kernel):
         return gradient
 
 
-def _logits(block: Block, index: int, rows: slice, scratch: Scratch, tanh: Tensor | None = None) -> Tensor:
+def _logits(block: Block, rows: slice, scratch: Scratch, index: int = 0, tanh: Tensor | None = None) -> Tensor:
     """One model's logits over the temperature, in a buffer of its own; very negative instead of `-inf`."""
-    tile = tiles.logits_tile(block, index, rows, scratch, f"model {index}", tanh=tanh, rounded=False)
+    tile = tiles.logits_tile(block, rows, scratch, index, f"model {index}", tanh=tanh, rounded=False)
     return tile.clamp_(min=NO_MAXIMUM)
 
 

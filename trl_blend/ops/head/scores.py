@@ -8,7 +8,7 @@ from torch import Tensor
 from trl_blend.errors import ConfigError
 from trl_blend.ops.head import tiles
 from trl_blend.ops.head.layer import GatherParameters, LMHead, no_gather
-from trl_blend.ops.head.tiles import Block, RunningSoftmax, RunningTopK, Scratch, TiledModel
+from trl_blend.ops.head.tiles import RunningSoftmax, RunningTopK, Scratch, TiledModel
 
 
 class TokenLogProbs(NamedTuple):
@@ -88,11 +88,7 @@ def score_tokens(
         _check_arguments(head, targets, top_k, vocab)
         if top_k is not None:
             return _score_with_top_k(model, targets, top_k, vocab, scratch)
-
-        def tile_logits(block: Block, rows: slice) -> Tensor:
-            return tiles.logits_tile(block, 0, rows, scratch)
-
-        _, logps, _ = tiles.softmax_statistics([model], vocab, targets, scratch, tile_logits, entropy=False)
+        _, logps, _ = tiles.softmax_statistics([model], vocab, targets, scratch, tiles.logits_tile, entropy=False)
         return TokenLogProbs(logps.clamp_(max=0.0), None, None, None)
 
 
@@ -147,7 +143,7 @@ def _score_with_top_k(model: TiledModel, targets: Tensor, top_k: int, vocab: int
     target_logit = torch.full((count, 1), -torch.inf, dtype=scratch.dtype, device=scratch.device)
     for block in tiles.vocab_blocks([model], vocab):
         for rows in tiles.token_rows(count):
-            tile = tiles.logits_tile(block, 0, rows, scratch)
+            tile = tiles.logits_tile(block, rows, scratch)
             local, inside = tiles.local_columns(targets[rows], block)
             at_target = tile.gather(1, local)
             target_logit[rows] = torch.where(inside, at_target, target_logit[rows])

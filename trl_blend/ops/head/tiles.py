@@ -174,9 +174,9 @@ def project(
 
 def logits_tile(
     block: Block,
-    index: int,
     rows: slice,
     scratch: Scratch,
+    index: int = 0,
     name: str = "tile",
     *,
     tanh: Tensor | None = None,
@@ -422,7 +422,7 @@ def softmax_statistics(
     vocab: int,
     targets: Tensor,
     scratch: Scratch,
-    tile_logits: Callable[[Block, slice], Tensor],
+    tile_logits: Callable[[Block, slice, Scratch], Tensor],
     *,
     entropy: bool,
     eos_ids: tuple[int, ...] = (),
@@ -437,7 +437,7 @@ def softmax_statistics(
     logits = torch.full((count, 1), -torch.inf, dtype=scratch.dtype, device=scratch.device)
     for block in vocab_blocks(models, vocab):
         for rows in token_rows(count):
-            tile = tile_logits(block, rows)
+            tile = tile_logits(block, rows, scratch)
             eos.take_(rows, tile, block)
             local, inside = local_columns(targets[rows], block)
             logits[rows] = torch.where(inside, tile.gather(1, local), logits[rows])

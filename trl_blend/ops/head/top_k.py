@@ -132,7 +132,7 @@ class _TopKDivergence(Kernel):
         loss, logps, entropy, is_top1 = (self.teacher.new_empty(len(self.targets)) for _ in range(4))
         for block in tiles.vocab_blocks(models, self.vocab, vocab_tile):
             for rows in tiles.token_rows(len(self.targets), token_tile):
-                logprobs = tiles.logits_tile(block, 0, rows, scratch).log_softmax(-1)
+                logprobs = tiles.logits_tile(block, rows, scratch).log_softmax(-1)
                 events, teacher, targets = (
                     _events(logprobs, self.topk_ids[rows]),
                     self.teacher[rows],
@@ -152,7 +152,7 @@ class _TopKDivergence(Kernel):
         scale = grads[0].unsqueeze(-1)
 
         def gradient(block: Block, rows: slice, tanh: Tensor | None) -> Tensor:
-            logprobs = tiles.logits_tile(block, 0, rows, scratch, tanh=tanh).log_softmax(-1)
+            logprobs = tiles.logits_tile(block, rows, scratch, tanh=tanh).log_softmax(-1)
             grad = self._logits_gradient(logprobs, self.topk_ids[rows], self.teacher[rows])
             return grad.mul_(scale[rows]).mul_(models[0].logit_scale)
 
