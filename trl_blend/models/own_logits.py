@@ -22,6 +22,7 @@ from trl_blend.errors import UnsupportedError
 from trl_blend.models.limits import context_length, vocabulary_rows
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
+from trl_blend.ops.reduction import at_least_float32
 
 
 Fused = Callable[[dict[str, Tensor]], Tensor]
@@ -79,7 +80,7 @@ def check_own_logits(
     inner: Any = innermost_model(extract_model_from_parallel(model, keep_torch_compile=False), argument)
     device = inner.get_input_embeddings().weight.device
     rows = _Rows.of(inner.config, layout, min(vocab_size or sys.maxsize, vocabulary_rows(inner)), device)
-    with _left_as_it_was(model, device, disable_adapters):
+    with left_as_it_was(model, device, disable_adapters):
         name = _name(inner, argument)
         logits = _own_logits(model, rows.alone, name)
         compared = _Comparison(logits, name, logits.itemsize < 4 or _is_coarse(inner, device))
@@ -107,9 +108,9 @@ def check_causal(model: nn.Module, argument: str) -> None:
     device, name = inner.get_input_embeddings().weight.device, _name(inner, argument)
     rows = _Rows.of(inner.config, "right_padded", vocabulary_rows(inner), device)
     longer = {key: value[1:] for key, value in rows.batch.items()}  # without padding
-    with _left_as_it_was(model, device, False):
+    with left_as_it_was(model, device, False):
         logits = _own_logits(model, rows.alone, name)
-        found = _at_least_float32(_own_logits(model, longer, name)).log_softmax(-1)
+        found = at_least_float32(_own_logits(model, longer, name)).log_softmax(-1)
     compared = _Comparison(logits, name, logits.itemsize < 4 or _is_coarse(inner, device))
     if problem := compared.looks_ahead(found[None, :-1], len(found), (0, 0)):
         raise UnsupportedError(problem)
@@ -143,7 +144,7 @@ def head_log_probs(head: LMHead) -> Tensor:
         dtype = head.hidden.dtype
         bias = None if head.bias is None else head.bias.to(dtype)
         logits = nn.functional.linear(head.hidden, head.weight.to(dtype), bias)
-    logits = _at_least_float32(logits) * head.logit_scale
+    logits = at_least_float32(logits) * head.logit_scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return logits.log_softmax(-1)
@@ -200,7 +201,7 @@ class _Comparison:
     """The model's own log-probabilities of the sequence, and what differs from them by more than rounding."""
 
     def __init__(self, logits: Tensor, name: str, coarse: bool) -> None:
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         self.own, self.magnitude = logits.log_softmax(-1), logits.square().mean().sqrt()
         self.name = name
         self.coarse = coarse
@@ -282,10 +283,6 @@ def _name(inner: Any, argument: str) -> str:
     return f"`{argument}` ({type(inner).__name__}{f' of {source}' if source else ''})"
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _own_logits(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Tensor:
     """Logits of one row, of shape `(T, V)`, from the model's own forward."""
     logits = getattr(model(**inputs), "logits", None)
@@ -336,7 +333,8 @@ def _ordinary_ids(config: Any, vocab_size: int, count: int) -> list[int]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, device: torch.device, disable_adapters: bool) -> Iterator[None]:
+def left_as_it_was(model: nn.Module, device: torch.device, disable_adapters: bool = False) -> Iterator[None]:
+    """A model in evaluation mode, without gradients; modes and random numbers are afterwards what they were."""
     devices = [device] if device.type not in ("cpu", "mps") else []
     with (
         torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trl_blend.errors import ConfigError
+from trl_blend.ops.reduction import at_least_float32
 
 
 SPACES = ("logits", "probs", "arithmetic")
@@ -94,7 +95,8 @@ def mix_logits(student_logits: Tensor, partner_logits: Sequence[Tensor], weights
         [`~trl_blend.errors.ConfigError`]: If the weights are invalid or their number differs from the partners'.
     """
     mixed: Tensor | None = None
-    for logits, weight in _active_models(student_logits, partner_logits, weights):
+    weights = validate_weights(weights)
+    for logits, weight in _active_models(student_logits, partner_logits, student_weight(weights), weights):
         term = logits if weight == 1.0 else logits * weight
         mixed = term if mixed is None else mixed + term
     assert mixed is not None  # the weights sum to 1
@@ -130,9 +132,10 @@ def mix_probs(student_logits: Tensor, partner_logits: Sequence[Tensor], weights:
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the weights are invalid or their number differs from the partners'.
     """
+    weights = validate_weights(weights)
     terms = [
         torch.log_softmax(logits, dim=-1) + math.log(weight)
-        for logits, weight in _active_models(student_logits, partner_logits, weights)
+        for logits, weight in _active_models(student_logits, partner_logits, student_weight(weights), weights)
     ]
     if len(terms) == 1:
         return terms[0]
@@ -140,20 +143,6 @@ def mix_probs(student_logits: Tensor, partner_logits: Sequence[Tensor], weights:
     # The gradient of a log-sum-exp of nothing but -inf would be NaN, for every entry of the row
     excluded = (stacked == -math.inf).all(dim=0)
     return stacked.masked_fill(excluded, 0.0).logsumexp(dim=0).masked_fill(excluded, -math.inf)
-
-
-def _active_models(
-    student_logits: Tensor, partner_logits: Sequence[Tensor], weights: Sequence[float]
-) -> list[tuple[Tensor, float]]:
-    checked = validate_weights(weights)
-    if len(checked) != len(partner_logits):
-        raise ConfigError(
-            f"`weights` has {len(checked)} entries for {len(partner_logits)} partners. Pass one weight per partner."
-        )
-    models = [(student_logits, student_weight(checked))]
-    models += [(logits.detach(), weight) for logits, weight in zip(partner_logits, checked, strict=True)]
-    # Logits of half precision have too few bits to be averaged in
-    return [(logits if logits.dtype == torch.float64 else logits.float(), w) for logits, w in models if w > 0.0]
 
 
 def arithmetic_logits(
@@ -186,14 +175,22 @@ def arithmetic_logits(
     Raises:
         [`~trl_blend.errors.ConfigError`]: If the number of weights differs from the partners', or all are 0.
     """
-    if len(weights) != len(partner_logits):
-        raise ConfigError(
-            f"`weights` has {len(weights)} entries for {len(partner_logits)} partners. Pass one weight per partner."
-        )
-    models = [(student_logits, student_weight), *((one.detach(), w) for one, w in zip(partner_logits, weights))]
-    active = [(one if one.dtype == torch.float64 else one.float(), w) for one, w in models if w != 0.0]
+    active = _active_models(student_logits, partner_logits, student_weight, weights)
     if not active:
         raise ConfigError("`student_weight` and `weights` are all 0. Give at least one model a weight.")
     excluded = torch.stack([logits == -math.inf for logits, _ in active]).any(dim=0)
     total = sum(logits.masked_fill(excluded, 0.0) * weight for logits, weight in active)
     return torch.as_tensor(total).masked_fill(excluded, -math.inf)
+
+
+def _active_models(
+    student_logits: Tensor, partner_logits: Sequence[Tensor], own: float, weights: Sequence[float]
+) -> list[tuple[Tensor, float]]:
+    """Logits and weights of the models whose weight is not 0. `own` is the student's."""
+    if len(weights) != len(partner_logits):
+        raise ConfigError(
+            f"`weights` has {len(weights)} entries for {len(partner_logits)} partners. Pass one weight per partner."
+        )
+    models = [(student_logits, own), *zip((logits.detach() for logits in partner_logits), weights, strict=True)]
+    # Logits of half precision have too few bits to be averaged in
+    return [(at_least_float32(logits), weight) for logits, weight in models if weight != 0.0]

@@ -49,8 +49,13 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return kept.sum(dim) / valid.sum(dim).clamp(min=1)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where it has fewer bits."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def _keep_valid(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     # Half precision cannot count past 256 (bf16) or 2048 (fp16)
-    values = values if values.dtype == torch.float64 else values.float()
+    values = at_least_float32(values)
     kept = torch.where(mask != 0, values, torch.zeros((), dtype=values.dtype, device=values.device))
     return kept, (mask != 0).expand_as(kept)

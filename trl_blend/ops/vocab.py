@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trl_blend.errors import ConfigError
+from trl_blend.ops.reduction import at_least_float32
 
 
 def align_vocab(logits: Tensor, vocab_size: int) -> Tensor:
@@ -145,6 +146,6 @@ def canonicalize_eos(logits: Tensor, eos: EosMap) -> Tensor:
 
 def _merge(logits: Tensor) -> Tensor:
     """Log-sum-exp over the last dimension, which is kept; the gradient is 0, not NaN, where all are `-inf`."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = at_least_float32(logits)
     impossible = (wide == -math.inf).all(dim=-1, keepdim=True)
     return wide.masked_fill(impossible, 0.0).logsumexp(dim=-1, keepdim=True).masked_fill(impossible, -math.inf)
