@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,11 +145,6 @@ def _resolve_partners(
     return partners
 
 
-class _Prompt(NamedTuple):
-    input_ids: Tensor
-    attention_mask: Tensor  # (B * num_return_sequences, S)
-
-
 class _BlendedGenerate:
     """Stands in for a model's `generate`: adds the processor, calls the original, closes the record."""
 
@@ -177,40 +172,40 @@ class _BlendedGenerate:
         arguments = dict(_GENERATE_SIGNATURE.bind(self._student, *args, **kwargs).arguments)
         del arguments["self"]
         arguments.update(arguments.pop("kwargs", {}))
-        prompt, processor = self._prepare(arguments)
+        mask, processor = self._prepare(arguments)
         # First among the caller's processors, so that those act on the blend
         arguments["logits_processor"] = LogitsProcessorList([processor, *(arguments.get("logits_processor") or [])])
         output = self._original(**arguments)
         if self._session is not None:
             sequences = output if isinstance(output, Tensor) else output.sequences
-            self._session.records.append(processor.finish(sequences, prompt.input_ids.shape[1]))
+            self._session.records.append(processor.finish(sequences, mask.shape[1]))
         return output
 
-    def _prepare(self, arguments: dict[str, Any]) -> tuple[_Prompt, BlendLogitsProcessor]:
+    def _prepare(self, arguments: dict[str, Any]) -> tuple[Tensor, BlendLogitsProcessor]:
         named = set(_GENERATE_SIGNATURE.parameters) | {"tokenizer", "assistant_tokenizer", "trust_remote_code"}
         settings, model_kwargs = self._student._prepare_generation_config(
             arguments.get("generation_config"), **{k: v for k, v in arguments.items() if k not in named}
         )
         _check_decoding(settings, arguments)
         _check_inputs(model_kwargs)
-        prompt = self._prompt(arguments, settings, model_kwargs)
+        mask = self._prompt_mask(arguments, settings, model_kwargs)
         forbids = arguments.get("prefix_allowed_tokens_fn") is not None
         processor = BlendLogitsProcessor(
             self._rule,
-            [
-                PartnerDecoder(model, prompt.attention_mask, disable_adapters=self._disable_adapters)
-                for model in self._partners
-            ],
+            [PartnerDecoder(model, mask, disable_adapters=self._disable_adapters) for model in self._partners],
             temperature=settings.temperature if settings.do_sample and settings.temperature is not None else 1.0,
             keep_forbidden=forbids or bool(active_settings(vars(settings), FORBIDS)),
             eos=self._eos,
             vocab_size=self._vocab_size,
             record=self._session is not None,
         )
-        return prompt, processor
+        return mask, processor
 
     @torch.no_grad()
-    def _prompt(self, arguments: dict[str, Any], settings: GenerationConfig, model_kwargs: dict[str, Any]) -> _Prompt:
+    def _prompt_mask(
+        self, arguments: dict[str, Any], settings: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Attention mask of the prompts, of shape `(B * num_return_sequences, S)`."""
         input_ids = arguments.get("inputs")
         input_ids = model_kwargs.get("input_ids") if input_ids is None else input_ids
         if input_ids is None or input_ids.dim() != 2:
@@ -228,7 +223,7 @@ class _BlendedGenerate:
                 f"`attention_mask` has shape {tuple(mask.shape)} and `input_ids` {tuple(input_ids.shape)}. Pass whole "
                 "prompts with a mask of the same shape."
             )
-        return _Prompt(input_ids, mask.repeat_interleave(settings.num_return_sequences or 1, dim=0))
+        return mask.repeat_interleave(settings.num_return_sequences or 1, dim=0)
 
 
 def _check_decoding(settings: GenerationConfig, arguments: dict[str, Any]) -> None:
