@@ -121,10 +121,13 @@ def solve_trust_region(
 def acceptance_bound(kl_budget: float) -> float:
     r"""
     Smallest probability with which a token that the student drafts is accepted as one of the blend, by speculative
-    sampling: \( 1 - \sqrt{\varepsilon / 2} \), or 0.
+    sampling, or 0 where that is negative:
 
-    It is accepted with probability \( \sum_v \min(\mu(v), p_S(v)) = 1 - TV(\mu, p_S) \), at every prefix, and
-    \( TV(\mu, p_S) \le \sqrt{KL(\mu \| p_S) / 2} \) (Pinsker).
+    $$
+    \sum_v \min(\mu(v), p_S(v)) = 1 - TV(\mu, p_S) \ge 1 - \sqrt{KL(\mu \,\|\, p_S) / 2} \ge 1 - \sqrt{\varepsilon / 2}
+    $$
+
+    at every prefix, by Pinsker's inequality.
 
     Args:
         kl_budget (`float`):
