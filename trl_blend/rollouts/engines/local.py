@@ -30,11 +30,12 @@ from trl_blend.generation.settings import GENERATION_SETTINGS
 from trl_blend.models.limits import context_length, vocabulary_rows
 from trl_blend.models.loading import find_config, load_model
 from trl_blend.models.output_layer import find_plain_outputs, plain_outputs
-from trl_blend.models.own_logits import check_causal, check_own_logits, fused_log_probs
+from trl_blend.models.own_logits import check_causal, check_own_logits, fused_log_probs, left_as_it_was
 from trl_blend.models.wrappers import evaluation_mode, innermost_model
 from trl_blend.ops.head.layer import LMHead
 from trl_blend.ops.head.scores import TokenLogProbs, score_logits, score_tokens
 from trl_blend.ops.policies import log_normalizer
+from trl_blend.ops.reduction import at_least_float32
 from trl_blend.rollouts.config import RolloutConfig, ScoringConfig
 from trl_blend.rollouts.engines.base import (
     OnRows,
@@ -45,6 +46,9 @@ from trl_blend.rollouts.engines.base import (
     cut_at_eos,
     load_options,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 def score_sequences(
@@ -169,9 +173,8 @@ def _score_batch(
     device = model.get_input_embeddings().weight.device
     with _compat.fused_log_prob_function(score):
         model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), fused_lm_head=True)
-    columns = [None if column is None else column.cpu().numpy() for column in scored[0]]
     ends = np.cumsum([len(row) - start for row, start in zip(rows, starts, strict=True)])
-    split = [[None] * len(rows) if column is None else np.split(column, ends[:-1]) for column in columns]
+    split = [np.split(column, ends[:-1]) for column in _columns(scored[0])]
     return [TokenScores(*parts) for parts in zip(*split, strict=True)]
 
 
@@ -183,10 +186,14 @@ def _score_own_logits(
     for row, start in zip(rows, starts, strict=True):
         ids = torch.tensor([row], device=device)
         logits = model(input_ids=ids).logits[0, start - 1 : -1]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        scored = score_logits(logits, ids[0, start:], top_k, vocab_size=vocab_size)
-        found.append(TokenScores(*(None if column is None else column.cpu().numpy() for column in scored)))
+        scored = score_logits(at_least_float32(logits), ids[0, start:], top_k, vocab_size=vocab_size)
+        found.append(TokenScores(*_columns(scored)))
     return found
+
+
+def _columns(scored: TokenLogProbs) -> list[np.ndarray]:
+    """Those that there are: all of them, or without `top_k` the first."""
+    return [column.cpu().numpy() for column in scored if column is not None]
 
 
 @contextmanager
@@ -231,9 +238,6 @@ def _check_rows(
                 f"Row {index} has {len(prompt)} prompt and {len(completion)} completion tokens, more than the model's "
                 f"context of {limit} (`max_position_embeddings`). Drop the row, or use a model with a longer context."
             )
-
-
-logger = logging.getLogger(__name__)
 
 
 class LocalEngine:
@@ -326,16 +330,14 @@ class LocalEngine:
             mask[row, width - len(prompt) :] = 1
         device = self.model.get_input_embeddings().weight.device
         recorder = _SampledLogProbs(_warpers(self.sampling), self.sampling.vocab_size)
-        devices = [device] if device.type not in ("cpu", "mps") else []
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"), torch.no_grad():
+        with left_as_it_was(self.model, device), self._neutral_generation_config() as config:
             torch.manual_seed(seeds[0])
-            with evaluation_mode(self.model), self._neutral_generation_config() as config:
-                sequences = self.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=config,
-                    logits_processor=[recorder],
-                )
+            sequences = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                logits_processor=[recorder],
+            )
         tokens = sequences[:, width:].tolist()
         rollout_logps, student_logps = recorder.finish(sequences, width)
         rollouts = []
