@@ -105,14 +105,10 @@ class Blend:
     def to_dict(self) -> dict[str, Any]:
         """The blend as JSON holds it."""
         rule: Any = self.rule
-        return {
+        return asdict(self) | {
             "rule": None if rule is None else {"name": type(rule).__name__, **asdict(rule)},
-            "temperature": self.temperature,
             "eos": None if self.eos is None else self.eos._asdict(),
-            "vocab_size": self.vocab_size,
             "stop_token_ids": list(self.stop_token_ids),
-            "records": self.records,
-            "draft_tokens": self.draft_tokens,
         }
 
     @classmethod
