@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 from tokenizers.processors import TemplateProcessing
 
 from tests.rollouts.collecting import save_prompts
@@ -199,6 +199,12 @@ def test_rows_that_are_prompts():
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}]}
     for prompt in ("a", [USER], [USER, call], [parts], [{"role": "system", "content": ""}, USER]):
         check_prompts(Dataset.from_list([{"prompt": prompt}]))
+
+
+def test_columns_that_are_not_read_are_not_decoded():
+    """At each start, of every row: here an image that is none."""
+    rows = Dataset.from_dict({"prompt": ["a"], "image": [{"bytes": b"no image", "path": None}]})
+    check_prompts(rows.cast_column("image", Image()))
 
 
 def test_datasets_without_rows_or_the_column():

@@ -171,9 +171,8 @@ def check_prompts(dataset: Dataset | IterableDataset, column: str = "prompt", wh
             "`prompt_column`."
         )
     if isinstance(dataset, Dataset):
-        rows: Iterable[Any] = (
-            row for start in range(0, len(dataset), 1000) for row in dataset[start : start + 1000][column]
-        )
+        batches = dataset.select_columns(column).iter(1000)  # without decoding the other columns, such as images
+        rows: Iterable[Any] = (row for batch in batches for row in batch[column])
     else:
         rows = (row.get(column) for row in islice(dataset, 100))
     count = 0
@@ -314,9 +313,7 @@ class PromptTokens:
 
     def ids(self, start: int, stop: int) -> list[list[int]]:
         """Token ids of the prompts `start` to `stop`; one that is neither text nor messages, or empty, is refused."""
-        columns = self._dataset[start:stop]
-        names = list(columns)
-        rows = (dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        rows = self._dataset.select(range(start, stop))
         return [self._encode(values, row) for row, values in enumerate(rows, start)]
 
     def scan(self, bounds: Iterable[tuple[int, int]]) -> PromptScan:
