@@ -23,7 +23,7 @@ from tests.generation.teacher_forced import left_padded_prompts
 from tests.models.checkpoints import save_model
 from tests.tiny import PAD_ID, tiny_lora, tiny_model, tiny_tokenizer
 from trl_blend import _compat, export_mixed_policy
-from trl_blend.errors import UnsupportedError
+from trl_blend.errors import TrlBlendError, UnsupportedError
 from trl_blend.export import former_export, model_files
 from trl_blend.models.fingerprint import identify_model
 from trl_blend.models.loading import find_config, find_tokenizer, load_frozen
@@ -115,6 +115,19 @@ def test_it_is_refused_where_log_probabilities_are_wanted(policy):
             find(policy, "teacher", trust_remote_code=True)
     with pytest.raises(UnsupportedError, match="`teacher` is a mixed policy .* whose forward pass is that of its"):
         find_config(trusted(policy), "teacher")
+
+
+@pytest.mark.parametrize("prefix, is_one", [("", True), ("me/mixed--", True), ("other_", False)])
+def test_code_of_another_repository_is_that_of_a_mixed_policy_too(policy, tmp_path, prefix, is_one):
+    """A name with `--` in front is what transformers writes where a configuration came from elsewhere."""
+    content = json.loads((tmp_path / "policy" / "config.json").read_text())
+    content["auto_map"] = {name: f"{prefix}{code}" for name, code in content["auto_map"].items()}
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(content))
+    assert model_files.holds_policy(tmp_path / "copy") == is_one
+    expected = "is a mixed policy of several models" if is_one else "cannot be loaded"
+    with pytest.raises(TrlBlendError, match=expected):
+        find_config(str(tmp_path / "copy"), "teacher")
 
 
 def test_the_configuration_is_that_of_the_student_again(policy, student, tmp_path):

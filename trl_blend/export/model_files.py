@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, read_json, weight_files, weight_tensors
-from trl_blend.models.loading import MIXED_POLICY
+from trl_blend.models.loading import MIXED_POLICY, leads_to_policy
 from trl_blend.models.weights import fingerprint_tensors, hashable_state, layout_of, unhashable_reason
 from trl_blend.models.wrappers import (
     AdapterConfig,
@@ -43,7 +43,7 @@ def _write_config(folder: Path, content: Mapping[str, Any]) -> None:
 def holds_policy(folder: Path) -> bool:
     """Whether `config.json` of a folder leads to the code of a mixed policy."""
     path = folder / "config.json"
-    return path.is_file() and MIXED_POLICY in (read_json(path).get("auto_map") or {}).values()
+    return path.is_file() and leads_to_policy(read_json(path))
 
 
 def wrap_config(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -371,7 +371,7 @@ def _check_place(name: str, argument: str, options: dict[str, Any]) -> None:
     for path in filter(None, found):
         with _named(name, argument):
             check_files(Path(path).parent)
-    if found[0] is not None and MIXED_POLICY in str(read_json(Path(found[0])).get("auto_map")):
+    if found[0] is not None and leads_to_policy(read_json(Path(found[0]))):
         raise UnsupportedError(
             f"`{argument}={name!r}` is a mixed policy of several models, which only decodes: it has no "
             "log-probabilities to train or to score with. Pass one of the models that its mixing.json names; for its "
@@ -381,6 +381,12 @@ def _check_place(name: str, argument: str, options: dict[str, Any]) -> None:
 
 MIXED_POLICY = "custom_generate/generate.MixedPolicy"
 """Class in the `auto_map` of an exported mixed policy."""
+
+
+def leads_to_policy(config: Mapping[str, Any]) -> bool:
+    """Whether the content of `config.json` names the code of a mixed policy, in its own repository or in another."""
+    codes = (config.get("auto_map") or {}).values()
+    return any(str(code).rpartition("--")[2] == MIXED_POLICY for code in codes)
 
 
 @contextmanager

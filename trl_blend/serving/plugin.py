@@ -18,11 +18,14 @@ def register() -> None:
 
         def parse(self, model, trust_remote_code, revision=None, code_revision=None, **kwargs):
             content = get_hf_file_to_dict("config.json", model, revision) or {}
-            if any(str(code).endswith("generate.MixedPolicy") for code in (content.get("auto_map") or {}).values()):
-                from trl_blend.serving.folder import config_of_folder
+            if content.get("auto_map"):
+                from trl_blend.models.loading import leads_to_policy
 
-                config = config_of_folder(str(model), revision)
-                return config.to_dict(), config
+                if leads_to_policy(content):
+                    from trl_blend.serving.folder import config_of_folder
+
+                    config = config_of_folder(str(model), revision)
+                    return config.to_dict(), config
             return super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
 
     class BlendConfig(VerifyAndUpdateConfig):
