@@ -487,6 +487,9 @@ def test_json_round_trip(tmp_path):
     fields = json.loads(json.dumps(found.to_dict()))
     assert ModelIdentity.from_dict(fields) == found
     assert ModelIdentity.from_dict({**fields, "of_a_newer_release": 1}) == found
+    for part in (fields["weights"], fields["adapter"], fields["adapter"]["weights"], fields["tokenizer"]):
+        part["of_a_newer_release"] = 1
+    assert ModelIdentity.from_dict(fields) == found
     assert ModelIdentity.from_dict(ModelIdentity().to_dict()) == ModelIdentity()
     assert found.describe().startswith(f"{tmp_path / 'base'} (weights {found.weights.sha256[:12]}, adapter ")
 

@@ -144,14 +144,15 @@ class ModelIdentity:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelIdentity":
         """The identity that [`to_dict`] wrote. Keys it does not know, of a newer release, are ignored."""
-        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        known = _known(cls, fields)
         if known.get("weights"):
-            known["weights"] = WeightsFingerprint(**known["weights"])
+            known["weights"] = WeightsFingerprint(**_known(WeightsFingerprint, known["weights"]))
         if known.get("adapter"):
-            weights = WeightsFingerprint(**known["adapter"]["weights"])
-            known["adapter"] = AdapterFingerprint(**{**known["adapter"], "weights": weights})
+            adapter = _known(AdapterFingerprint, known["adapter"])
+            weights = WeightsFingerprint(**_known(WeightsFingerprint, adapter["weights"]))
+            known["adapter"] = AdapterFingerprint(**{**adapter, "weights": weights})
         if known.get("tokenizer"):
-            known["tokenizer"] = TokenizerFingerprint(**known["tokenizer"])
+            known["tokenizer"] = TokenizerFingerprint(**_known(TokenizerFingerprint, known["tokenizer"]))
         return cls(**known)
 
     def describe(self) -> str:
@@ -163,6 +164,10 @@ class ModelIdentity:
         if self.adapter is not None:
             digests.append(f"adapter {self.adapter.weights.sha256[:12]}")
         return f"{text} ({', '.join(digests)})"
+
+
+def _known(kind: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in kind.__dataclass_fields__ if name in fields}
 
 
 def compare_weights(first: WeightsFingerprint, second: WeightsFingerprint) -> str:
