@@ -5,7 +5,6 @@ the student's own, and do the numbers belong to the rows.
 
 import dataclasses
 import os
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -187,7 +186,7 @@ def _identities(
     if sft_teacher is not None:
         found = sft_teacher if isinstance(sft_teacher, ModelIdentity) else read(str(sft_teacher), None)
         identity = found or ModelIdentity(name=str(sft_teacher), unhashed="neither a folder nor in the Hub's cache")
-        stated = TeacherProvenance(identity, "stated", datetime.now(UTC).isoformat(timespec="seconds"))
+        stated = TeacherProvenance(identity, "stated")
     recorded = read_provenance(student, revision=revision)
     if has_trained_adapter(student):
         notes["record"] = (

@@ -8,7 +8,7 @@ consistency). Months may lie between the two, so the SFT stage writes down whose
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -42,7 +42,7 @@ class TeacherProvenance:
             Its identity.
         how (`str`):
             `"recorded"` beside the checkpoint, or `"stated"` by the user of the checkpoint, which nothing verifies.
-        created_at (`str`):
+        created_at (`str`, *optional*, defaults to now):
             ISO 8601, UTC.
         note (`str`):
             Free text.
@@ -54,7 +54,7 @@ class TeacherProvenance:
 
     teacher: ModelIdentity
     how: Literal["recorded", "stated"]
-    created_at: str
+    created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     note: str = ""
     others: tuple[ModelIdentity, ...] = ()
     routes: tuple[tuple[str, ...], ...] = ()
@@ -189,9 +189,8 @@ def _identify(teacher: Any, revision: str | None) -> ModelIdentity:
 
 def _write(folder: Path, teachers: Sequence[Routed], note: str) -> TeacherProvenance:
     (teacher, *others), routes = zip(*_merged(teachers), strict=True)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
     routes = routes if any(routes) else ()
-    provenance = TeacherProvenance(teacher, "recorded", now, note, tuple(others), routes)
+    provenance = TeacherProvenance(teacher, "recorded", note=note, others=tuple(others), routes=routes)
     provenance.save(folder)
     return provenance
 

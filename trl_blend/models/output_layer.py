@@ -35,7 +35,8 @@ def plain_output_layer(model: nn.Module, argument: str) -> Any:
             f"The output layer of `{argument}` is a {type(layer).__name__} with quantized weights, which the fused "
             "log-probabilities cannot read. Keep it out of the quantization (`llm_int8_skip_modules`)."
         )
-    if has_adapter(layer):
+    # An adapter beside the weight of the layer, rather than a weight of its own
+    if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
         merged = copy.deepcopy(layer)
         merged.merge()
         return merged.get_base_layer().requires_grad_(False)
@@ -48,11 +49,6 @@ def give_bias(model: Any) -> None:
     layer = model.get_output_embeddings()
     if layer is not None and hasattr(layer, "weight") and not hasattr(layer, "bias"):
         layer.register_parameter("bias", None)
-
-
-def has_adapter(layer: nn.Module) -> bool:
-    """Whether PEFT computes an adapter beside the weight of `layer`, rather than a weight of its own."""
-    return hasattr(layer, "base_layer") and hasattr(layer, "merge")
 
 
 OutputLayers = list[tuple[Any, nn.Module]]

@@ -43,9 +43,6 @@ class Layout(NamedTuple):
     prefix: str = "model."
     tied: Mapping[str, str] = {"lm_head.weight": "embed_tokens.weight"}
 
-    def canonical(self, name: str) -> str:
-        return name.removeprefix(self.prefix)
-
 
 def layout_of(config: Any) -> Layout:
     """The layout of a configuration's causal language model; the default one for an unknown architecture."""
@@ -123,7 +120,7 @@ def fingerprint_tensors(tensors: Mapping[str, LazyTensor], layout: Layout | None
     names = sorted(name for name in tensors if not _is_legacy_buffer(name, tensors))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_tensor_digest, [tensors[name] for name in names]))
-    found = {layout.canonical(name): digest for name, digest in zip(names, digests, strict=True)}
+    found = {name.removeprefix(layout.prefix): digest for name, digest in zip(names, digests, strict=True)}
     if len(found) != len(names):
         raise UnsupportedError(
             f"weights hold both `{layout.prefix}x` and `x` for {len(names) - len(found)} tensors: not one causal LM"

@@ -71,11 +71,8 @@ def draw_curves(
     """
     if not any(len(set(steps)) > 1 for panel in panels for _, steps, _ in _lines(log_history, panel)):
         return False
-    figure = curves_figure(log_history, panels, title)
-    if figure is None:
-        return False
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+    curves_figure(log_history, panels, title).savefig(picture, format="png", dpi=150)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), picture.getvalue())
     return True

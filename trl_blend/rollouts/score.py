@@ -102,9 +102,6 @@ def score_rollouts(
         source={**rolled.source, "rollouts": source.name, "rollouts_digest": source.digest},
     )
 
-    def first_row(index: int) -> int:
-        return sum(shard["rows"] for shard in rolled.shards[:index])
-
     def score(index: int, on_rows: OnRows) -> dict[str, Any]:
         table, numbers = _of_route(read_record(source.folder, rolled.shards[planned[index]]), args.route)
         columns = {name: ragged.to_rows(table[name]) for name in table.column_names}
@@ -113,7 +110,7 @@ def score_rollouts(
             scores = engine.score(prompts, completions, top_k, on_rows, vocab_size)
         except RowError as error:
             row = error.row or 0
-            number = first_row(planned[index]) + numbers[row]
+            number = sum(shard["rows"] for shard in rolled.shards[: planned[index]]) + numbers[row]
             raise EngineError(f"Row {number} (key {columns['key'][row]}): {error}") from error
         columns["teacher_logps"] = [score.logps for score in scores]
         if top_k is not None:

@@ -131,10 +131,12 @@ class Engine(Protocol):
     Attributes:
         description (`dict[str, str]`): Its name, versions and what it was started with, for the manifest.
         settings (`dict[str, Any]`): What else decides the rows, so that a store has to be continued with it.
+        max_length (`int`, *optional*): Most tokens of a prompt and its completion, where that is known.
     """
 
     description: dict[str, str]
     settings: dict[str, Any]
+    max_length: int | None
 
     def load(self, device: torch.device | None, sampling: SamplingSettings | None = None) -> None:
         """Make ready for scoring, or for drawing as `sampling` says."""
@@ -147,11 +149,9 @@ class RolloutEngine(Engine, Protocol):
 
     Attributes:
         max_batch (`int`, *optional*): Number of rows that it wants at once, `None` for all of a shard.
-        max_length (`int`, *optional*): Most tokens of a prompt and its completion, where that is known.
     """
 
     max_batch: int | None
-    max_length: int | None
 
     def sample(
         self, prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], on_rows: OnRows | None = None
@@ -166,12 +166,10 @@ class ScoringEngine(Engine, Protocol):
 
     Attributes:
         vocab_size (`int`, *optional*): Number of the model's tokens, where that is known.
-        max_length (`int`, *optional*): Most tokens of a prompt and its completion, where that is known.
         dtype (`str`): What it computes in, as far as that is known.
     """
 
     vocab_size: int | None
-    max_length: int | None
     dtype: str
 
     def score(
