@@ -15,7 +15,7 @@ from trl_blend.ops.reduction import masked_mean
 
 # exp(300)^2 is far above any ratio of interest and still finite in float64
 _MAX_ABS_LOG_RATIO = 300.0
-# Tokens that the behaviour policy was sure of, and ratios that leave next to nothing of their gradient [ours]
+# Tokens that the behaviour policy was sure of, and ratios that leave next to nothing of their gradient (our choice)
 _CERTAIN, _SUPPRESSED = 0.5, 0.1
 
 

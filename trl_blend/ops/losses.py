@@ -52,7 +52,7 @@ def sampled_token_loss(
 
     With `rollout_logps` every token is multiplied by \\( \mathrm{sg}[p_\theta(y_t) / \mu(y_t)] \\), for the policy `μ`
     that drew the tokens, and the expected gradient is that of `KL(p_θ‖p_T)` at every stored prefix, as far as `μ`
-    reaches all tokens ([ours]; off by default, as in the reference). Without it that is so only where the student
+    reaches all tokens (our choice; off by default, as in the reference). Without it that is so only where the student
     itself draws `y_t`. On stored rollouts `p_θ = p_T` at the visited prefixes is still a fixed point, whichever policy
     drew them; rollouts cut to a set of tokens (top-p, top-k) fix `p_θ` on that set, and of the tokens outside it only
     their mass together.
@@ -61,7 +61,7 @@ def sampled_token_loss(
     \\( A_t = \mathrm{sg}[\log p_T(y_t) - \log p_\theta(y_t) + KL(p_\theta \| p_T)] \\), whose mean over tokens of the
     student is 0. The expected gradient is unchanged, and varies less as a rule, where the student draws `y_t` or the
     ratio makes up for who did. On stored rollouts without the ratio it is not: what the baseline adds there raises the
-    probability of stored tokens; `p_θ = p_T` remains a fixed point ([ours]).
+    probability of stored tokens; `p_θ = p_T` remains a fixed point (our choice).
 
     Left out on purpose, as in the reference: whitening, and KL or entropy terms. The PPO clip of the reference code
     has no effect there (one update per batch) and has none here.
@@ -69,7 +69,7 @@ def sampled_token_loss(
     Why one nat: on stored rollouts, without the ratio, this is the gradient of
     \\( \frac{1}{2} E_\mu[(\log p_T - \log p_\theta)^2] \\). Its Hessian at \\( p_\theta = \mu \\), with respect to the
     logits, is \\( (1 - KL(\mu \| p_T)) \\) times the Fisher information: where the teacher is further away, the loss
-    is concave there, and steps in any direction, of noise too, are amplified ([ours]).
+    is concave there, and steps in any direction, of noise too, are amplified (our choice).
 
     Args:
         student_logps (`torch.Tensor` of any shape):
@@ -169,7 +169,7 @@ def sampled_kl(logps: Tensor, other_logps: Tensor, rollout_logps: Tensor) -> Ten
 
     It is never negative and is 0 where `p = q`. Its expectation is `KL(p‖q)` where `μ` reaches every token; where `μ`
     is cut to a set `S` of tokens (top-p, top-k) it is `Σ_{y∈S} p log(p/q) - p + q`, the part of the divergence that
-    lies within `S`. The choice of this estimator is [ours]: with `q` the student that drew the rollouts, and `μ` its
+    lies within `S`. This estimator is our choice: with `q` the student that drew the rollouts, and `μ` its
     tempered and cut distribution, it is 0 before the first step, which the plain `log p - log μ` is not.
 
     Args:

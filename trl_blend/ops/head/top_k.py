@@ -65,7 +65,7 @@ def top_k_divergence(
 
     where the last event has mass \\( 1 - \sum_k p(k) \\). Both are lower bounds of the divergences over all tokens,
     equal to them where the student shares the teacher's odds within the tail, and are 0 where all `K + 1`
-    masses agree. Every term is exact: nothing is sampled. Merging the tail into one event is [ours].
+    masses agree. Every term is exact: nothing is sampled. Merging the tail into one event is our choice.
 
     Gradient with respect to the student's logit of token `j` in event `c`: `p_S(j) (log p_S(c) - log p_T(c) - KL)` for
     the reverse, `p_S(j) Σ_c' p_T(c') - p_T(c) p_S(j|c)` for the forward direction. Logits are built for a few rows at

@@ -1,6 +1,6 @@
 """
 Teacher weights that follow what the policies can do: Algorithm 2 of the logit-averaging paper
-(https://huggingface.co/papers/2605.20555), and a decay that waits for the reward [ours].
+(https://huggingface.co/papers/2605.20555), and a decay that waits for the reward (our choice).
 """
 
 import math
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 logger = get_logger(__name__)
 
-# Weight above which a student that solves (almost) nothing gets too little gradient to change that [ours]
+# Weight above which a student that solves (almost) nothing gets too little gradient to change that (our choice)
 _STARVING_WEIGHT, _STARVING_ACCURACY = 0.8, 0.05
 
 

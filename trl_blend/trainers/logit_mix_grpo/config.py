@@ -102,7 +102,7 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
             logit-averaging paper).
         teacher_weight_decay_steps (`int`, *optional*):
             Optimizer steps until the weight is 0. Required by the decaying schedules (the logit-fusion code uses
-            1000). With `"reward"`, those in which it moves.
+            1000). With `"reward"`, those in which it falls: pauses do not count.
         teacher_weight_min_reward (`float`, *optional*, defaults to `0.5`):
             Reward, as in the metric `reward`, from which the weight of `teacher_weight_schedule="reward"` goes on
             falling.

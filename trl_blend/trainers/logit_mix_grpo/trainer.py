@@ -85,7 +85,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
     of the ratio is the probability that the token was drawn with.
 
     Every `loss_type` and `importance_sampling_level` of [`~trl.GRPOTrainer`] works: this class changes what
-    log-probabilities are computed, not the loss. At weight 0 it is `GRPOTrainer`, bit for bit.
+    log-probabilities are computed, not the loss. (With `objective="student"`, `"cispo"`, `"sapo"` and `"vespo"` treat
+    ratios themselves and need `is_clip_mode="ppo"`.) At weight 0 it is `GRPOTrainer`, bit for bit.
 
     With `use_vllm=True` the engine holds the teachers beside the student and draws the mixed rollouts. Left out on
     purpose: continuous batching of transformers while the weight is positive, and vision-language students, whose

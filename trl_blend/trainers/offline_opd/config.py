@@ -63,25 +63,25 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             `"sampled_token"` is the paper's, which made the student forget its task there (Lightning OPD: minus the
             advantage `log p_T - log p_θ` of the current student, times `log p_θ`, on the stored token).
             `"top_k_reverse_kl"` or `"top_k_forward_kl"`: the divergence over the teacher's stored tokens and one
-            event for all others, which has no sampling noise ([ours]).
+            event for all others, which has no sampling noise (our choice).
         importance_correction (`str`, *optional*):
-            Of `offline_loss="sampled_token"`: `"none"` there unless given (Lightning OPD), or `"token"`: multiply the
-            loss of each token by the ratio of its probabilities under the current student and under the distribution
-            it was drawn from. The expected gradient is then that of the reverse KL at the stored prefixes, see
-            [`~trl_blend.ops.losses.sampled_token_loss`] ([ours]).
+            Only with `offline_loss="sampled_token"`: `"none"` there unless given (Lightning OPD), or `"token"`:
+            multiply the loss of each token by the ratio of its probabilities under the current student and under the
+            distribution it was drawn from. The expected gradient is then that of the reverse KL at the stored
+            prefixes, see [`~trl_blend.ops.losses.sampled_token_loss`] (our choice).
         importance_cap (`float`, *optional*):
             Cap of that ratio. `None` means no cap.
         advantage_baseline (`str`, *optional*, defaults to `"none"`):
-            Of `offline_loss="sampled_token"` on data with the teacher's top tokens: `"none"`, or `"kl"`
+            Only with `offline_loss="sampled_token"` on data with the teacher's top tokens: `"none"`, or `"kl"`
             ([vOPD](https://huggingface.co/papers/2605.07865)): add `KL(p_θ‖p_T)` to the advantage, whose mean over
             tokens of the student then is closer to 0: less sampling noise. It is taken over the stored tokens and one
-            event for all others, which is at most the whole ([ours]). Wants `importance_correction="token"`, without
-            which it only averages out as long as the student is the one that drew the rollouts.
+            event for all others, which is at most the whole (our choice). Wants `importance_correction="token"`,
+            without which it only averages out as long as the student is the one that drew the rollouts.
         reward_extrapolation (`float`, *optional*, defaults to `1.0`):
-            Of `offline_loss="sampled_token"`: the `λ` of [G-OPD](https://huggingface.co/papers/2602.12125), 1 or more.
-            The advantage is `λ (log p_T - log p_ref) - (log p_θ - log p_ref)`, with the student that drew the rollouts
-            as the reference, whose log-probabilities at temperature 1 are stored (`student_logps`): the target lies
-            beyond the teacher. The paper takes 1.25. 1 is the teacher.
+            Only with `offline_loss="sampled_token"`: the `λ` of [G-OPD](https://huggingface.co/papers/2602.12125), 1
+            or more. The advantage is `λ (log p_T - log p_ref) - (log p_θ - log p_ref)`, with the student that drew the
+            rollouts as the reference, whose log-probabilities at temperature 1 are stored (`student_logps`): the
+            target lies beyond the teacher. The paper takes 1.25. 1 is the teacher.
         loss_aggregation (`str`, *optional*, defaults to `"sequence"`):
             `"sequence"` (the reference's: mean over the tokens of each completion, then over completions) or
             `"token"` (mean over all tokens, as in [`~trl.DistillationTrainer`]).
@@ -107,7 +107,7 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
 
         max_policy_drift (`float`, *optional*):
             Bound on `offline/drift_kl`, the KL divergence in nats per token between the trained policy and the one
-            that drew the rollouts. Compared at every log. `None` means no bound ([ours]).
+            that drew the rollouts. Compared at every log. `None` means no bound (our choice).
         policy_drift_action (`str`, *optional*, defaults to `"warn"`):
             What to do above `max_policy_drift`: `"warn"`, or `"stop"` training.
 

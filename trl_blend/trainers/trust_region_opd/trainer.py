@@ -88,8 +88,9 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
     \\( \mu^* = \arg\min_\mu KL(\mu \| p_T) \\) subject to \\( KL(\mu \| p_S) \le \varepsilon \\), which is
     \\( \mu^* \propto p_S^{1-\beta^*} p_T^{\beta^*} \\) with the largest feasible \\( \beta^* \in [0, 1] \\). The
     budget \\( \varepsilon \\) is annealed to 0 (Eq. 3), and from there on rollouts are those of
-    [`~trl.DistillationTrainer`], through its own code. The loss stays the reverse KL at the visited prefixes, without
-    importance correction. The paper's baselines are settings of the same trainer, see [`TrustRegionOPDConfig`].
+    [`~trl.DistillationTrainer`], through its own code. By default the loss is the reverse KL at the visited prefixes,
+    without importance correction. The paper's baselines are settings of the same trainer, see
+    [`TrustRegionOPDConfig`].
 
     With `rollout_policy="student"` and every other setting at its default it is `DistillationTrainer`, bit for bit,
     for models of one vocabulary size with the same end-of-sequence tokens (and not under ZeRO-3). Evaluation always
