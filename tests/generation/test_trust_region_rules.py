@@ -38,15 +38,6 @@ def assert_trust_region_step(step, student, teacher, budget):
         assert values["kl_behavior_teacher"] == pytest.approx(expected, rel=1e-4, abs=2e-6)
 
 
-def policies_at(temperature, student, teacher, output, prompts):
-    """Teacher-forced float64 logits of both models over the temperature, and the tokens that were drawn."""
-    logits = [
-        teacher_forced_logits(model, output.sequences, prompts["attention_mask"]) for model in (student, teacher)
-    ]
-    z_s, z_t = (one.double() / temperature for one in logits)
-    return z_s, z_t, output.sequences[:, -z_s.shape[1] :]
-
-
 @pytest.mark.parametrize("budget", [1e-3, 0.05, 0.7, 3.0])
 def test_trust_region_against_the_reference(budget):
     student, teacher = draw(6, 40)

@@ -87,14 +87,6 @@ def test_both(build, objective):
     assert ("importance/ratio_mean" in mixed) == (objective == "student")
 
 
-@pytest.mark.parametrize("objective", ["mixed", "student"])
-def test_the_default_is_the_deployed_policy(build, objective):
-    metrics = evaluate(build_eval(build, objective=objective))
-    explicit = evaluate(build_eval(build, objective=objective, eval_policy=objective))
-    assert metrics == explicit
-    assert any(name.startswith(f"eval_{objective}/") for name in metrics)
-
-
 def test_evaluation_during_training_leaves_the_training_metrics_alone(build):
     settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_policy": "both"}
     trainer = build_eval(build, **settings)

@@ -68,13 +68,3 @@ def test_a_checkpoint_holds_one_model(checkpoint):
 
     names = set(load_file(f"{checkpoint}/model.safetensors"))
     assert names and not any("teacher" in name or "partner" in name for name in names)
-
-
-def test_a_trained_model_is_reloaded_without_this_package(build_opd, models):
-    from transformers import AutoModelForCausalLM
-
-    trainer = build_opd(**RUN, **TRUST_REGION)
-    trainer.train()
-    trainer.save_model()
-    reloaded = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
-    runs.assert_same_tensors(runs.snapshot(reloaded), runs.snapshot(trainer.model))

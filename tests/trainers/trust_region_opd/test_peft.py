@@ -61,16 +61,3 @@ def test_gradient_checkpointing_recomputes_with_the_adapters(build_opd):
     assert checkpointed.losses == pytest.approx(plain.losses, abs=1e-6)
     for gradients, expected in zip(checkpointed.gradients, plain.gradients, strict=True):
         runs.assert_close_tensors(gradients, expected, relative=1e-4)
-
-
-def test_another_teacher_for_a_peft_student(build_opd):
-    record = train_lora(build_opd, "teacher", "student")
-    assert record.losses != train_lora(build_opd, None, "student").losses
-    own = build_opd(student=tiny_lora(tiny_model(seed=0)), teacher=None, trainer_kwargs=tokenizer(), **RUN)
-    assert len(runs.train(own).losses) == 4
-
-
-def tokenizer():
-    from tests.tiny import tiny_tokenizer
-
-    return {"processing_class": tiny_tokenizer()}
