@@ -417,8 +417,11 @@ def report(runs: Runs, folder: Path) -> str:
             f"{found.seconds(name, found.steps):.0f}",
         ])  # fmt: skip
     study.write_csv(folder / f"{runs.name}.csv", rows)
+    figures = [f"![student alone against step]({runs.name}.png)", ""]
     _plot(found, MAIN, folder / f"{runs.name}.png")
-    _plot(found, found.names, folder / f"{runs.name}_all.png")
+    if not set(found.names) <= set(MAIN):
+        figures += [f"![the same for all arms]({runs.name}_all.png)", ""]
+        _plot(found, found.names, folder / f"{runs.name}_all.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
     stage = round(FIRST_STAGE * found.steps)
     header = [
@@ -459,10 +462,7 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         study.markdown_table(header, cells),
         "",
-        f"![student alone against step]({runs.name}.png)",
-        "",
-        f"![the same for all arms]({runs.name}_all.png)",
-        "",
+        *figures,
         "## What it says",
         "",
         "The student alone, after equal steps unless said. A difference counts above 2 standard errors, which add the "
