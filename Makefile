@@ -139,17 +139,17 @@ gpu-check: install  ## engine and trainers at real shapes on one GPU (minutes): 
 
 reproduce: install  ## repeat the comparisons of the papers (examples/reproduce; hours)
 	$(BIN)/python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4
-	$(BIN)/python examples/reproduce/zero_reward.py --task sorting --steps 100 \
+	$(BIN)/python examples/reproduce/zero_reward.py --task sorting --steps 100 --seeds 0 1 2 3 4 \
 		--arms grpo floor_0.8 floor_0.8_reward floor_0.8_slow mixed_0.8_reward sft_grpo
 	$(BIN)/python examples/reproduce/importance_ratios.py
 	$(BIN)/python examples/reproduce/weight_sweep.py
 	$(BIN)/python examples/reproduce/logit_mixing.py
 	$(BIN)/python examples/reproduce/trust_region.py
-	$(BIN)/python examples/reproduce/off_task.py
-	$(BIN)/python examples/reproduce/off_task.py --task sorting --arms vanilla trust_0.2 contrastive sft
+	$(BIN)/python examples/reproduce/off_task.py --seeds 0 1 2 3 4
+	$(BIN)/python examples/reproduce/off_task.py --task sorting --seeds 0 1 2 3 4 --arms vanilla trust_0.2 contrastive sft
 	$(BIN)/python examples/reproduce/offline_opd.py
-	$(BIN)/python examples/reproduce/offline_horizon.py
-	$(BIN)/python examples/reproduce/offline_horizon.py --task sorting --steps 40 \
+	$(BIN)/python examples/reproduce/offline_horizon.py --seeds 0 1 2 3 4
+	$(BIN)/python examples/reproduce/offline_horizon.py --task sorting --steps 40 --seeds 0 1 2 3 4 \
 		--arms live_5e-05 paper_5e-05 ratio_5e-05 top_k_5e-05
 	$(BIN)/python examples/reproduce/metric_ranges.py
 	$(MAKE) $(VLLM_VENV)/.installed

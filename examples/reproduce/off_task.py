@@ -5,9 +5,9 @@ steps, with each rollout policy and with each change of the loss that `TrustRegi
 rollouts at step 0 are probed too (the paper's Figures 7 and 4):
 
 ```sh
-python examples/reproduce/off_task.py --workers 2    # all arms, 3 seeds, then the report
-python examples/reproduce/off_task.py --report       # only rebuild it from the finished runs
-python examples/reproduce/off_task.py --task sorting --arms vanilla trust_0.2 contrastive sft
+python examples/reproduce/off_task.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report
+python examples/reproduce/off_task.py --report                         # only rebuild it from the finished runs
+python examples/reproduce/off_task.py --task sorting --seeds 0 1 2 3 4 --arms vanilla trust_0.2 contrastive sft
 ```
 
 A finished run is in `results/off_task_runs.json` and not repeated: after an interruption, start the command again.
