@@ -12,7 +12,7 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest  # noqa: E402
 
 from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
-from tests.trainers import runs  # noqa: E402
+from tests.trainers import runs, scored  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,6 +32,25 @@ def models(tmp_path_factory):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def rows(models):
+    """Scored rollouts in memory."""
+    return scored.scored_rollouts(scored.load(models, "student"), scored.load(models, "teacher"))
+
+
+@pytest.fixture(scope="session")
+def make(models, rows, tmp_path_factory):
+    """`make(kind, **settings)`: a trainer, or with `parent=True` TRL's, of `"grpo"`, `"opd"` or `"offline"`."""
+    makers = {"grpo": runs.build, "opd": runs.build_opd, "offline": scored.build_offline}
+
+    def maker(kind, **settings):
+        if kind == "offline":
+            settings.setdefault("train_dataset", rows)
+        return makers[kind](models, tmp_path_factory.mktemp(kind), **settings)
+
+    return maker
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.models.checkpoints import hub_snapshot, save_model
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
-from tests.trainers import runs, scored
+from tests.trainers import runs
 from tests.trainers.card_reading import metadata_of, run_of, write_card
 from trl_blend.errors import ConfigError
 from trl_blend.trainers import _partners
@@ -32,22 +32,6 @@ def adapter(models, tmp_path):
 def plain_adapter(models, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(models / "student")
     return save_model(tiny_lora(base), tmp_path / "plain", tiny_tokenizer())
-
-
-@pytest.fixture
-def rows(models):
-    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
-    return scored.scored_rollouts(student, teacher)
-
-
-@pytest.fixture
-def make(models, tmp_path, rows, build, build_opd):
-    def maker(kind, **kwargs):
-        if kind == "offline":
-            return scored.build_offline(models, tmp_path / "offline", train_dataset=rows, **kwargs)
-        return {"grpo": build, "opd": build_opd}[kind](**kwargs)
-
-    return maker
 
 
 @pytest.mark.parametrize("kind", KINDS)

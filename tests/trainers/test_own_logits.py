@@ -1,11 +1,11 @@
 """Losses are those of the whole models, in forms where hidden states and the output layer's weight alone are not."""
 
 import copy
+import functools
 import math
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import MambaConfig, MambaForCausalLM, MptConfig, MptForCausalLM
 
@@ -161,14 +161,8 @@ class Cut(torch.nn.Module):
 
 
 @pytest.fixture(params=["grpo", "opd", "offline"])
-def make(request, build, build_opd, models, tmp_path):
-    def offline(**settings):
-        rows = scored.scored_rollouts(scored.load(models, "student"), scored.load(models, "teacher"), num_rows=8)
-        return scored.build_offline(
-            models, tmp_path / "offline", train_dataset=Dataset.from_list(list(rows)), **settings
-        )
-
-    return {"grpo": build, "opd": build_opd, "offline": offline}[request.param]
+def make(request, make):
+    return functools.partial(make, request.param)
 
 
 def test_a_step_without_any_gradient_is_an_error(make):

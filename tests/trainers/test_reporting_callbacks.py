@@ -17,16 +17,10 @@ BUDGET = {"kl_budget": 0.02, "blend_warmup_steps": 2}
 
 
 @pytest.fixture
-def build_one(build, build_opd, models, tmp_path):
+def build_one(make):
     """`build_one(name, **settings)` makes the trainer of that name."""
-
-    def offline(**settings):
-        rollouts = scored.scored_rollouts(*(scored.load(models, name) for name in ("student", "teacher")), num_rows=4)
-        return scored.build_offline(models, tmp_path / "offline", train_dataset=rollouts, **settings)
-
-    made = {"logit_mix_grpo": build, "trust_region_opd": build_opd, "offline_opd": offline}
-    own = {"logit_mix_grpo": DECAY, "trust_region_opd": BUDGET, "offline_opd": {}}
-    return lambda name, **settings: made[name](**own[name], **settings)
+    own = {"logit_mix_grpo": ("grpo", DECAY), "trust_region_opd": ("opd", BUDGET), "offline_opd": ("offline", {})}
+    return lambda name, **settings: make(own[name][0], **own[name][1], **settings)
 
 
 def picture(trainer):

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from trl import DistillationTrainer, GRPOTrainer, SFTTrainer
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.trainers import runs, scored
+from tests.trainers import runs
 from tests.trainers.card_reading import run_of, settings_of
 from trl_blend.errors import ConfigError
 from trl_blend.trainers._record import RECORD_FILE
@@ -19,24 +19,6 @@ from trl_blend.trainers._record import RECORD_FILE
 
 PARENTS = {"grpo": GRPOTrainer, "opd": DistillationTrainer, "offline": SFTTrainer}
 PROMPTED = ("grpo", "opd")
-
-
-@pytest.fixture(scope="module")
-def rows(models):
-    return scored.scored_rollouts(scored.load(models, "student"), scored.load(models, "teacher"))
-
-
-@pytest.fixture
-def make(models, tmp_path, rows):
-    """`make(kind, **settings)`: a trainer on the tiny models, each in a folder of its kind."""
-    makers = {"grpo": runs.build, "opd": runs.build_opd, "offline": scored.build_offline}
-
-    def maker(kind, folder=None, **settings):
-        if kind == "offline":
-            settings.setdefault("train_dataset", rows)
-        return makers[kind](models, tmp_path / (folder or kind), **settings)
-
-    return maker
 
 
 @pytest.fixture
@@ -116,7 +98,7 @@ def test_a_stream_that_ends_before_the_first_step(make, kind):
     with pytest.raises(ConfigError, match=r"after 0 of 3 steps.*fewer rows than one batch takes"):
         trainer.train()
     assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
-    assert make(kind, "enough", train_dataset=stream(8), max_steps=1).train().global_step == 1
+    assert make(kind, train_dataset=stream(8), max_steps=1).train().global_step == 1
 
 
 @pytest.mark.parametrize("kind", PARENTS)
@@ -125,8 +107,8 @@ def test_a_run_that_is_over_already(make, kind):
     first.train()
     checkpoint = f"{first.args.output_dir}/checkpoint-1"
     with pytest.raises(ConfigError, match="The checkpoint is of step 1, and the run has 1 steps"):
-        make(kind, "again").train(resume_from_checkpoint=checkpoint)
-    assert make(kind, "more", max_steps=2).train(resume_from_checkpoint=checkpoint).global_step == 2
+        make(kind).train(resume_from_checkpoint=checkpoint)
+    assert make(kind, max_steps=2).train(resume_from_checkpoint=checkpoint).global_step == 2
 
 
 # -------------------- the line at the start
@@ -218,7 +200,7 @@ def test_a_resumed_run_says_what_has_changed_and_its_card_credits_the_steps(make
     first.train()
     checkpoint = f"{first.args.output_dir}/checkpoint-1"
     other = {"teacher": "second", "learning_rate": 1e-4, "temperature": 0.9, **option, **SAVED, "max_steps": 2}
-    resumed = make(kind, "resumed", train_dataset=runs.dataset(runs.PROMPTS[::-1]), **other)
+    resumed = make(kind, train_dataset=runs.dataset(runs.PROMPTS[::-1]), **other)
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=checkpoint)
     (message,) = [text for text in caplog.messages if "Resuming with other settings" in text]
@@ -234,7 +216,7 @@ def test_a_resumed_run_says_what_has_changed_and_its_card_credits_the_steps(make
     assert "learning_rate 0.005, which the optimizer keeps (0.0001 was given)" in credited
     assert settings_of(card)["learning rate"][0] == "0.005"
     # The record goes on with the run
-    third = make(kind, "third", **{**other, "max_steps": 3}, train_dataset=runs.dataset(runs.PROMPTS[::-1]))
+    third = make(kind, **{**other, "max_steps": 3}, train_dataset=runs.dataset(runs.PROMPTS[::-1]))
     third.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
     assert run_of(card_of(third))["steps 1 to 1"] == credited and "steps 2 to 2" not in run_of(card_of(third))
 
@@ -244,7 +226,7 @@ def test_a_run_that_goes_on_as_it_was_says_nothing(make, caplog, kind):
     first = make(kind, **SAVED)
     first.train()
     with caplog.at_level(logging.WARNING):
-        resumed = make(kind, "resumed", **{**SAVED, "max_steps": 2})
+        resumed = make(kind, **{**SAVED, "max_steps": 2})
         resumed.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-1")
     assert "Resuming with" not in caplog.text and "steps 1 to 1" not in run_of(card_of(resumed))
     record = json.loads(Path(first.args.output_dir, "checkpoint-1", RECORD_FILE).read_text())
@@ -265,7 +247,7 @@ def test_other_rewards_and_other_scores_are_named(make, caplog, rows):
         first.train()
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            resumed = make(kind, "resumed", **{**named, "max_steps": 2, **other})
+            resumed = make(kind, **{**named, "max_steps": 2, **other})
             resumed.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-1")
         assert text in caplog.text
 
@@ -287,8 +269,8 @@ def test_an_adapter_does_not_go_on_from_another_base(make):
     first.train()
     checkpoint = f"{first.args.output_dir}/checkpoint-1"
     with pytest.raises(ConfigError, match=r"the checkpoint was trained with base .*\(weights"):
-        make("grpo", "other", max_steps=2, **lora(2)).train(resume_from_checkpoint=checkpoint)
-    assert make("grpo", "same", max_steps=2, **lora(0)).train(resume_from_checkpoint=checkpoint).global_step == 2
+        make("grpo", max_steps=2, **lora(2)).train(resume_from_checkpoint=checkpoint)
+    assert make("grpo", max_steps=2, **lora(0)).train(resume_from_checkpoint=checkpoint).global_step == 2
 
 
 def test_a_checkpoint_without_a_record_is_said_to_have_none(make, caplog):
@@ -296,7 +278,7 @@ def test_a_checkpoint_without_a_record_is_said_to_have_none(make, caplog):
     first.train()
     checkpoint = Path(first.args.output_dir, "checkpoint-1")
     (checkpoint / RECORD_FILE).unlink()
-    resumed = make("opd", "resumed", **{**SAVED, "max_steps": 2})
+    resumed = make("opd", **{**SAVED, "max_steps": 2})
     with caplog.at_level(logging.WARNING):
         resumed.train(resume_from_checkpoint=str(checkpoint))
     assert f"checkpoint-1 has no {RECORD_FILE}" in caplog.text

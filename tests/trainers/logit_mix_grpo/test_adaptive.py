@@ -1,6 +1,5 @@
 """The adaptive teacher weight: Algorithm 2 of the logit-averaging paper."""
 
-import json
 import logging
 import math
 
@@ -11,7 +10,6 @@ from transformers import TrainerCallback
 from tests import reference
 from tests.tiny import tiny_tokenizer
 from tests.trainers import forced, runs
-from trl_blend.trainers._record import RECORD_FILE
 from trl_blend.trainers.logit_mix_grpo.adaptive import adaptive_weight, net_gain
 
 
@@ -161,23 +159,6 @@ def test_the_decodes_leave_the_run_as_it_is(build):
     for name in ("num_tokens", "reward", "completions/mean_length", "mixing/kl_behavior_student", "entropy"):
         assert adaptive.logged(name) == constant.logged(name) != []
     assert adaptive.trainer.state.num_input_tokens_seen == constant.trainer.state.num_input_tokens_seen > 0
-
-
-def test_the_weight_is_saved_and_restored(build):
-    first = build_adaptive(build, max_steps=3, save_strategy="steps", save_steps=2)
-    after = AfterStep(first)
-    record = runs.train(first)
-    checkpoint = f"{first.args.output_dir}/checkpoint-2"
-    with open(f"{checkpoint}/{RECORD_FILE}") as file:
-        state = json.load(file)["state"]
-    saved = after.steps[1][1]
-    assert tuple(state["adaptive_weights"]) == saved != (0.5,)
-
-    resumed = build_adaptive(build, max_steps=3)
-    continued = runs.train(resumed, resume_from_checkpoint=checkpoint)
-    assert continued.calls[0].current_weights == saved
-    assert continued.logged("mixing/teacher_weight")[-1] == record.logged("mixing/teacher_weight")[-1] == saved[0]
-    assert resumed.adaptive_weights == first.adaptive_weights
 
 
 def test_a_start_at_zero_can_leave_it(build):

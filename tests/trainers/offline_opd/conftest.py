@@ -11,12 +11,6 @@ from tests.trainers.runs import PROMPTS
 from trl_blend.consistency.provenance import record_teacher
 
 
-@pytest.fixture(scope="session")
-def rows(models):
-    """Scored rollouts in memory."""
-    return scored.scored_rollouts(scored.load(models, "student"), scored.load(models, "teacher"))
-
-
 @pytest.fixture
 def build_offline(models, rows, tmp_path):
     """`build_offline(**settings)` makes a trainer with an output folder of its own, see [`scored.build_offline`]."""
