@@ -280,26 +280,3 @@ def test_one_cpu_process_starts_without_a_warning(tmp_path):
     )
     done = launch("cpu.yaml", script, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 cpu False\n", "")
-
-
-@pytest.mark.distributed
-def test_two_cpu_processes_shard_with_fsdp2(tmp_path):
-    script = """
-import torch
-from accelerate import Accelerator, PartialState
-from tests.cpu_fsdp import allow_fsdp_on_cpu
-
-allow_fsdp_on_cpu()
-PartialState(cpu=True)  # what `use_cpu=True` of the training arguments does
-accelerator = Accelerator()
-model = torch.nn.Linear(4, 2)
-model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-weight = model.weight
-found = accelerator.num_processes, accelerator.is_fsdp2, type(weight).__name__, tuple(weight.to_local().shape)
-print(f"{found}\\n", end="", flush=True)  # one write, or the lines of the two processes mix
-accelerator.end_training()
-"""
-    done = launch("fsdp2_cpu.yaml", script, tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
-    assert lines == ["(2, True, 'DTensor', (1, 4))"] * 2

@@ -72,9 +72,8 @@ def test_a_mixed_policy_is_decoded_from_the_hub(hub, models, tmp_path, peft):  #
         assert torch.equal(policy.generate(prompts, **how), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_is_pushed_and_loaded_back(hub, models, tmp_path, kind):  # noqa: F811
-    trainer = build(kind, models, tmp_path / "out", lora=True, max_steps=2, learning_rate=0.1)
+def test_an_adapter_is_pushed_and_loaded_back(hub, models, tmp_path):  # noqa: F811
+    trainer = build("offline", models, tmp_path / "out", lora=True, max_steps=2, learning_rate=0.1)
     trainer.train()
     assert hub.repositories == {}  # nothing is created before it is asked for
     trainer.push_to_hub(private=True)
@@ -88,15 +87,13 @@ def test_an_adapter_is_pushed_and_loaded_back(hub, models, tmp_path, kind):  # n
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumes_from_the_checkpoint_on_the_hub(hub, models, tmp_path, kind):  # noqa: F811
-    steps = {"max_steps": 3, **({} if kind == "logit_mix" else {"per_device_train_batch_size": 2})}  # of one epoch
+def test_a_run_resumes_from_the_checkpoint_on_the_hub(hub, models, tmp_path):  # noqa: F811
+    kind, steps = "trust_region", {"max_steps": 3, "per_device_train_batch_size": 2}  # of one epoch
     settings = {**steps, **PUSHING, "hub_strategy": "checkpoint"}
     build(kind, models, tmp_path / "first", **settings).train()
     files = hub.model("me/run").files()
     assert json.loads(files["last-checkpoint/trainer_state.json"])["global_step"] == 2
-    if kind in STATES:
-        assert [path for path in files if path.startswith("last-checkpoint/") and path.endswith(RECORD_FILE)]
+    assert f"last-checkpoint/{RECORD_FILE}" in files
     folder = snapshot_download("me/run", allow_patterns="last-checkpoint/*")
     resumed = build(kind, models, tmp_path / "second", **steps)
     resumed.train(resume_from_checkpoint=f"{folder}/last-checkpoint")
