@@ -147,12 +147,9 @@ BOTH: dict[str, Any] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "grpo": {
-        **{f"loss_{name}": {"loss_type": name} for name in "grpo bnpo dr_grpo sapo vespo luspo".split()},
         "loss_cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
         "two_sided": {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5},
         "sequence_level": {"importance_sampling_level": "sequence"},
-        "four_iterations": {"num_iterations": 4, "max_steps": 4},
-        "rollouts_reused": {"steps_per_generation": 2, "per_device_train_batch_size": 4},
         "generation_batch": {"generation_batch_size": 16},
         "truncated_masked": {"mask_truncated_completions": True},
         "scaled_by_batch": {"scale_rewards": "batch"},
@@ -163,7 +160,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "off_policy_mask": {"off_policy_mask_threshold": 0.5, "num_iterations": 2},
         "float32_head": {"cast_lm_head_to_fp32": True, **dtype("bfloat16")},
         "dropout_off": {"disable_dropout": True},
-        "reference": {"beta": 0.2},
         "reference_uncorrected": {"beta": 0.2, "use_bias_correction_kl": False, "num_iterations": 2},
         "reference_synced": {"beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3},
         "reference_of_lora": lambda: {"beta": 0.2, **peft()},
@@ -188,7 +184,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "opd": {
         "forward": {"beta": 0.0},
-        "jensen_shannon": {"beta": 0.5},
         "dropout_off": {"disable_dropout": True},
         "named_teacher": lambda: {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
     },

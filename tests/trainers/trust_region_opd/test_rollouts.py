@@ -57,7 +57,6 @@ def entropies(rows):
 
 TRUST_REGIONS = {
     "linear": ({}, [0.3, 0.2]),
-    "cosine": ({"kl_budget_schedule": "cosine"}, [0.3, 0.225]),
     "constant": ({"kl_budget_schedule": "constant", "temperature": 0.7}, [0.3, 0.3]),
     "eos": ({"temperature": 1.3, "teacher_eos_token_id": OTHER_EOS}, [0.3, 0.2]),
 }
