@@ -29,7 +29,6 @@ UPDATES: dict[str, dict[str, Any]] = {
     "baseline": {"advantage_baseline": "kl", "importance_correction": "token"},
     # Three shards of different sizes for two processes
     "streamed": {},
-    "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
 }
 PEFT_UPDATES: dict[str, dict[str, Any]] = {"peft": {"gradient_accumulation_steps": 2}}
 
@@ -48,7 +47,7 @@ class OfflineWorker(worker.Worker):
             )
         if name.startswith("weighted"):
             rows = rows.add_column("row_weight", [(index % 5) / 2 for index in range(len(rows))])
-        if name.endswith("evaluated"):
+        if name == "weighted_evaluated":
             trainer_kwargs["eval_dataset"] = rows.select(range(8))
         if name == "streamed":
             rows = interleaved(rows)

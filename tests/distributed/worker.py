@@ -37,7 +37,6 @@ SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1.0, "max_steps": 
 UPDATES: dict[str, dict[str, Any]] = {
     "mixed_logits": {**SGD, "teacher_weight": 0.3, "gradient_accumulation_steps": 2},
     "mixed_probs": {**SGD, "teacher_weight": 0.3, "mixing_space": "probs", "loss_type": "grpo"},
-    "mixed_arithmetic": {**SGD, "teacher_weight": -0.3, "mixing_space": "arithmetic"},
     "student": {**SGD, "teacher_weight": 0.3, "objective": "student"},
 }
 PEFT_UPDATES: dict[str, dict[str, Any]] = {
