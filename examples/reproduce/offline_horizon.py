@@ -3,7 +3,7 @@ For how long, and at which learning rate, does offline distillation keep up with
 `OfflineOPDTrainer`, at two learning rates and up to twice the steps of `offline_opd.py`, from the same student:
 
 ```sh
-python examples/reproduce/offline_horizon.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report
+python examples/reproduce/offline_horizon.py --seeds 0 1 2 3 4 --workers 2    # then the report (`--arms`: Makefile)
 python examples/reproduce/offline_horizon.py --report                         # only rebuild it from the finished runs
 ```
 
