@@ -326,7 +326,7 @@ def report(runs: Runs, folder: Path) -> str:
 
 
 def _plot(runs: Runs, found: dict[str, tuple[str, list[dict[str, Any]]]], path: Path) -> None:
-    figure, (curve, points) = study.panels(2, width=5.6, sharey=False)
+    figure, (curve, points) = study.panels(2, width=6.4, sharey=False)
     for name in runs.names(ARMS):
         rewards = np.array([run["rollout_reward"] for run in runs.of(name)])
         study.band(curve, range(1, rewards.shape[1] + 1), rewards, ARMS[name].style, ARMS[name].label)
@@ -339,7 +339,7 @@ def _plot(runs: Runs, found: dict[str, tuple[str, list[dict[str, Any]]]], path: 
         points.errorbar(scores.mean(), -height, xerr=error, color=color, marker=marker, capsize=3)
     points.set_yticks([-height for height in range(len(found))], [label for label, _ in found.values()])
     points.set(title="Held-out problems, greedy", xlabel="right and in the format (bar: ±1 SE)")
-    figure.subplots_adjust(wspace=0.95)  # for the labels of the second panel
+    figure.subplots_adjust(wspace=1.3)  # for the labels of the second panel
     study.save(figure, path, legend_of=curve, columns=3)
 
 
