@@ -60,6 +60,7 @@ MAIN = (
     "floor_0.8",
     "floor_0.8_reward",
     "floor_0.8_slow",
+    "fusion_0.8_slow",
     "mixed_0.8_reward",
 )
 LENGTH = "completions/mean_length"
@@ -135,6 +136,13 @@ def make_arms(steps: int) -> dict[str, Arm]:
         ),
         "floor_0.8_slow": fusion(
             "floor, from 0.8, slower decay", (study.ORANGE, "D", ":"), "floor", weight=0.8, schedule=slow
+        ),
+        "fusion_0.8_slow": fusion(
+            "logit fusion, token ratios, from 0.8, slower decay",
+            (study.RED, "X", ":"),
+            "max",
+            weight=0.8,
+            schedule=slow,
         ),
         "mixed_0.8_reward": Arm(
             "mixed objective, from 0.8, waits for the reward",
@@ -329,6 +337,7 @@ _ABOVE = (
     ("From 0.8, waiting for the reward, it is.", "floor_0.8_reward", "grpo"),
     ("From 0.8 it learns more with a weight that waits for the reward.", "floor_0.8_reward", "floor_0.8"),
     ("From 0.8, more than with a linear decay of the same mean weight.", "floor_0.8_reward", "floor_0.8_slow"),
+    ("From 0.8, with a slower decay, the floor is above logit fusion.", "floor_0.8_slow", "fusion_0.8_slow"),
     ("From 0.8, waiting, the mixed objective is above GRPO.", "mixed_0.8_reward", "grpo"),
     ("That floor is above SFT on the teacher's rollouts, then GRPO.", "floor_0.8_reward", "sft_grpo"),
     ("The floor is above LUFFY's shaped ratios.", "floor", "shaped"),
