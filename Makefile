@@ -148,8 +148,7 @@ reproduce: install  ## repeat the comparisons of the papers (examples/reproduce;
 	$(BIN)/python examples/reproduce/off_task.py --seeds 0 1 2 3 4
 	$(BIN)/python examples/reproduce/off_task.py --task sorting --seeds 0 1 2 3 4 --arms vanilla trust_0.2 contrastive sft
 	$(BIN)/python examples/reproduce/offline_opd.py
-	$(BIN)/python examples/reproduce/offline_horizon.py --seeds 0 1 2 3 4 \
-		--arms live_5e-06 paper_5e-06 live_5e-05 paper_5e-05 ratio_5e-05 top_k_5e-05 baseline_5e-05 extrapolated_5e-05
+	$(BIN)/python examples/reproduce/offline_horizon.py --seeds 0 1 2 3 4
 	$(BIN)/python examples/reproduce/offline_horizon.py --task sorting --steps 40 --seeds 0 1 2 3 4 \
 		--arms live_5e-05 paper_5e-05 ratio_5e-05 top_k_5e-05
 	$(BIN)/python examples/reproduce/metric_ranges.py
