@@ -1,11 +1,12 @@
 """
 A student that gets no reward at the start: what helps? `base` of the test-bed adds but hardly ever writes the required
-box, so that plain GRPO has next to nothing to learn from. All arms have equal steps, prompts and rollouts. Three go
-on: GRPO, since mixing costs more time, and two that mix, after their teacher has gone. Three start from `student`,
-which gets some reward.
+box, so that plain GRPO has next to nothing to learn from; that of sorting cannot do the task at all. All arms have
+equal steps, prompts and rollouts. Three go on: GRPO, since mixing costs more time, and two that mix, after their
+teacher has gone. On addition, three start from `student`, which gets some reward.
 
 ```sh
 python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report
+python examples/reproduce/zero_reward.py --task sorting --steps 100 --seeds 0 1 2 3 4 --workers 2
 python examples/reproduce/zero_reward.py --report                         # only rebuild it from the finished runs
 ```
 
@@ -48,20 +49,21 @@ from trl_blend.trainers.logit_mix_grpo import trainer as logit_mix
 DECAY, FASTEST, SLOW, FIRST_STAGE, LONGER, COMPUTE = 0.7, 0.4, 1.4, 1 / 3, 1.6, 2.5
 SHAPE = 0.1
 ROLLOUTS = 128  # of a step
+SORTING = "sorting"
+BOTH = (ADDITION, SORTING)
+WEIGHTS = {ADDITION: 0.5, SORTING: 0.8}  # at which the mixture gets reward from the start
+GO_ON = {ADDITION: ("floor", "mixed"), SORTING: ("floor_slow", "mixed_slow")}
 # Of the first figure
 MAIN = (
     "grpo",
     "fusion_token",
+    "fusion_slow",
     "floor",
-    "mixed",
-    "sft_grpo",
     "floor_reward",
     "floor_slow",
-    "floor_0.8",
-    "floor_0.8_reward",
-    "floor_0.8_slow",
-    "fusion_0.8_slow",
-    "mixed_0.8_reward",
+    "mixed",
+    "mixed_slow",
+    "sft_grpo",
 )
 LENGTH = "completions/mean_length"
 WEIGHT, REWARDED, SUPPRESSED = "mixing/teacher_weight", "mixing/rewarded_prompts", "importance/suppressed_share"
@@ -86,32 +88,32 @@ class Arm(logit_mixing.Arm):
         first_stage (`str`, *optional*):
             What takes the place of the first steps: `"sft"` on the teacher's rollouts, or distillation from a
             `"trust_region"`.
-        goes_on (`float`, *optional*, defaults to 1):
-            For how many times the steps it is trained.
         shaped (`bool`, *optional*, defaults to `False`):
             Whether ratios are those of [`shaped_log_ratio`].
+        tasks (`tuple[str, ...]`, *optional*, defaults to addition):
+            On which it is compared.
     """
 
     student: str = "base"
     first_stage: str | None = None
-    goes_on: float = 1.0
     shaped: bool = False
+    tasks: tuple[str, ...] = (ADDITION,)
 
 
-def make_arms(steps: int) -> dict[str, Arm]:
-    """All arms. `teacher` solves the task; `student` is an SFT version of `base` that knows the format."""
+def make_arms(steps: int, task: str) -> dict[str, Arm]:
+    """The arms of a task. `teacher` solves it; `student` is an SFT version of `base` that gets some reward."""
+    weight = WEIGHTS[task]
     waiting = {"teacher_weight_schedule": "reward", "teacher_weight_decay_steps": max(1, round(FASTEST * steps))}
     decay = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": max(1, round(DECAY * steps))}
     slow = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": max(1, round(SLOW * steps))}
 
-    annealed = {"teacher_weight": 0.5, **decay}
+    annealed = {"teacher_weight": weight, **decay}
 
     def fusion(
         label: str,
         style: study.Style,
         mode: str,
         level: str = "token",
-        weight: float = 0.5,
         schedule: dict[str, Any] = decay,
         **others: Any,
     ) -> Arm:
@@ -121,49 +123,57 @@ def make_arms(steps: int) -> dict[str, Arm]:
             settings["teacher_weight_decay_steps"] = max(1, round(DECAY * (steps - round(FIRST_STAGE * steps))))
         return Arm(label, style, settings, **others)
 
-    mixed = "mixed objective, 0.5 to 0"
-    return {
-        "grpo": Arm("GRPO", (study.BLACK, "o", "-"), {"teacher_weight": 0.0}, goes_on=COMPUTE),
-        "grpo_kl": Arm("GRPO + KL (0.04)", (study.GRAY, "v", "--"), {"teacher_weight": 0.0, "beta": 0.04}),
+    mixed = f"mixed objective, {weight:g} to 0"
+    arms = {
+        "grpo": Arm("GRPO", (study.BLACK, "o", "-"), {"teacher_weight": 0.0}, tasks=BOTH),
+        "grpo_kl": Arm("GRPO + KL (0.04)", (study.GRAY, "v", "--"), {"teacher_weight": 0.0, "beta": 0.04}, tasks=BOTH),
         "fusion_token": fusion("logit fusion, token ratios (cap 3)", (study.RED, "X", "--"), "max"),
-        "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", "sequence"),
-        "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", goes_on=LONGER),
-        "floor_reward": fusion("floor, waits for the reward", (study.SKY, "D", "--"), "floor", schedule=waiting),
-        "floor_slow": fusion("floor, slower decay", (study.ORANGE, "D", ":"), "floor", schedule=slow),
-        "floor_0.8": fusion("floor, from 0.8", (study.BLUE, "D", ":"), "floor", weight=0.8),
-        "floor_0.8_reward": fusion(
-            "floor, from 0.8, waits for the reward", (study.SKY, "D", "-"), "floor", weight=0.8, schedule=waiting
-        ),
-        "floor_0.8_slow": fusion(
-            "floor, from 0.8, slower decay", (study.ORANGE, "D", ":"), "floor", weight=0.8, schedule=slow
-        ),
-        "fusion_0.8_slow": fusion(
-            "logit fusion, token ratios, from 0.8, slower decay",
+        "fusion_slow": fusion(
+            "logit fusion, token ratios (cap 3), slower decay",
             (study.RED, "X", ":"),
             "max",
-            weight=0.8,
             schedule=slow,
+            tasks=(SORTING,),
         ),
-        "mixed_0.8_reward": Arm(
-            "mixed objective, from 0.8, waits for the reward",
-            (study.GREEN, "P", "-."),
-            {"teacher_weight": 0.8, **waiting},
+        "fusion_sequence": fusion("logit fusion, sequence ratios", (study.ORANGE, "<", "--"), "none", "sequence"),
+        "floor": fusion("floor", (study.BLUE, "D", "-"), "floor", tasks=BOTH),
+        "floor_reward": fusion(
+            "floor, waits for the reward", (study.SKY, "D", "--"), "floor", schedule=waiting, tasks=BOTH
         ),
+        "floor_slow": fusion("floor, slower decay", (study.ORANGE, "D", ":"), "floor", schedule=slow, tasks=BOTH),
         "shaped": fusion("LUFFY's shaped ratios", (study.YELLOW, "v", "--"), "floor", shaped=True),
+        "shaped_slow": fusion(
+            "LUFFY's shaped ratios, slower decay",
+            (study.YELLOW, "v", ":"),
+            "floor",
+            schedule=slow,
+            shaped=True,
+            tasks=(SORTING,),
+        ),
         "floor_sft": fusion("floor, SFT reference", (study.SKY, "s", "-"), "floor", reference="student"),
-        "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed, goes_on=LONGER),
+        "mixed": Arm(mixed, (study.GREEN, "P", "-"), annealed),
+        "mixed_reward": Arm(
+            "mixed objective, waits for the reward",
+            (study.GREEN, "P", "-."),
+            annealed | waiting,
+            tasks=(SORTING,),
+        ),
+        "mixed_slow": Arm("mixed objective, slower decay", (study.GREEN, "P", ":"), annealed | slow, tasks=(SORTING,)),
         "mixed_sft": Arm(f"{mixed}, SFT reference", (study.YELLOW, "^", "-"), annealed, reference="student"),
         "mixed_arithmetic": Arm(
-            "mixed objective, logits added, 0.5 to 0",
+            f"mixed objective, logits added, {weight:g} to 0",
             (study.SKY, "H", ":"),
             annealed | {"mixing_space": "arithmetic"},
         ),
-        "mixed_kept": Arm("mixed objective, 0.5 throughout", (study.GREEN, "p", ":"), {"teacher_weight": 0.5}),
+        "mixed_kept": Arm(
+            f"mixed objective, {weight:g} throughout", (study.GREEN, "p", ":"), {"teacher_weight": weight}, tasks=BOTH
+        ),
         "sft_grpo": Arm(
             "SFT on the teacher's rollouts, then GRPO",
             (study.PURPLE, "h", "-."),
             {"teacher_weight": 0.0},
             first_stage="sft",
+            tasks=BOTH,
         ),
         "sft_floor": fusion(
             "SFT on the teacher's rollouts, then floor",
@@ -181,8 +191,15 @@ def make_arms(steps: int) -> dict[str, Arm]:
             (study.PURPLE, "d", ":"),
             {"teacher_weight": 0.0},
             first_stage="trust_region",
+            tasks=BOTH,
         ),
     }
+    return {name: arm for name, arm in arms.items() if task in arm.tasks}
+
+
+def last_step(name: str, steps: int, task: str) -> int:
+    """Up to which an arm is trained."""
+    return round(steps * (COMPUTE if name == "grpo" else LONGER if name in GO_ON[task] else 1))
 
 
 def first_stage(arm: Arm, seed: int, steps: int, folder: str, task: Task) -> tuple[float, float]:
@@ -215,9 +232,9 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     task = TASKS[settings["task"]]
     steps, rows = settings["steps"], list(task.prompts("test", settings["n_test"]))
     if name == study.START:
-        return {"task": settings["task"], **run_start(rows, scratch, task)}
-    arm = make_arms(steps)[name]
-    last = round(arm.goes_on * steps)
+        return {"task": settings["task"], **run_start(rows, scratch, task, WEIGHTS[settings["task"]])}
+    arm = make_arms(steps, settings["task"])[name]
+    last = last_step(name, steps, settings["task"])
     done, earlier_seconds, earlier_tokens = 0, 0.0, 0.0
     if arm.first_stage:
         folder, done = f"{scratch}/first", round(FIRST_STAGE * steps)
@@ -257,12 +274,12 @@ def shaped_log_ratio(log_ratio: Tensor, advantages: Tensor, clip_max: float) -> 
     return log_ratio + 2 * (math.log1p(SHAPE) - torch.log(log_ratio.exp() + SHAPE))
 
 
-def run_start(rows: list[dict[str, Any]], scratch: str, task: Task) -> dict[str, Any]:
+def run_start(rows: list[dict[str, Any]], scratch: str, task: Task, start_weight: float) -> dict[str, Any]:
     """Greedy scores of each checkpoint before training, and of the mixtures that the arms start from."""
-    arms, found = make_arms(1), {}
+    arms, found = make_arms(1, ADDITION), {}
     for reference, name in (("teacher", "mixed"), ("student", "mixed_sft")):
         trainer = logit_mixing.make_trainer(arms[name], 0, 1, f"{scratch}/{name}", task)
-        for policy, weight in (("base", 0.0), (reference, 1.0), (name, 0.5)):
+        for policy, weight in (("base", 0.0), (reference, 1.0), (name, start_weight)):
             found[policy] = logit_mixing.greedy_bits(trainer, rows, (weight,))
     return {"n_test": len(rows), **found}
 
@@ -271,12 +288,13 @@ class Results:
     """The finished runs, as greedy scores of shape `(S, N)`: seeds, test prompts."""
 
     def __init__(self, runs: Runs) -> None:
-        self.runs, self.names = runs, runs.names(make_arms(1))
+        self.task = runs.start.get("task", ADDITION)
+        self.runs, self.names = runs, runs.names(make_arms(1, self.task))
         if not self.names:
             raise SystemExit(f"No finished runs of an arm in {runs.path}.")
         self.first = runs.of(self.names[0])[0]
         self.steps = self.first["steps"]
-        self.arms = make_arms(self.steps)
+        self.arms = make_arms(self.steps, self.task)
 
     def scores(self, name: str, policy: str = "student", kind: str = "solve", step: int | None = None) -> np.ndarray:
         at = str(self.steps if step is None else step)
@@ -327,28 +345,28 @@ class Results:
 # (claim, arm, rival): the student alone after the steps of all
 _ABOVE = (
     ("Logit fusion as published (token ratios, capped) is above GRPO.", "fusion_token", "grpo"),
-    ("Sequence-level ratios are.", "fusion_sequence", "grpo"),
-    ("The floor is.", "floor", "grpo"),
+    ("Sequence-level ratios are above GRPO.", "fusion_sequence", "grpo"),
+    ("The floor is above GRPO.", "floor", "grpo"),
     ("The floor is above logit fusion as published.", "floor", "fusion_token"),
     ("The floor is above sequence-level ratios.", "floor", "fusion_sequence"),
     ("The floor learns more with a weight that waits for the reward.", "floor_reward", "floor"),
     ("More than with a linear decay of the same mean weight.", "floor_reward", "floor_slow"),
-    ("From a weight of 0.8 the floor is above GRPO.", "floor_0.8", "grpo"),
-    ("From 0.8, waiting for the reward, it is.", "floor_0.8_reward", "grpo"),
-    ("From 0.8 it learns more with a weight that waits for the reward.", "floor_0.8_reward", "floor_0.8"),
-    ("From 0.8, more than with a linear decay of the same mean weight.", "floor_0.8_reward", "floor_0.8_slow"),
-    ("From 0.8, with a slower decay, the floor is above logit fusion.", "floor_0.8_slow", "fusion_0.8_slow"),
-    ("From 0.8, waiting, the mixed objective is above GRPO.", "mixed_0.8_reward", "grpo"),
-    ("That floor is above SFT on the teacher's rollouts, then GRPO.", "floor_0.8_reward", "sft_grpo"),
+    ("With a slower decay the floor is above logit fusion as published.", "floor_slow", "fusion_slow"),
+    ("With a slower decay the floor is above LUFFY's shaped ratios.", "floor_slow", "shaped_slow"),
+    ("With a slower decay LUFFY's shaped ratios are above GRPO.", "shaped_slow", "grpo"),
     ("The floor is above LUFFY's shaped ratios.", "floor", "shaped"),
     ("LUFFY's shaped ratios are above GRPO.", "shaped", "grpo"),
     ("The floor with the SFT reference is above GRPO.", "floor_sft", "grpo"),
     ("The mixed objective with a weight that ends at 0 is above GRPO.", "mixed", "grpo"),
-    ("With the SFT reference it is.", "mixed_sft", "grpo"),
-    ("With the teacher's logits added to the student's whole ones it is.", "mixed_arithmetic", "grpo"),
+    ("The mixed objective with a weight that waits for the reward is above GRPO.", "mixed_reward", "grpo"),
+    ("With a slower decay it is above GRPO.", "mixed_slow", "grpo"),
+    ("With the SFT reference it is above GRPO.", "mixed_sft", "grpo"),
+    ("With the teacher's logits added to the student's whole ones it is above GRPO.", "mixed_arithmetic", "grpo"),
     ("The floor is above the mixed objective.", "floor", "mixed"),
     ("The mixed objective at a fixed weight teaches the student alone.", "mixed_kept", "grpo"),
+    ("With a slower decay the floor is above the mixed objective.", "floor_slow", "mixed_slow"),
     ("The floor is above SFT on the teacher's rollouts, then GRPO.", "floor", "sft_grpo"),
+    ("With a weight that waits for the reward it is.", "floor_reward", "sft_grpo"),
     ("The mixed objective is above SFT on the teacher's rollouts, then GRPO.", "mixed", "sft_grpo"),
     ("The floor is above trust-region distillation, then GRPO.", "floor", "trb_grpo"),
     ("After SFT the floor is above plain GRPO.", "sft_floor", "sft_grpo"),
@@ -454,12 +472,12 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         f"Written by `python examples/reproduce/zero_reward.py{runs.command}`; do not edit. The student is `base`, "
         f"which {runs.task.about_base}. Solved before training, greedy: {start}; mixture of `base` and `teacher` at "
-        f"0.5 {found.start('mixed'):.3f}. The answer of `base`, in any form: {found.start('base', 'answer'):.3f}. "
+        f"{WEIGHTS[found.task]:g} {found.start('mixed'):.3f}. The answer of `base`, in any form: {found.start('base', 'answer'):.3f}. "
         f"{study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate {runs.task.grpo_learning_rate:g}, "
         f"{' or '.join(map(str, seeds))} seeds, "
-        f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from 0.5, unless said, "
+        f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from {WEIGHTS[found.task]:g}, unless said, "
         f"to 0 over {round(DECAY * found.steps)} steps, with a *slower decay* over {round(SLOW * found.steps)}, where "
         f"it waits for the reward in {round(FASTEST * found.steps)} at the earliest; a first stage takes the place "
         f"of the first {stage} steps, with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *first reward* is the "
@@ -498,7 +516,7 @@ def _plot(found: Results, names: Iterable[str], path: Path) -> None:
 STUDY = study.Study(
     name="zero_reward",
     options={"steps": 60, "eval_interval": 20, "n_test": 300, "task": ADDITION},
-    arms=lambda settings: make_arms(settings["steps"]),
+    arms=lambda settings: make_arms(settings["steps"], settings["task"]),
     work=work,
     report=report,
 )
