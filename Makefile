@@ -139,8 +139,7 @@ gpu-check: install  ## engine and trainers at real shapes on one GPU (minutes): 
 
 reproduce: install  ## repeat the comparisons of the papers (examples/reproduce; hours)
 	$(BIN)/python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4
-	$(BIN)/python examples/reproduce/zero_reward.py --task sorting --steps 100 --seeds 0 1 2 3 4 \
-		--arms grpo floor_0.8 floor_0.8_reward floor_0.8_slow fusion_0.8_slow mixed_0.8_reward sft_grpo
+	$(BIN)/python examples/reproduce/zero_reward.py --task sorting --steps 100 --seeds 0 1 2 3 4
 	$(BIN)/python examples/reproduce/importance_ratios.py
 	$(BIN)/python examples/reproduce/weight_sweep.py
 	$(BIN)/python examples/reproduce/logit_mixing.py

@@ -12,21 +12,15 @@ A finished run is in `results/engines_runs.json` and not repeated: after an inte
 """
 
 import importlib.util
-import os
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 
-if __name__ == "__main__":  # run as a file: make the packages of `examples` importable, and the tests' patch of vLLM
-    sys.path[:1] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
-    # What `make test-vllm` sets; the processes of the runs inherit it
-    for name in ("TORCHDYNAMO_DISABLE", "VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+if __name__ == "__main__":  # run as a file: make the packages of `examples` importable
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from reproduce import study
 from reproduce.study import Claim, Runs, comparable, difference, over_seeds, word
@@ -65,10 +59,7 @@ DECODINGS = {"greedy": "greedy", "sampled": "T = 1"}
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Train one arm with one seed. What it ends with is decoded by transformers in both arms."""
     if name == "vllm":
-        from tests.vllm.conftest import free_port, keep_weights_on_the_cpu
-
-        keep_weights_on_the_cpu(SimpleNamespace(setattr=setattr))
-        os.environ["MASTER_PORT"] = str(free_port())  # TRL's own choice is that of any other run on the machine
+        study.vllm_on_the_cpu()
     steps, test = settings["steps"], build_prompt_dataset("test", settings["n_test"])
     trainer = logit_mixing.make_trainer(ARMS[name], seed, steps, scratch)
     clock = study.Curve(lambda model, step: None, steps + 1, steps + 1)

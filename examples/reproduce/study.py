@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -19,12 +20,22 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-for _name, _value in (("TRL_EXPERIMENTAL_SILENCE", "1"), ("HF_HUB_OFFLINE", "1"), ("TOKENIZERS_PARALLELISM", "false")):
+for _name, _value in (
+    ("TRL_EXPERIMENTAL_SILENCE", "1"),
+    ("HF_HUB_OFFLINE", "1"),
+    ("TOKENIZERS_PARALLELISM", "false"),
+    # Of studies that draw with vLLM, as `make test-vllm` sets them
+    ("TORCHDYNAMO_DISABLE", "1"),
+    ("VLLM_CPU_KVCACHE_SPACE", "1"),
+    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+    ("VLLM_NO_USAGE_STATS", "1"),
+):
     os.environ.setdefault(_name, _value)
 
 import matplotlib  # noqa: E402
@@ -268,6 +279,15 @@ def machine_text(host: dict[str, Any]) -> str:
 # Training and measuring
 
 
+def vllm_on_the_cpu() -> None:
+    """Before a trainer is made whose rollouts vLLM draws, in an environment of `make test-vllm`."""
+    sys.path.append(str(RESULTS.parents[2]))  # the tests' patch of vLLM
+    from tests.vllm.conftest import free_port, keep_weights_on_the_cpu
+
+    keep_weights_on_the_cpu(SimpleNamespace(setattr=setattr))
+    os.environ["MASTER_PORT"] = str(free_port())  # TRL's own choice is that of any other run on the machine
+
+
 def silenced(trainer: Any) -> Any:
     """A trainer without the callbacks that print."""
     trainer.remove_callback(PrinterCallback)
@@ -387,16 +407,18 @@ def completion_mask(completions: torch.Tensor, eos_token_id: int) -> torch.Tenso
 
 
 class Estimate(NamedTuple):
-    """A value and its standard error (NaN where it cannot be estimated)."""
+    """A value and its standard error; NaN where it cannot be estimated, "—" in print."""
 
     value: float
     error: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "—"
         return f"{self.value:.3f} ± {self.error:.3f}" if math.isfinite(self.error) else f"{self.value:.3f}"
 
     def signed(self, digits: int = 3) -> str:
-        return f"{self.value:+.{digits}f} ± {self.error:.{digits}f}"
+        return "—" if math.isnan(self.value) else f"{self.value:+.{digits}f} ± {self.error:.{digits}f}"
 
 
 def over_seeds(values: Iterable[float]) -> Estimate:

@@ -44,15 +44,15 @@ from trl_blend.trainers.logit_mix_grpo import trainer as logit_mix
 
 
 # Shares of the steps: until the teacher's weight is 0, until that is so at the earliest where it waits for the reward,
-# until it would be 0 where it falls as slowly as those that waited, of a first stage, of arms that mix and go on, and
-# of GRPO, which goes on until it has had the compute of the mixed objective
-DECAY, FASTEST, SLOW, FIRST_STAGE, LONGER, COMPUTE = 0.7, 0.4, 1.4, 1 / 3, 1.6, 2.5
+# until it would be 0 where it falls as slowly as those that waited, of a first stage, and of arms that mix and go on
+DECAY, FASTEST, SLOW, FIRST_STAGE, LONGER = 0.7, 0.4, 1.4, 1 / 3, 1.6
 SHAPE = 0.1
 ROLLOUTS = 128  # of a step
 SORTING = "sorting"
 BOTH = (ADDITION, SORTING)
 WEIGHTS = {ADDITION: 0.5, SORTING: 0.8}  # at which the mixture gets reward from the start
-GO_ON = {ADDITION: ("floor", "mixed"), SORTING: ("floor_slow", "mixed_slow")}
+# GRPO goes on until it has had the compute of the arms that mix
+GO_ON = {ADDITION: {"grpo": 2.5, "floor": LONGER, "mixed": LONGER}, SORTING: {"grpo": 1.6, "mixed_slow": LONGER}}
 # Of the first figure
 MAIN = (
     "grpo",
@@ -199,7 +199,7 @@ def make_arms(steps: int, task: str) -> dict[str, Arm]:
 
 def last_step(name: str, steps: int, task: str) -> int:
     """Up to which an arm is trained."""
-    return round(steps * (COMPUTE if name == "grpo" else LONGER if name in GO_ON[task] else 1))
+    return round(steps * GO_ON[task].get(name, 1))
 
 
 def first_stage(arm: Arm, seed: int, steps: int, folder: str, task: Task) -> tuple[float, float]:
@@ -386,6 +386,7 @@ def claims(found: Results) -> Iterator[Claim]:
         ("floor_slow", "The floor with a slower decay"),
         ("floor_reward", "The floor that waits"),
         ("mixed", "The mixed objective"),
+        ("mixed_slow", "The mixed objective with a slower decay"),
     ):
         if found.runs.has(arm, "grpo"):
             longer, later = found.later("grpo"), found.later(arm)
@@ -450,6 +451,7 @@ def report(runs: Runs, folder: Path) -> str:
         figures += [f"![the same for all arms]({runs.name}_all.png)", ""]
         _plot(found, found.names, folder / f"{runs.name}_all.png")
     seeds = sorted({len(runs.of(name)) for name in found.names})
+    weight = WEIGHTS[found.task]
     stage = round(FIRST_STAGE * found.steps)
     header = [
         "arm",
@@ -472,18 +474,18 @@ def report(runs: Runs, folder: Path) -> str:
         "",
         f"Written by `python examples/reproduce/zero_reward.py{runs.command}`; do not edit. The student is `base`, "
         f"which {runs.task.about_base}. Solved before training, greedy: {start}; mixture of `base` and `teacher` at "
-        f"{WEIGHTS[found.task]:g} {found.start('mixed'):.3f}. The answer of `base`, in any form: {found.start('base', 'answer'):.3f}. "
-        f"{study.machine_text(found.first['machine'])}",
+        f"{weight:g} {found.start('mixed'):.3f}. The answer of `base`, in any form: "
+        f"{found.start('base', 'answer'):.3f}. {study.machine_text(found.first['machine'])}",
         "",
         f"{found.steps} steps of {ROLLOUTS} rollouts (16 prompts), learning rate {runs.task.grpo_learning_rate:g}, "
         f"{' or '.join(map(str, seeds))} seeds, "
-        f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from {WEIGHTS[found.task]:g}, unless said, "
-        f"to 0 over {round(DECAY * found.steps)} steps, with a *slower decay* over {round(SLOW * found.steps)}, where "
-        f"it waits for the reward in {round(FASTEST * found.steps)} at the earliest; a first stage takes the place "
-        f"of the first {stage} steps, with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *first reward* is the "
-        "mean reward in the first step of GRPO, *mean weight* the teacher's over all steps, *last weight* that of the "
-        f"last, *prompts with reward* the mean of `{REWARDED}` over the last quarter of a decay that ends in the run, "
-        f"*suppressed* that of `{SUPPRESSED}` over the second. Tokens and CPU seconds "
+        f"{runs.start['n_test']} test prompts, greedy, mean ± SE over seeds. The weight falls from {weight:g}, unless "
+        f"said, to 0 over {round(DECAY * found.steps)} steps, with a *slower decay* over {round(SLOW * found.steps)}, "
+        f"where it waits for the reward in {round(FASTEST * found.steps)} at the earliest; a first stage takes the "
+        f"place of the first {stage} steps, with as many rollouts ({ROLLOUTS_PER_PROMPT} per prompt). *first reward* "
+        "is the mean reward in the first step of GRPO, *mean weight* the teacher's over all steps, *last weight* that "
+        f"of the last, *prompts with reward* the mean of `{REWARDED}` over the last quarter of a decay that ends in "
+        f"the run, *suppressed* that of `{SUPPRESSED}` over the second. Tokens and CPU seconds "
         f"are those of {found.steps} steps, without evaluation; between arms that were run at other times they "
         "compare only roughly, since other work on the cores slows all of them.",
         "",

@@ -178,6 +178,8 @@ def test_a_difference_counts_above_two_standard_errors():
     gaps = [Estimate(0.21, 0.1), Estimate(0.19, 0.1), Estimate(-0.19, 0.1), Estimate(-0.21, 0.1)]
     assert [verdict(gap) for gap in gaps] == [HELD, NO_DIFFERENCE, NO_DIFFERENCE, REVERSE]
     assert verdict(Estimate(0.5, math.nan)) == NO_DIFFERENCE  # a single seed shows nothing
+    unknown = Estimate(math.nan, math.nan)
+    assert str(unknown) == unknown.signed() == "—"
 
 
 def test_a_claim_about_several_comparisons_needs_all_of_them():
