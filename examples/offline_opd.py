@@ -83,6 +83,7 @@ def main(script_args, training_args, model_args):
             accelerator=trainer.accelerator,
             generation_kwargs={"max_new_tokens": script_args.max_completion_length},
             batch_size=training_args.per_device_train_batch_size,
+            chat_template_kwargs=scored[0].manifest.source.get("chat_template_kwargs"),
             progress=scoring_bar(trainer, "student"),
         )
         return {"student": student}

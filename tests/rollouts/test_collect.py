@@ -90,6 +90,7 @@ def test_the_manifest_says_what_was_sampled(student, prompts, finished):
     assert manifest.engine["name"] == "transformers" and manifest.engine["torch"] == version("torch")
     assert manifest.student["name"] == student and manifest.student["weights"]["sha256"]
     assert manifest.source["prompts"] == prompts and manifest.source["num_prompts"] == 11
+    assert manifest.source["chat_template_kwargs"] is None
 
 
 @pytest.mark.parametrize("given", ["model", "adapter"])

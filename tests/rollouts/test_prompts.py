@@ -149,6 +149,30 @@ def test_messages_go_through_the_chat_template():
     assert tokenizer.decode(ids[1]) == "<user>1+1<assistant>so"  # to be continued, so without its end
 
 
+PARTS_TEMPLATE = (
+    "{% for message in messages %}<user>{% for part in message.content %}{% if part is mapping %}{{ part.text }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, PARTS_TEMPLATE])
+def test_a_message_is_read_as_text_and_as_parts(template):
+    """A template leaves out, or prints, the form that it was not written for."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    parts = [{"type": "text", "text": "1+1"}]
+    as_text, as_parts = ([{"prompt": [{"role": "user", "content": content}]}] for content in ("1+1", parts))
+    assert texts_of(as_text, tokenizer) == texts_of(as_parts, tokenizer)
+    assert "<user>1+1" in texts_of(as_parts, tokenizer)[0] and "type" not in texts_of(as_parts, tokenizer)[0]
+
+
+def test_a_prompt_that_holds_its_answer_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        texts_of([{"prompt": [USER]}, {"prompt": [USER, {"role": "assistant", "content": "2"}]}])
+    (message,) = [message for message in messages_of(caplog) if "of the assistant" in message]
+    assert message.startswith("Row 1 of the prompts: ")
+
+
 def test_where_prompts_may_come_from(tmp_path, prompts):
     assert len(load_prompts(prompts)) == 11
     assert load_prompts(["a", "b"])["prompt"] == ["a", "b"]

@@ -129,7 +129,12 @@ def collect_rollouts(
         sampling={**sampling.to_dict(), "vocab_size": sampling.vocab_size},
         engine=engine.description,
         student=student,
-        source={"prompts": describe_dataset(prompts), "num_prompts": len(source), "digest": scan.digest},
+        source={
+            "prompts": describe_dataset(prompts),
+            "num_prompts": len(source),
+            "digest": scan.digest,
+            "chat_template_kwargs": args.chat_template_kwargs,
+        },
     )
 
     def draw(index: int, on_rows: OnRows) -> dict[str, list[Any]]:

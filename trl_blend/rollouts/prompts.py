@@ -306,6 +306,7 @@ class PromptTokens:
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         special = {token for token, entry in added.items() if entry.special} | set(self._tokenizer.all_special_ids)
         self._special = special - {self._tokenizer.unk_token_id}
+        self._takes_parts = _takes_parts(self._tokenizer)
         self._found: dict[str, list[int]] = {}  # rows by what is odd about them
 
     def __len__(self) -> int:
@@ -369,11 +370,16 @@ class PromptTokens:
         return ids
 
     def _encode_messages(self, values: dict[str, Any], row: int) -> list[int]:
-        messages = [{**_without_none(message), "content": message.get("content")} for message in values[self._column]]
+        messages = [
+            {**_without_none(message), "content": self._content(message.get("content"))}
+            for message in values[self._column]
+        ]
         settings = {**self._template_kwargs, **self._of_template(values, "chat_template_kwargs", dict, row)}
         if tools := self._of_template(values, "tools", list, row):
             settings["tools"] = tools
         continues = messages[-1]["role"] == "assistant"
+        if continues:
+            self._note(row, "it ends with a message of the assistant. Leave that out if it is the answer.")
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
@@ -386,6 +392,12 @@ class PromptTokens:
         except Exception as error:  # templates raise what they like
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"The chat template cannot render row {row} of {self._what}: {first}") from error
+
+    def _content(self, content: str | list[Any] | None) -> str | list[Any] | None:
+        """The text of a message in the form that the template reads: it leaves out the other, or prints it."""
+        if isinstance(content, list) and not self._takes_parts:
+            return "\n".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
+        return [{"type": "text", "text": content}] if isinstance(content, str) and self._takes_parts else content
 
     def _of_template(self, values: dict[str, Any], name: str, kind: type, row: int) -> Any:
         """A column of the row that goes into the template, without the gaps that Arrow fills with `None`."""
@@ -406,6 +418,14 @@ class PromptTokens:
 
     def _note(self, row: int, message: str) -> None:
         self._found.setdefault(message, []).append(row)
+
+
+def _takes_parts(tokenizer: Any) -> bool:
+    """Whether a chat template reads a text as a list of parts, as many with images do."""
+    try:
+        return "zebra" not in tokenizer.apply_chat_template([{"role": "user", "content": "zebra"}], tokenize=False)
+    except Exception:  # no template, or one that wants more: it is said of the first row
+        return False
 
 
 def _without_none(value: Any) -> Any:
