@@ -33,10 +33,14 @@ REFUSED = {
     "packing_strategy='bfd_split'": {"packing": True, "max_length": 64, "packing_strategy": "bfd_split"},
     "Set `max_length`": {"packing": True},
     "eval_packing=True": {"eval_packing": True, "max_length": 64},
-    "load_best_model_at_end=True": {
+    "metric_for_best_model='loss'": {
         "load_best_model_at_end": True,
         "eval_strategy": "steps",
         "save_strategy": "steps",
+    },
+    "metric_for_best_model='loss'`: the sampled": {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "eval_strategy": "steps",
     },
     "metric_for_best_model='eval_loss'": {
         "load_best_model_at_end": True,
@@ -112,8 +116,14 @@ def test_the_best_model_by_a_loss_that_turns_out_to_be_no_divergence(tmp_path):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
     args = offline_config(tmp_path, offline_loss="auto", **best)
     assert args.resolved(TOP_K).uses_top_k
-    with pytest.raises(ConfigError, match="load_best_model_at_end=True"):
+    with pytest.raises(ConfigError, match="metric_for_best_model='loss'"):
         args.resolved(DRAWN)
+
+
+@pytest.mark.parametrize("metric", ["eval_offline/reverse_kl", "offline/drift_kl", "eval_math_offline/divergence"])
+def test_the_best_model_is_the_closest(tmp_path, metric):
+    assert offline_config(tmp_path, metric_for_best_model=metric).greater_is_better is False
+    assert offline_config(tmp_path, metric_for_best_model=metric, greater_is_better=True).greater_is_better is True
 
 
 def test_packing_strategy_without_packing_is_left_alone(tmp_path):

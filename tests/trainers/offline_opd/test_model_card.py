@@ -166,7 +166,7 @@ def test_evaluation(build_on_store, folder, eval_strategy):
     for name in stores:
         (entry,) = [entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry]
         expected |= {f"{name}_loss": entry[f"eval_{name}_loss"]}
-        expected |= {f"{name}_offline/reverse_kl": entry["eval_offline/reverse_kl"]}
+        expected |= {f"{name}_offline/reverse_kl": entry[f"eval_{name}_offline/reverse_kl"]}
     assert {name: value for name, value in rows} == {name: f"{value:.4g}" for name, value in expected.items()}
     assert len(set(expected.values())) == 4
 

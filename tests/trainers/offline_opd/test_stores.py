@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,13 @@ def test_a_stated_teacher_is_called_stated(build, folder):
     assert report.ok and report["provenance"].evidence["how"] == "stated"
     with pytest.raises(ConsistencyError, match="teacher"):
         build(student="unrecorded", sft_teacher=str(folder / "second"))
+
+
+def test_a_record_of_a_former_run_goes(build, folder):
+    trainer = build(student="unrecorded", sft_teacher=str(folder / "teacher"))
+    record_teacher(trainer.args.output_dir, str(folder / "second"), overwrite=True)
+    trainer.save_model()
+    assert not (Path(trainer.args.output_dir) / PROVENANCE_FILE).exists()
 
 
 @pytest.mark.parametrize("how", ["strict", "warn", "off"])

@@ -98,6 +98,16 @@ def test_metrics_of_evaluation_and_of_a_top_k_loss(build_offline, models, rows):
     assert found["eval_offline/divergence"] > 0 and "eval_offline/tokens_per_second" not in found
 
 
+def test_metrics_of_several_evaluation_sets(build_offline, models, rows):
+    sets = {"first": rows.select(range(2)), "second": rows.select(range(2, len(rows)))}
+    trainer = build_offline(trainer_kwargs={"eval_dataset": sets})
+    found = trainer.evaluate()
+    for name, part in sets.items():
+        expected = expected_metrics(scored.load(models, "student"), part)["offline/reverse_kl"]
+        assert found[f"eval_{name}_offline/reverse_kl"] == pytest.approx(expected, rel=1e-4)
+    assert "eval_offline/reverse_kl" not in found
+
+
 def test_what_the_data_does_not_hold_is_not_measured(build_offline, rows):
     fewer = rows.remove_columns(["student_logps"])
     record = runs.train(build_offline(train_dataset=fewer))

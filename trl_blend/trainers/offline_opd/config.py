@@ -38,6 +38,7 @@ _RANGES: dict[str, Range] = {
     "rescore_num_rows": (0, math.inf, "at least 0 (which scores no row)"),
     "max_policy_drift": (ABOVE_ZERO, math.inf, "positive and finite (nats per token), or left out for no bound"),
 }
+_LOWER_IS_BETTER = tuple(f"offline/{name}" for name in ("reverse_kl", "drift_kl", "divergence", "unlikely_share"))
 
 
 @with_help
@@ -172,6 +173,8 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
         check_choices(self)
         check_run(self)
         check_ranges(self, _RANGES)
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LOWER_IS_BETTER):
+            self.greater_is_better = False  # transformers knows that of names that end in "loss" only
         super().__post_init__()
         self._check_parent_settings()
         self._check_rescoring()
@@ -207,12 +210,13 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             )
 
     def _check_best_model(self):
-        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        if self.load_best_model_at_end and metric == "loss" and self.offline_loss == "sampled_token":
+        # What selects by a metric has the parent set it, if nobody has
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric == "loss" and self.offline_loss == "sampled_token":
             raise ConfigError(
-                f"`load_best_model_at_end=True` with `metric_for_best_model={self.metric_for_best_model!r}`: the "
-                "sampled-token loss is no divergence by value and can rise while the student comes closer to its "
-                "teacher. Set `metric_for_best_model='eval_offline/reverse_kl'` and `greater_is_better=False`."
+                f"`metric_for_best_model={self.metric_for_best_model!r}`: the sampled-token loss is no divergence by "
+                "value and can rise while the student comes closer to its teacher. Set "
+                "`metric_for_best_model='eval_offline/reverse_kl'`."
             )
 
     def _check_parent_settings(self):

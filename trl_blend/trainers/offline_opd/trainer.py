@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from trl_blend.consistency.provenance import PROVENANCE_FILE
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.models.identity import ModelIdentity
 from trl_blend.models.own_logits import check_own_logits, fused_log_probs
@@ -158,6 +160,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         self.consistency_report: ConsistencyReport | None = found[1]
         self._provenance = checks.find_provenance(model, args)
         self._offline_metrics = OfflineMetrics()
+        self._eval_prefix = "eval"
         self._row_scale: float | torch.Tensor = 1.0
         super().__init__(
             model=model,
@@ -219,6 +222,7 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         if not (isinstance(eval_dataset, str) and eval_dataset in keys):
             eval_dataset = self._open_eval(eval_dataset, self.args)
         self._offline_metrics.pause()
+        self._eval_prefix = metric_key_prefix
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
@@ -289,10 +293,11 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
         mode = "train" if self.model.training else "eval"
         metrics = self._offline_metrics.pop(mode, self.accelerator, self._total_train_tokens)
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
         if mode == "train":
+            logs.update(metrics)
             self._bound_drift(metrics.get("offline/drift_kl"))
+        else:  # those of the parent have one name for all evaluation sets
+            logs.update({f"{self._eval_prefix}_{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)
 
     def _bound_drift(self, drift: float | None) -> None:
@@ -313,8 +318,12 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside it the record of its SFT teacher, see [`~transformers.Trainer.save_model`]."""
         super().save_model(output_dir, _internal_call)
-        if self._provenance is not None and self.args.should_save:
-            self._provenance.save(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            if self._provenance is not None:
+                self._provenance.save(folder)
+            else:  # of a former run
+                Path(folder, PROVENANCE_FILE).unlink(missing_ok=True)
 
     @staticmethod
     def rows_needed(args: OfflineOPDConfig) -> RowsNeeded:
