@@ -40,7 +40,8 @@ def fused_log_prob_function(function: FusedLogProbs) -> Iterator[None]:
 
     Upstream: the forward that `trl.trainer.utils.add_fused_lm_head` installs looks up `_ChunkedLogProbFunction` at
     each call. It has already run the backbone, shifted the labels, gathered an FSDP2 or ZeRO-3 head and resolved logit
-    scale and soft-capping, so that none of it is repeated here. Removal: TRL accepts a log-prob function.
+    scale and soft-capping, so that none of it is repeated here. A head that ZeRO-3 does not manage, that of a teacher,
+    it would ask for its shards. Removal: TRL accepts a log-prob function, and skips plain tensors.
     """
 
     original = trl_utils._ChunkedLogProbFunction
@@ -52,7 +53,7 @@ def fused_log_prob_function(function: FusedLogProbs) -> Iterator[None]:
             result = function(LMHead(hidden, weight, bias, logit_scale, softcap), targets, temperature, outputs)
             return original.apply(*given) if result is None else result
 
-    with patch.object(trl_utils, "_ChunkedLogProbFunction", Redirected):
+    with patch.multiple(trl_utils, _ChunkedLogProbFunction=Redirected, maybe_gather_lm_head_ctx=gather_lm_head):
         yield
 
 
@@ -185,6 +186,9 @@ def logit_fields(*configs: PretrainedConfig) -> Iterator[None]:
         yield
 
 
+_gather_managed = trl_utils.maybe_gather_lm_head_ctx
+
+
 def gather_lm_head(*parameters: torch.Tensor | None) -> AbstractContextManager[None]:
     """
     Gather the ZeRO-3 shards among `parameters`; tensors that ZeRO-3 does not manage are left alone.
@@ -192,7 +196,7 @@ def gather_lm_head(*parameters: torch.Tensor | None) -> AbstractContextManager[N
     Upstream: `trl.trainer.utils.maybe_gather_lm_head_ctx`, which assumes that every tensor is managed. Removal: it
     becomes public and skips plain tensors.
     """
-    return trl_utils.maybe_gather_lm_head_ctx(*[p for p in parameters if hasattr(p, "ds_status")])
+    return _gather_managed(*[p for p in parameters if hasattr(p, "ds_status")])
 
 
 # Called as they are. Upstream: `trl.trainer.utils`. Removal: they become public.

@@ -7,6 +7,7 @@ A release that moves one of these seams fails here, by name, instead of training
 import ast
 import inspect
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,20 @@ def test_fused_head_looks_its_function_up_at_call_time_and_passes_nine_arguments
     assert (temperature, softcap, logit_scale) == (0.7, 5.0, 1.0)
     assert isinstance(chunk_size, int) and "log_probs" in outputs
     assert output.log_probs.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_head_that_zero_3_does_not_manage_is_not_asked_for_its_shards(monkeypatch):
+    managed = []
+    monkeypatch.setattr(_compat, "_gather_managed", lambda *given: managed.append(given) or nullcontext())
+    model = tiny_model()
+    trl_utils.add_fused_lm_head(model, temperature=1.0)
+    input_ids = torch.randint(3, 60, (2, 5))
+    with _compat.fused_log_prob_function(lambda head, targets, temperature, outputs: None):
+        model(input_ids=input_ids, labels=input_ids, fused_lm_head=True)
+        weight = model.get_output_embeddings().weight
+        weight.ds_status = "not available"
+        model(input_ids=input_ids, labels=input_ids, fused_lm_head=True)
+    assert managed[0] == () and managed[-1] == (weight,)
 
 
 def test_trainer_scores_the_model_it_is_given_through_its_fused_forward(grpo):

@@ -1,5 +1,6 @@
 """TRL's engine holding the teachers: what it is started with, and what it is told and sent, in which order."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -192,20 +193,35 @@ def test_a_teacher_in_memory_is_sent_once(vllm, folder):
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_adapters_are_merged_or_left_out(vllm, folder, merged):
-    engine, model = start(folder), tiny_lora(tiny_model(seed=1))
-    expected = {name: tensor.clone() for name, tensor in tiny_model(seed=1).named_parameters()}
-    if merged:
-        expected = dict(tiny_lora(tiny_model(seed=1)).merge_and_unload().named_parameters())
+    untied = tiny_model(seed=1, tie_word_embeddings=False)
+    engine, model = start(folder), tiny_lora(copy.deepcopy(untied), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.mul_(1.5)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    whole = copy.deepcopy(model).merge_and_unload() if merged else untied
+    expected = dict(whole.named_parameters())
     engine.send_partners({0: (model, merged)})
     engine.llm.events = []
     engine.sync_weights()
     sent = {name: tensor for kind, name, tensor in (e for e in engine.llm.events if e[0] == "partner_0")}
     assert sent.keys() == expected.keys()
-    for name, tensor in sent.items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
-    for name, tensor in model.named_parameters():
-        torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=0)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in sent.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+
+
+def test_one_matrix_that_an_adapter_has_trained_as_two(vllm, folder):
+    engine, model = start(folder), tiny_lora(tiny_model(seed=1, tie_word_embeddings=True), modules_to_save=["lm_head"])
+    with pytest.raises(UnsupportedError, match="`teacher_model` is an adapter with .*`merge_and_unload"):
+        engine.send_partners({0: (model, True)})
+    engine.send_partners({0: (model, False)})  # the student's base is as it was
+
+
+def test_ranks_with_an_engine_each_wait_for_none_of_the_others(vllm, folder, monkeypatch):
+    """Their turns with tools are not as many."""
+    engine = start(folder, draft_tokens="auto")
+    monkeypatch.setattr(_engine, "broadcast_object_list", None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", None)
+    assert "kl_behavior_student" in engine.take_statistics()
 
 
 # A server

@@ -5,6 +5,7 @@ Shared by the trainers. A trainer builds itself inside [`blended_engine`], hands
 `blend` before it generates.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -140,7 +141,9 @@ class BlendedVLLMGeneration(VLLMGeneration):
             [`~trl_blend.errors.UnsupportedError`]: If vLLM could not read them.
         """
         self._unsent = dict(partners) if self.mode == "colocate" else {}
-        for index in self._unsent:
+        for index, (model, adapters) in self._unsent.items():
+            if adapters and is_peft_model(model):
+                _check_stays_tied(model)
             self._call("check_takes_weights", f"partner_{index}")
 
     def sync_weights(self) -> None:
@@ -204,13 +207,15 @@ class BlendedVLLMGeneration(VLLMGeneration):
     def take_statistics(self) -> dict[str, Statistic]:
         """
         What the last blend has drawn since the last call, see [`~trl_blend.serving.statistics.row_statistics`]. Every
-        rank must call it; what a server has drawn is that of the main process, and nothing on the others.
+        rank of an engine must call it; what a server has drawn is that of the main process, and nothing on the others.
         """
         if self.mode == "colocate":
             taken = {name: Statistic(*sums) for name, sums in self._call("take_blend_statistics").items()}
-            if self._drafts is not None:  # the same on all ranks, which may share an engine
-                (accepted,) = broadcast_object_list([taken.get("draft_acceptance")])
-                self._drafts.observe(self._told.rule, accepted)
+            if self._drafts is not None:
+                accepted = [taken.get("draft_acceptance")]
+                if self.tensor_parallel_size > 1:  # the same on the ranks that share an engine
+                    torch.distributed.broadcast_object_list(accepted, group=self.tp_group, group_src=0)
+                self._drafts.observe(self._told.rule, *accepted)
             return taken
         (sums,) = broadcast_object_list([self._call("take_blend_statistics")])
         own = self.accelerator.is_main_process
@@ -240,22 +245,36 @@ def _load_partner(model: Any, index: int, weight: tuple[str, Tensor]) -> None:
     model.load_partner_weights(index, [weight])
 
 
+def _check_stays_tied(model: Any) -> None:
+    """Refuse an adapter that has trained one matrix of its base as two, which an engine would read as one."""
+    from peft.utils import ModulesToSaveWrapper
+
+    base = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    trained = any(isinstance(end, ModulesToSaveWrapper) for end in ends)
+    stays_tied = getattr(model.active_peft_config, "ensure_weight_tying", False)
+    if trained and base.config.tie_word_embeddings and not stays_tied:
+        raise UnsupportedError(
+            "`teacher_model` is an adapter with embeddings or an output layer of its own, on a base where both are "
+            "one matrix, as a vLLM engine would keep them. Merge it (`merge_and_unload`), save it and pass the "
+            "folder, or set `use_vllm=False`."
+        )
+
+
 @torch.no_grad()
 def _parameters(model: Any, adapters: bool, gather: Any) -> Iterator[tuple[str, Tensor]]:
     """Weights of a model under the names of its checkpoint, one by one, with its adapters merged or without them."""
+    if adapters and is_peft_model(model):
+        model = copy.deepcopy(model).merge_and_unload()
     if not is_peft_model(model):
         yield from ((name, parameter.data) for name, parameter in model.named_parameters())
         return
     parameters = dict(model.named_parameters())
-    with nullcontext() if adapters else gather(list(parameters.values())):  # a student may be sharded, no teacher is
-        if adapters:
-            model.merge_adapter()
+    with gather(list(parameters.values())):  # a student may be sharded, no teacher is
         for name, parameter in parameters.items():
             if model.prefix not in name and "modules_to_save" not in name:
                 name = name.removeprefix("base_model.model.").replace(".base_layer", "")
                 yield name.replace(".original_module", ""), parameter.data
-        if adapters:
-            model.unmerge_adapter()
 
 
 def blended_engine(

@@ -417,6 +417,7 @@ class RunCallback(TrainerCallback):
             raise ConfigError(
                 f"`train_dataset` has {rows} rows, which make no batch of {needed.rows} ({needed.because})."
             )
+        self.trainer.record()  # before an engine merges adapters into their base and out again, which rounds it
         self.trainer.start_card()
         if state.is_world_process_zero:
             print(self.trainer.opening(), flush=True)

@@ -24,7 +24,15 @@ def test_a_weight_outside_the_unit_interval_is_an_error(make, weight):
 def test_weights_that_sum_above_one_are_an_error(make):
     with pytest.raises(ConfigError, match=r"\[0.6, 0.5\].*sums to 1.1"):
         make(teacher_weight=[0.6, 0.5])
-    assert make(teacher_weight=[0.6, 0.4]).teacher_weight == [0.6, 0.4]
+    assert make(teacher_weight=[0.6, 0.4], **DECAY).teacher_weight == [0.6, 0.4]
+
+
+@pytest.mark.parametrize("given", [1, [0.6, 0.4]])
+def test_a_student_that_has_no_part_in_its_objective(make, given):
+    with pytest.raises(ConfigError, match=r"teacher_weight=\[.*leaves the student no part"):
+        make(teacher_weight=given)
+    assert make(teacher_weight=given, objective="student").mixes
+    assert make(teacher_weight=given, mixing_space="arithmetic").mixes
 
 
 def test_weights_of_arithmetic_are_any_finite_numbers(make):
@@ -35,7 +43,7 @@ def test_weights_of_arithmetic_are_any_finite_numbers(make):
 
 @pytest.mark.parametrize(
     ("given", "held"),
-    [(0.3, [0.3]), ([0.3], [0.3]), ((0.2, 0.1), [0.2, 0.1]), (0, [0.0]), (1, [1.0]), ([0.2, 0.1], [0.2, 0.1])],
+    [(0.3, [0.3]), ([0.3], [0.3]), ((0.2, 0.1), [0.2, 0.1]), (0, [0.0]), ([0.2, 0.1], [0.2, 0.1])],
 )
 def test_a_bare_weight_becomes_a_list(make, given, held):
     args = make(teacher_weight=given)

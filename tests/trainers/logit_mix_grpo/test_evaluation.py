@@ -63,7 +63,8 @@ def test_the_mixed_policy_is_evaluated_with_the_teacher(build, objective):
 @pytest.mark.parametrize("objective", ["mixed", "student"])
 def test_a_weight_of_one_evaluates_the_teacher(build, objective):
     """The mixed policy at weight 1 draws what the teacher alone would draw from the same seed."""
-    metrics = evaluate(build_eval(build, objective=objective, eval_policy="mixed", teacher_weight=1.0))
+    decay = {"teacher_weight_schedule": "linear", "teacher_weight_decay_steps": 2}
+    metrics = evaluate(build_eval(build, objective=objective, eval_policy="mixed", teacher_weight=1.0, **decay))
     settings = {"reward_funcs": [runs.reward, seven], "num_generations_eval": 2}
     settings["trainer_kwargs"] = {"eval_dataset": runs.dataset(EVAL_PROMPTS)}
     teacher = evaluate(build(parent=True, student="teacher", **settings))

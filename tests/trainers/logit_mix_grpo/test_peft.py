@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from tests import reference
 from tests.tiny import tiny_lora, tiny_model
@@ -94,3 +95,20 @@ def test_gradients_accumulate(build, loss_type):
     assert len(whole.calls) == 1 and len(halves.calls) == 2
     assert sum(halves.losses) == pytest.approx(whole.losses[0], abs=1e-6)
     runs.assert_close_tensors(halves.gradients[0], whole.gradients[0], relative=1e-4)
+
+
+def test_a_base_that_an_engine_has_rounded_is_the_same_base(build):
+    """At each step vLLM is sent adapters that are merged into their base and out again."""
+
+    class Rounds(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            for name, parameter in model.named_parameters():
+                if "lora" not in name:
+                    parameter.data.mul_(1 + 1e-6)
+
+    first = build_lora(build, save_strategy="steps", save_steps=1)
+    first.add_callback(Rounds())
+    first.train()
+    resumed = build_lora(build)
+    resumed.train(resume_from_checkpoint=f"{first.args.output_dir}/checkpoint-1")
+    assert resumed.state.global_step == 2

@@ -43,6 +43,15 @@ def test_the_reward_is_the_weighted_sum_that_is_logged(build):
     assert trainer.rollout_reward == pytest.approx(0.7)
 
 
+def test_what_no_function_scores_is_left_out_as_in_the_metric(build):
+    def rewards(completions, **kwargs):
+        return [None if index % 4 == 0 else 0.6 + 0.1 * (index % 2) for index in range(len(completions))]
+
+    trainer = build(**WAITS, max_steps=1, reward_funcs=rewards)
+    (logged,) = runs.train(trainer).logged("reward")
+    assert trainer.rollout_reward == pytest.approx(logged) and logged > 0.6
+
+
 def test_a_resumed_run_goes_on_where_the_weight_stood(build):
     script_of_all = (0.2, 0.7, 0.4, 0.7)
     saved = build(**WAITS, max_steps=4, reward_funcs=script(*script_of_all), save_strategy="steps", save_steps=2)

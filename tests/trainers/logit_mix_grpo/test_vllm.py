@@ -67,6 +67,23 @@ def test_the_students_objective_divides_by_the_engines_probabilities(build_vllm)
     assert trainer.vllm_importance_sampling_correction  # put back
 
 
+def test_a_token_whose_probability_is_unknown_leaves_the_loss(build_vllm, monkeypatch):
+    generate = PlainEngine.generate
+
+    def generate_without_one(self, **given):
+        ids, completions, logps, extra = generate(self, **given)
+        logps[0][1] = [None]  # where vLLM computes no number
+        return ids, completions, logps, extra
+
+    trainer = build_vllm(objective="student", teacher_weight=0.4, max_steps=1)
+    monkeypatch.setattr(PlainEngine, "generate", generate_without_one)
+    (output,) = outputs(trainer)
+    known = output["tool_mask"].bool()
+    assert known.sum() == known.numel() - 1
+    assert torch.allclose(output["old_per_token_logps"][known], torch.tensor(LOGPS).expand(len(known), -1)[known])
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 def test_the_mixed_objective_is_corrected(build_vllm):
     (output,) = outputs(build_vllm(teacher_weight=0.4, max_steps=1))
     expected = (output["old_per_token_logps"] - torch.tensor(LOGPS)).exp().prod(dim=1, keepdim=True)

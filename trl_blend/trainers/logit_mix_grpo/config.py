@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from trl_blend.errors import ConfigError
 from trl_blend.generation.rules import BlendRule, mixing_rule
 from trl_blend.generation.settings import check_one_sequence, distribution_warpers
-from trl_blend.ops.mixing import validate_weights
+from trl_blend.ops.mixing import student_weight, validate_weights
 from trl_blend.schedules import DECAYING_SCHEDULES, make_schedule
 from trl_blend.trainers._options import (
     ABOVE_ZERO,
@@ -276,6 +276,12 @@ class LogitMixGRPOConfig(TokensUnwritten, GRPOConfig):
         if self.mixes:
             check_generation_kwargs(self)
             check_one_sequence(self.generation_kwargs, "num_generations")
+        share = student_weight(self.teacher_weight, self.mixing_space)
+        if self.objective == "mixed" and self.teacher_weight_schedule == "constant" and share == 0:
+            raise ConfigError(
+                f"`teacher_weight={self.teacher_weight}` with `objective='mixed'` leaves the student no part in what "
+                "is trained. Lower it, or let it fall with `teacher_weight_schedule`."
+            )
         if self.objective != "student" or not self.mixes:
             return
         if self.is_clip_mode != "ppo" and self.loss_type not in _CLIPPED_LOSSES:

@@ -279,7 +279,13 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         output["teacher_weight"] = [weights] * len(inputs)
         if self.args.objective == "student" and any(weights):
-            output["old_per_token_logps"] = output["sampling_per_token_logps"]
+            logps = output["sampling_per_token_logps"]
+            if (unknown := logps.isnan()).any():  # to vLLM: without them there is no ratio
+                known = (
+                    torch.ones_like(output["completion_mask"]) if "tool_mask" not in output else output["tool_mask"]
+                )
+                output["tool_mask"] = known * ~unknown
+            output["old_per_token_logps"] = logps.nan_to_num()
         for index, weight in enumerate(weights):
             self._metrics[mode][f"mixing/teacher_weight{self._suffix(index)}"].append(weight)
         for name, value in self._rollout_means.reduce(self.accelerator).items():
@@ -291,11 +297,12 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         if self.args.mixes:
             training = self.model.training
             total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            total[rewards.isnan().all(dim=1)] = torch.nan  # scored by none, and left out of the metric `reward` too
             prompts_of_batch = total.view(-1, self.num_generations if training else self.num_generations_eval)
             share = (prompts_of_batch > 0).any(dim=1).float().mean().item()
             self._metrics["train" if training else "eval"]["mixing/rewarded_prompts"].append(share)
             if training:
-                self.rollout_reward = total.mean().item()
+                self.rollout_reward = total.nanmean().item()
         return rewards
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
