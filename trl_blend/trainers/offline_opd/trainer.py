@@ -50,7 +50,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
     [`~trl_blend.check_teacher_consistency`].
 
     With `offline_loss="sampled_token"` the loss is no divergence: it can rise while the student comes closer to the
-    teacher. Read `offline/reverse_kl`, also to select a checkpoint (`metric_for_best_model`).
+    teacher. Read `offline/reverse_kl`, also to select a checkpoint: `metric_for_best_model="eval_offline/reverse_kl"`,
+    or, of an evaluation set with a name, `"eval_<name>_offline/reverse_kl"`; the lowest is the best.
 
     Rows go through truncation, packing (`packing_strategy="bfd"`) and padding-free batches with their teacher columns.
     Left out on purpose: vision-language students, context and sequence parallelism, and packing that cuts rows.
