@@ -294,8 +294,7 @@ def report(probes: list[dict[str, Any]], folder: Path, stem: str = "trust_region
     ended = [sum(probe["ended"][policy][longest] for probe in probes) for policy in probes[0]["ended"]]
     header = ["policy", "teacher log-prob", "reward", "AUROC", "teacher entropy", "mean β*", "teacher feasible", "KL"]
     rows = [
-        [_shown(policy), *(over_seeds(support(probes, policy, key)) for key in SUPPORT)]
-        for policy in all_policies
+        [_shown(policy), *(over_seeds(support(probes, policy, key)) for key in SUPPORT)] for policy in all_policies
     ]
     prefixes = [
         [
