@@ -392,7 +392,7 @@ def claims(found: Results) -> Iterator[Claim]:
             longer, later = found.later("grpo"), found.later(arm)
             compared.append((f"{label} is above GRPO with {longer} steps.", arm, "grpo", steps, longer))
             if later > steps:
-                compared.append((f"{label} goes on rising after the hand-over.", arm, arm, later, steps))
+                compared.append((f"{label} goes on rising, to step {later}.", arm, arm, later, steps))
     for claim, arm, rival, at, rival_at in compared:
         if found.runs.has(arm, rival) and len(found.runs.of(arm)) > 1:
             gap = difference(found.scores(arm, step=at), found.scores(rival, step=rival_at))

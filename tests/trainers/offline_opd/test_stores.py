@@ -130,7 +130,8 @@ def test_a_stated_teacher_is_called_stated(build, folder):
 
 def test_a_record_of_a_former_run_goes(build, folder):
     trainer = build(student="unrecorded", sft_teacher=str(folder / "teacher"))
-    record_teacher(trainer.args.output_dir, str(folder / "second"), overwrite=True)
+    trainer.save_model()
+    record_teacher(trainer.args.output_dir, str(folder / "second"))
     trainer.save_model()
     assert not (Path(trainer.args.output_dir) / PROVENANCE_FILE).exists()
 
