@@ -51,7 +51,7 @@ ROLLOUTS = 128  # of a step
 SORTING = "sorting"
 BOTH = (ADDITION, SORTING)
 WEIGHTS = {ADDITION: 0.5, SORTING: 0.8}  # at which the mixture gets reward from the start
-# GRPO goes on until it has had the compute of the arms that mix
+# GRPO goes on for about the compute of the arms that mix; on sorting, where it never sees a reward, of the floor
 GO_ON = {ADDITION: {"grpo": 2.5, "floor": LONGER, "mixed": LONGER}, SORTING: {"grpo": 1.6, "mixed_slow": LONGER}}
 # Of the first figure
 MAIN = (

@@ -281,10 +281,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         if self.args.objective == "student" and any(weights):
             logps = output["sampling_per_token_logps"]
             if (unknown := logps.isnan()).any():  # to vLLM: without them there is no ratio
-                known = (
-                    torch.ones_like(output["completion_mask"]) if "tool_mask" not in output else output["tool_mask"]
-                )
-                output["tool_mask"] = known * ~unknown
+                output["tool_mask"] = output.get("tool_mask", torch.ones_like(output["completion_mask"])) * ~unknown
             output["old_per_token_logps"] = logps.nan_to_num()
         for index, weight in enumerate(weights):
             self._metrics[mode][f"mixing/teacher_weight{self._suffix(index)}"].append(weight)

@@ -210,7 +210,7 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             )
 
     def _check_best_model(self):
-        # What selects by a metric has the parent set it, if nobody has
+        # The parent has set it where something selects by a metric
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if metric == "loss" and self.offline_loss == "sampled_token":
             raise ConfigError(
