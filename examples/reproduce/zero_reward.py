@@ -1,8 +1,8 @@
 """
 A student that gets no reward at the start: what helps? `base` of the test-bed adds but hardly ever writes the required
 box, so that plain GRPO has next to nothing to learn from; that of sorting cannot do the task at all. All arms have
-equal steps, prompts and rollouts. Three go on: GRPO, since mixing costs more time, and two that mix, after their
-teacher has gone. On addition, three start from `student`, which gets some reward.
+equal steps, prompts and rollouts. Some go on: GRPO, since mixing costs more time, and one or two that mix, after
+their teacher has gone. On addition, three start from `student`, which gets some reward.
 
 ```sh
 python examples/reproduce/zero_reward.py --seeds 0 1 2 3 4 --workers 2    # all arms, then the report

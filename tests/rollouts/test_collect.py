@@ -90,7 +90,14 @@ def test_the_manifest_says_what_was_sampled(student, prompts, finished):
     assert manifest.engine["name"] == "transformers" and manifest.engine["torch"] == version("torch")
     assert manifest.student["name"] == student and manifest.student["weights"]["sha256"]
     assert manifest.source["prompts"] == prompts and manifest.source["num_prompts"] == 11
-    assert manifest.source["chat_template_kwargs"] is None
+
+
+def test_the_options_of_the_chat_template_are_kept(student, tmp_path):
+    """The table of `examples/offline_opd.py` asks with them too."""
+    options = {"enable_thinking": False}
+    messages = [{"role": "user", "content": "1+1"}]
+    store = collect(student, [messages], tmp_path / "store", chat_template_kwargs=options, **SETTINGS)
+    assert store.manifest.source["chat_template_kwargs"] == options
 
 
 @pytest.mark.parametrize("given", ["model", "adapter"])
