@@ -72,7 +72,7 @@ def test_scores_and_record_equal_teacher_forcing(student_arch, partner_arch, pad
     output, record = generate(student, [partner], rule, prompts, pad_token_id=pad_id)
     expected, logits = expected_logprobs(student, [partner], rule, output, prompts)
     assert_policy_equals(output, expected)
-    assert record.behavior_logps.shape == (3, NEW_TOKENS) and record.num_forward_steps == NEW_TOKENS
+    assert record.behavior_logps.shape == (3, NEW_TOKENS)
     torch.testing.assert_close(record.behavior_logps, gathered(expected, output), rtol=0, atol=1e-5)
     teacher = gathered(logits[1].log_softmax(-1), output)
     torch.testing.assert_close(record.teacher_logps, teacher[None], rtol=0, atol=1e-5)
@@ -116,7 +116,6 @@ def test_two_partners():
     assert_policy_equals(output, expected)
     teachers = torch.stack([gathered(one.log_softmax(-1), output) for one in logits[1:]])
     torch.testing.assert_close(record.teacher_logps, teachers, rtol=0, atol=1e-5)
-    assert record.partner_seconds > 0
 
 
 @pytest.mark.parametrize("space", RULES)

@@ -1,6 +1,5 @@
 """A frozen partner model that follows the student's rollout with a key-value cache of its own."""
 
-import time
 from typing import Any
 
 import torch
@@ -31,13 +30,11 @@ class PartnerDecoder:
 
     Attributes:
         num_forward_steps (`int`): Forward passes so far.
-        seconds (`float`): Wall time spent in them.
     """
 
     def __init__(self, model: GenerationMixin, attention_mask: Tensor, *, disable_adapters: bool = False) -> None:
         self.model: Any = model
         self.num_forward_steps = 0
-        self.seconds = 0.0
         self._attention_mask = attention_mask
         self._model_kwargs: dict[str, Any] = {}
         self._overrides = evaluation_overrides(self.model, disable_adapters)
@@ -66,7 +63,6 @@ class PartnerDecoder:
                 f"{expected} from the prompt's `attention_mask`. Blending follows plain sampling and greedy search of "
                 "whole prompts, one token per step."
             )
-        start = time.perf_counter()
         input_ids = input_ids.to(self.model.device)
         prefill = self.num_forward_steps == 0
         self._check_ids(input_ids if prefill else input_ids[:, -1])
@@ -85,7 +81,6 @@ class PartnerDecoder:
         if outputs.logits.shape[1] > 1:
             logits = logits.clone()  # let go of the logits of the whole prompt
         self.num_forward_steps += 1
-        self.seconds += time.perf_counter() - start
         return logits
 
     def _check_ids(self, ids: Tensor) -> None:

@@ -91,12 +91,7 @@ class BlendLogitsProcessor(LogitsProcessor):
         """
         if self.recorder is None:
             raise RuntimeError("Nothing was recorded: build the processor with `record=True`.")
-        return self.recorder.finish(
-            sequences,
-            prompt_length,
-            num_forward_steps=max(partner.num_forward_steps for partner in self.partners),
-            partner_seconds=sum(partner.seconds for partner in self.partners),
-        )
+        return self.recorder.finish(sequences, prompt_length)
 
 
 def _check_numbers(student_logits: Tensor, partner_logits: Sequence[Tensor]) -> None:

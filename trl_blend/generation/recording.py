@@ -29,19 +29,12 @@ class RolloutRecord:
             Entropy of each partner's policy at each prefix, in nats.
         statistics (`dict[str, torch.Tensor]`, each of shape `(B, T)`):
             Statistics of the blend rule at each prefix.
-        num_forward_steps (`int`):
-            Forward passes of each partner, prefill included.
-        partner_seconds (`float`):
-            Wall time spent in the partners' forward passes. On an asynchronous device (CUDA) this is the time to
-            launch them.
     """
 
     behavior_logps: Tensor
     teacher_logps: Tensor
     teacher_entropies: Tensor
     statistics: dict[str, Tensor]
-    num_forward_steps: int
-    partner_seconds: float
 
     def mask_of(self, lengths: Sequence[int]) -> Tensor:
         """Mask of the columns that belong to rows of the given lengths, of shape `(B, T)`."""
@@ -105,13 +98,11 @@ class RolloutRecorder:
         self._entropies.append(torch.stack([torch.special.entr(p).sum(dim=-1) for p in probs]))
         self._statistics.append(step.statistics)
 
-    def finish(
-        self, sequences: Tensor, prompt_length: int, *, num_forward_steps: int, partner_seconds: float
-    ) -> RolloutRecord:
+    def finish(self, sequences: Tensor, prompt_length: int) -> RolloutRecord:
         """Close the record with the sequences `(B, prompt_length + T)` that `generate` returned."""
         logps = self._drawn.finish(sequences, prompt_length)  # (1 + n_partners, B, T)
         length = logps.shape[-1]
         entropies = torch.stack(self._entropies[:length], dim=-1)
         names = self._statistics[0].keys()
         statistics = {name: torch.stack([s[name] for s in self._statistics[:length]], dim=-1) for name in names}
-        return RolloutRecord(logps[0], logps[1:], entropies, statistics, num_forward_steps, partner_seconds)
+        return RolloutRecord(logps[0], logps[1:], entropies, statistics)

@@ -1,5 +1,6 @@
 """Several stores in one training: each with its own teacher, scored by route, each checked on its own."""
 
+import logging
 import shutil
 
 import pytest
@@ -219,6 +220,19 @@ def test_settings_for_one_store(build, folder):
         build(teacher_model_name_or_path=str(folder / "teacher"))
     with pytest.raises(ConfigError, match="names one teacher, and there are 2 stores.*record-teacher"):
         build(sft_teacher=str(folder / "teacher"))
+
+
+def test_evaluation_on_the_scores_of_another_teacher(build, folder, caplog):
+    stores = {route: load_scored_rollouts(folder / f"scored_{route}") for route in ROUTES}
+    for trained, evaluated, warned in (("sums", "words", 1), ("sums", "sums", 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            build([f"scored_{trained}"], trainer_kwargs={"eval_dataset": {"other": stores[evaluated]}})
+        found = [text for text in caplog.messages if "scored by another teacher" in text]
+        assert len(found) == warned and all(r"`eval_dataset['other']` holds" in text for text in found)
+    stores["words"].manifest.scoring["vocab_size"] -= 1
+    with pytest.raises(ConfigError, match="`eval_dataset` holds .*the loss would be another one"):
+        build(["scored_sums"], offline_loss="top_k_reverse_kl", trainer_kwargs={"eval_dataset": stores["words"]})
 
 
 def test_evaluation_without_the_log_probs_that_the_loss_reads(build, folder):

@@ -5,11 +5,9 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from tests.trainers import runs, scored
 from tests.trainers.runs import assert_same_tensors, set_parameters, snapshot
-from trl_blend.trainers.offline_opd import metrics
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,6 @@ def test_metrics_are_token_means_since_the_last_log(build_offline, models, many_
         rows = many_rows.select(range(8 * log, 8 * log + 8))
         for name, value in expected_metrics(scored.load(models, "student"), rows).items():
             assert record.logged(name)[log] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert all(value > 0 for value in record.logged("offline/tokens_per_second"))
     assert record.logged("offline/unlikely_share")[0] > 0 and not record.logged("offline/divergence")
 
 
@@ -95,7 +92,7 @@ def test_metrics_of_evaluation_and_of_a_top_k_loss(build_offline, models, rows):
     expected = expected_metrics(scored.load(models, "student"), rows)
     for name, value in expected.items():
         assert found[f"eval_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    assert found["eval_offline/divergence"] > 0 and "eval_offline/tokens_per_second" not in found
+    assert found["eval_offline/divergence"] > 0
 
 
 def test_metrics_of_several_evaluation_sets(build_offline, models, rows):
@@ -130,35 +127,6 @@ def test_a_wide_bound_changes_nothing(build_offline, many_rows, caplog):
     trainer = build_offline(train_dataset=many_rows, **RUN, max_policy_drift=1e3, policy_drift_action="stop")
     trainer.train()
     assert trainer.state.global_step == 4 and "max_policy_drift" not in caplog.text
-
-
-def test_the_clock_runs_from_log_to_log_and_stops_for_evaluations(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    clock = metrics.OfflineMetrics()
-
-    def pass_seconds(seconds):
-        now[0] += seconds
-
-    def log(tokens):
-        clock._means["train"].add("x", torch.ones(1), torch.ones(1, dtype=torch.bool))
-        clock._means["train"].add("advantage", torch.ones(1), torch.ones(1, dtype=torch.bool))
-        clock._means["train"].add("advantage_square", torch.ones(1), torch.ones(1, dtype=torch.bool))
-        return clock.pop("train", Accelerator(cpu=True), tokens)["offline/tokens_per_second"]
-
-    clock.resume()
-    pass_seconds(2.0)
-    clock.resume()  # the second step of the same interval, and what lies between them
-    pass_seconds(3.0)
-    assert log(50.0) == 10.0
-    pass_seconds(1000.0)  # saving
-    clock.resume()
-    pass_seconds(1.0)
-    clock.pause()
-    pass_seconds(1000.0)  # evaluation
-    clock.resume()
-    pass_seconds(1.0)
-    assert log(90.0) == 20.0
 
 
 @pytest.mark.parametrize("drift", [float("nan"), None, 0.5])

@@ -183,7 +183,7 @@ class Args:
 def record_of(weights):
     weights = torch.tensor(weights)
     empty = torch.zeros_like(weights)
-    return RolloutRecord(empty, empty, empty, {"teacher_weight": weights, "kl_behavior_student": empty}, 1, 0.0)
+    return RolloutRecord(empty, empty, empty, {"teacher_weight": weights, "kl_behavior_student": empty})
 
 
 def test_a_mean_is_over_all_turns_of_its_completion():

@@ -12,6 +12,7 @@ from trl_blend.consistency.check import check_teacher_consistency
 from trl_blend.consistency.provenance import TeacherProvenance, read_provenance
 from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.errors import ConfigError, UnsupportedError
+from trl_blend.models.identity import ModelIdentity, compare_identities
 from trl_blend.rollouts.engines.base import nucleus_settings
 from trl_blend.rollouts.folders import describe
 from trl_blend.rollouts.processes import on_main_process
@@ -174,6 +175,25 @@ def check_together(stores: list[RolloutStore], datasets: list[Any], name: str) -
                     f"`{name}` has stores whose rows cannot be in one batch: {entry} {described[0][entry]} in "
                     f"{stores[0].name}, and {value} in {store.name}. Collect and score them alike."
                 )
+
+
+def check_eval_teachers(
+    trained: list[RolloutStore], evaluated: list[RolloutStore], name: str, args: OfflineOPDConfig
+) -> None:
+    """Say so where the argument `name` was scored by a teacher that no store of the training is of."""
+    for store in evaluated if trained else []:
+        sizes = [(one.manifest.scoring or {}).get("vocab_size") for one in (trained[0], store)]
+        if args.reads_top_k and sizes[0] != sizes[1]:
+            raise ConfigError(
+                f"`{name}` holds {store.name}, scored over {sizes[1]} tokens, and the training rows over {sizes[0]}: "
+                "the loss would be another one. Score it with the teacher of the training."
+            )
+        teachers = [ModelIdentity.from_dict(one.manifest.teacher or {}) for one in (store, *trained)]
+        if all(compare_identities(teachers[0], other).relation == "different" for other in teachers[1:]):
+            logger.warning(
+                f"`{name}` holds {store.name}, scored by another teacher ({teachers[0].describe()}) than the training "
+                "rows: its metrics are distances to that one."
+            )
 
 
 def _open_one(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:

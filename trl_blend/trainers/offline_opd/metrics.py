@@ -1,7 +1,6 @@
 """What an [`OfflineOPDTrainer`] measures of the stored tokens, none of which changes the training."""
 
 import math
-import time
 
 import torch
 from accelerate import Accelerator
@@ -24,16 +23,11 @@ class OfflineMetrics:
     - `offline/divergence`: value of a top-k loss, or of the baseline, whose terms are not sampled;
     - `offline/importance_ratio`: ratio of the current student to the policy of the rollouts, with
       `importance_correction="token"`; 1 on average as long as the student stays where that policy reaches;
-    - `offline/unlikely_share`: share of stored tokens to which the teacher gives less than `e^-10`;
-    - `offline/tokens_per_second`: tokens of prompts and completions, without padding, of all ranks per second since
-      the last log, evaluations left out. In training only.
+    - `offline/unlikely_share`: share of stored tokens to which the teacher gives less than `e^-10`.
     """
 
     def __init__(self) -> None:
         self._means = {"train": TokenMeans(), "eval": TokenMeans()}
-        self._seconds = 0.0
-        self._tokens = 0.0
-        self._resumed_at: float | None = None
 
     def add(self, mode: str, student_logps: Tensor, columns: dict[str, Tensor], mask: Tensor) -> None:
         """Add one micro-batch: everything of shape `(B, T)`."""
@@ -57,29 +51,11 @@ class OfflineMetrics:
         """Add values of shape `(B, T)` under a name of their own."""
         self._means[mode].add(name, values, mask)
 
-    def resume(self) -> None:
-        """Let the clock of the training run, if it does not."""
-        self._resumed_at = self._resumed_at or time.perf_counter()
-
-    def pause(self) -> None:
-        """Stop it."""
-        if self._resumed_at is not None:
-            self._seconds += time.perf_counter() - self._resumed_at
-        self._resumed_at = None
-
-    def pop(self, mode: str, accelerator: Accelerator, num_tokens: float | None = None) -> dict[str, float]:
-        """
-        Means since the last call, under their names, added over the ranks: every one must call it. `num_tokens` are
-        those that all ranks have trained on so far.
-        """
+    def pop(self, mode: str, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last call, under their names, added over the ranks: every one must call it."""
         means = self._means[mode].reduce(accelerator)
         if not means:
             return {}
         square = means.pop("advantage_square")
         means["advantage_std"] = math.sqrt(max(square - means["advantage"] ** 2, 0.0))
-        if mode == "train" and num_tokens is not None:
-            self.pause()
-            if self._seconds:
-                means["tokens_per_second"] = (num_tokens - self._tokens) / self._seconds
-            self._seconds, self._tokens = 0.0, num_tokens
         return {f"offline/{name}": value for name, value in means.items()}

@@ -185,16 +185,15 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         """The store of the training rows, where it is one."""
         return self.rollout_stores[0] if len(self.rollout_stores) == 1 else None
 
-    @staticmethod
-    def _open_eval(eval_dataset: Any, args: OfflineOPDConfig) -> Any:
-        def opened(value: Any, name: str) -> Any:
-            _, rows = checks.open_rollouts(value, name, args)
-            checks.check_student_columns(args, data.column_names(rows), name)
-            return rows
-
-        if isinstance(eval_dataset, dict):
-            return {key: opened(value, f"eval_dataset[{key!r}]") for key, value in eval_dataset.items()}
-        return None if eval_dataset is None else opened(eval_dataset, "eval_dataset")
+    def _open_eval(self, value: Any, args: OfflineOPDConfig, name: str = "eval_dataset") -> Any:
+        if isinstance(value, dict):
+            return {key: self._open_eval(one, args, f"{name}[{key!r}]") for key, one in value.items()}
+        if value is None:
+            return None
+        stores, rows = checks.open_rollouts(value, name, args)
+        checks.check_student_columns(args, data.column_names(rows), name)
+        checks.check_eval_teachers(self.rollout_stores, stores, name, args)
+        return rows
 
     # Data
 
@@ -222,17 +221,14 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
         keys = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         if not (isinstance(eval_dataset, str) and eval_dataset in keys):
             eval_dataset = self._open_eval(eval_dataset, self.args)
-        self._offline_metrics.pause()
         self._eval_prefix = metric_key_prefix
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """Predict on scored rollouts of any type that the constructor takes, see [`~transformers.Trainer`]."""
-        _, rows = checks.open_rollouts(test_dataset, "test_dataset", self.args)
-        checks.check_student_columns(self.args, data.column_names(rows), "test_dataset")
+        rows = self._open_eval(test_dataset, self.args, "test_dataset")
         packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         prepared = self._prepare_dataset(rows, self.processing_class, self.args, packing, None, "test")
-        self._offline_metrics.pause()
         return super().predict(prepared, ignore_keys, metric_key_prefix)
 
     # Loss
@@ -286,14 +282,10 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             self._offline_metrics.add_mean(mode, "importance_ratio", forward.ratio, mask)
         return result
 
-    def training_step(self, *args, **kwargs):
-        self._offline_metrics.resume()
-        return super().training_step(*args, **kwargs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the collected metrics, see [`~transformers.Trainer.log`]."""
         mode = "train" if self.model.training else "eval"
-        metrics = self._offline_metrics.pop(mode, self.accelerator, self._total_train_tokens)
+        metrics = self._offline_metrics.pop(mode, self.accelerator)
         if mode == "train":
             logs.update(metrics)
             self._bound_drift(metrics.get("offline/drift_kl"))
