@@ -20,10 +20,12 @@ With a table of accuracy, on prompts with reference answers:
 
 from itertools import islice
 
+from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_blend import OfflineOPDConfig, OfflineOPDTrainer, load_scored_rollouts
 from trl_blend.errors import ConfigError
+from trl_blend.rollouts.prompts import PromptTokens
 from trl_blend.scripts.arguments import OfflineOPDScriptArguments
 from trl_blend.scripts.data import load_test_prompts
 from trl_blend.scripts.rewards import load_rewards
@@ -74,16 +76,18 @@ def main(script_args, training_args, model_args):
     def score():
         if not rows:
             return {}
+        template_kwargs = scored[0].manifest.source.get("chat_template_kwargs")
+        prompts = PromptTokens(Dataset.from_list(rows), trainer.processing_class, template_kwargs=template_kwargs)
         student = greedy_scores(
             generating_model(trainer.model_wrapped, trainer.accelerator),
             rows,
+            prompts.ids(0, len(rows)),
             rewards,
             trainer.processing_class,
             trainer.state,
             accelerator=trainer.accelerator,
             generation_kwargs={"max_new_tokens": script_args.max_completion_length},
             batch_size=training_args.per_device_train_batch_size,
-            chat_template_kwargs=scored[0].manifest.source.get("chat_template_kwargs"),
             progress=scoring_bar(trainer, "student"),
         )
         return {"student": student}

@@ -35,7 +35,8 @@ from trl_blend.scripts import checks
 from trl_blend.scripts.arguments import PromptScriptArguments
 from trl_blend.scripts.data import load_prompts
 from trl_blend.scripts.running import run, training_begins
-from trl_blend.trainers._greedy import decode, eos_token_ids, own_share, pad_token_id, tokenize_prompts
+from trl_blend.scripts.scoring import tokenize_prompts
+from trl_blend.trainers._greedy import decode, eos_token_ids, own_share, pad_token_id
 
 
 @dataclass

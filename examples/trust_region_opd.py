@@ -29,7 +29,7 @@ from trl_blend.scripts.arguments import TrustRegionOPDScriptArguments
 from trl_blend.scripts.data import load_prompts, prompts_name
 from trl_blend.scripts.rewards import load_rewards
 from trl_blend.scripts.running import run
-from trl_blend.scripts.scoring import generating_model, greedy_scores, scoring_bar
+from trl_blend.scripts.scoring import generating_model, greedy_scores, scoring_bar, tokenize_prompts
 from trl_blend.scripts.training import finish, train_and_score
 
 
@@ -60,16 +60,17 @@ def main(script_args, training_args, model_args, dataset_args):
     frozen = {}
 
     def greedy(model, name):
+        prompts = [row["prompt"] for row in rows]
         return greedy_scores(
             model,
             rows,
+            tokenize_prompts(trainer.processing_class, prompts, training_args.chat_template_kwargs),
             rewards,
             trainer.processing_class,
             trainer.state,
             accelerator=trainer.accelerator,
             generation_kwargs=trainer.generation_kwargs,
             batch_size=training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps,
-            chat_template_kwargs=training_args.chat_template_kwargs,
             progress=scoring_bar(trainer, name),
         )
 

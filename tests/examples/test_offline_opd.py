@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import offline_opd
 from testbed.evaluate import CHECKPOINTS
@@ -115,6 +116,32 @@ def test_the_table_is_of_the_test_split_or_else_of_the_train_split(tmp_path):
     for name, expected in (("data", 3), ("data/train.jsonl", 20)):
         parsed = parse(tmp_path, "--test_dataset_name", str(tmp_path / name), *given, "--max_completion_length", "8")
         assert len(offline_opd.load_test(*parsed)[0]) == expected
+
+
+def test_the_table_asks_as_the_rollouts_were_drawn(scored, tmp_path, monkeypatch):
+    asked = {"role": "user", "content": "1+2=?"}
+    begun = [asked, {"role": "assistant", "content": "3"}]
+    rows = [{"prompt": prompt, "answer": "3"} for prompt in ([asked], begun)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    store = offline_opd.load_scored_rollouts(scored)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    store.manifest.source["chat_template_kwargs"] = {"chat_template": template}
+    monkeypatch.setattr(offline_opd, "load_scored_rollouts", lambda *_, **__: store)
+    found = []
+
+    def greedy_scores(model, rows, prompt_ids, *_, **__):
+        found.append(prompt_ids)
+        return [(0.0, None)]
+
+    monkeypatch.setattr(offline_opd, "greedy_scores", greedy_scores)
+    offline_opd.main(*parse(
+        tmp_path / "out", "--dataset_name", str(scored), "--model_name_or_path", STUDENT, "--max_steps", "1",
+        "--report_to", "none", "--dtype", "float32", "--test_dataset_name", str(tmp_path / "prompts.jsonl"),
+        "--reward_funcs", "testbed.task.answer_reward", "--max_completion_length", "8",
+    ))  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("1+2=?=", "1+2=?3")]
+    assert found == [expected, expected]
 
 
 def test_without_test_prompts_there_is_no_table(scored, tmp_path, capsys):

@@ -18,8 +18,8 @@ from transformers import GenerationConfig
 import trust_region_opd
 from testbed.evaluate import load_checkpoint
 from tests.examples.rates import REWARDS, assert_rates
-from trl_blend.scripts.scoring import means_and_errors
-from trl_blend.trainers._greedy import decode, own_share, tokenize_prompts
+from trl_blend.scripts.scoring import means_and_errors, tokenize_prompts
+from trl_blend.trainers._greedy import decode, own_share
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import is_conversational
 
 from trl_blend.errors import ConfigError
 from trl_blend.reports.cards import Score, shown_score
@@ -16,12 +17,13 @@ from trl_blend.trainers._greedy import Decoder, generating_model, greedy_rewards
 from trl_blend.trainers.trust_region_opd.rewards import rollout_rewards
 
 
-__all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table", "scoring_bar"]
+__all__ = ["generating_model", "greedy_scores", "means_and_errors", "print_table", "scoring_bar", "tokenize_prompts"]
 
 
 def greedy_scores(
     model: AbstractContextManager[PreTrainedModel] | Decoder,
     rows: Sequence[dict[str, Any]],
+    prompt_ids: Sequence[list[int]],
     reward_funcs: Sequence[Callable[..., Any]],
     tokenizer: PreTrainedTokenizerBase,
     trainer_state: Any,
@@ -41,7 +43,20 @@ def greedy_scores(
     def reward(mine: list[dict[str, Any]], completion_ids: list[list[int]]) -> torch.Tensor:
         return rollout_rewards(reward_funcs, mine, completion_ids, tokenizer, trainer_state)
 
-    return means_and_errors(greedy_rewards(model, rows, reward, tokenizer=tokenizer, **decoding))
+    return means_and_errors(greedy_rewards(model, rows, prompt_ids, reward, tokenizer=tokenizer, **decoding))
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt, a conversation or a text, without padding, as TRL's trainers tokenise them."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if not is_conversational({"prompt": prompts[0]}):
+        return tokenizer(text=prompts)["input_ids"]
+    tokenized = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
+    )
+    return tokenized["input_ids"]
 
 
 def scoring_bar(trainer: Any, policy: str) -> Callable[..., Any]:

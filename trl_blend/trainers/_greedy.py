@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from trl import is_conversational
 from trl.models import unwrap_model_for_generation
 
 from trl_blend.generation.settings import without_sampling
@@ -24,13 +23,13 @@ Decoder = Callable[[list[list[int]]], list[list[int]]]
 def greedy_rewards(
     model: AbstractContextManager[PreTrainedModel] | Decoder,
     rows: Sequence[dict[str, Any]],
+    prompt_ids: Sequence[list[int]],
     reward: Callable[[list[dict[str, Any]], list[list[int]]], Tensor],
     *,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     generation_kwargs: Mapping[str, Any],
     batch_size: int,
-    chat_template_kwargs: dict[str, Any] | None = None,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Tensor:
     """
@@ -44,6 +43,8 @@ def greedy_rewards(
         model (context manager of a [`~transformers.PreTrainedModel`], or [`Decoder`]):
             What to decode with, see [`generating_model`]; `contextlib.nullcontext(teacher)` for one that is whole. A
             function that decodes greedily by itself, such as that of an engine, reads none of the settings below.
+        prompt_ids (`list[list[int]]`):
+            Token ids of the prompt of each row, as the rollouts are drawn from.
         reward (`Callable`):
             Takes the rows of this process and the token ids of their completions, and returns their rewards, of shape
             `(n, F)`.
@@ -55,8 +56,7 @@ def greedy_rewards(
     Returns:
         `torch.Tensor` of shape `(N, F)`: Reward of each row by each function, on the CPU, equal on every process.
     """
-    mine = own_share(rows, accelerator)
-    prompt_ids = tokenize_prompts(tokenizer, [row["prompt"] for row in mine], chat_template_kwargs)
+    mine, prompt_ids = own_share(rows, accelerator), own_share(prompt_ids, accelerator)
     if isinstance(model, AbstractContextManager):
         with model as decoding:
             settings = greedy_settings(generation_kwargs, tokenizer, decoding)
@@ -104,18 +104,6 @@ def own_share(rows: Sequence[Any], state: Accelerator | PartialState) -> list[An
     share = math.ceil(len(rows) / state.num_processes)
     first = state.process_index * share
     return [rows[min(first + offset, len(rows) - 1)] for offset in range(share)]
-
-
-def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template_kwargs: dict[str, Any] | None = None
-) -> list[list[int]]:
-    """Token ids of each prompt, a conversation or a text, without padding."""
-    if not is_conversational({"prompt": prompts[0]}):
-        return tokenizer(text=prompts)["input_ids"]
-    tokenized = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **(chat_template_kwargs or {})
-    )
-    return tokenized["input_ids"]
 
 
 def decode(
