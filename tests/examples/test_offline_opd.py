@@ -124,7 +124,9 @@ def test_the_table_asks_as_the_rollouts_were_drawn(scored, tmp_path, monkeypatch
     rows = [{"prompt": prompt, "answer": "3"} for prompt in ([asked], begun)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     store = offline_opd.load_scored_rollouts(scored)
-    template = "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
     store.manifest.source["chat_template_kwargs"] = {"chat_template": template}
     monkeypatch.setattr(offline_opd, "load_scored_rollouts", lambda *_, **__: store)
     found = []
