@@ -47,7 +47,7 @@ FORMS = [dict, as_table, as_half, in_chunks, large_lists]
 @pytest.mark.parametrize("form", FORMS)
 def test_good_rows_pass(rows, form):
     for required in (*REQUIRED.values(), ()):
-        check_rows(form(rows), vocab_size=VOCAB_SIZE, top_k_required=True, required=required)
+        check_rows(form(rows), vocab_size=VOCAB_SIZE, required=required)
 
 
 def changed(rows, column, position, value):
@@ -139,11 +139,6 @@ def test_columns_that_are_missing(rows, form):
             check_rows(form({name: rows[name] for name in rows if name != column}), where="data")
     sampled = {name: rows[name] for name in rows if "topk" not in name and "tail" not in name}
     check_rows(form(sampled))
-    with pytest.raises(StoreError, match="lacks .*'teacher_topk_ids'.*top-k loss.*--top_k.*sampled_token"):
-        check_rows(form(sampled), top_k_required=True)
-    without_tail = {name: rows[name] for name in rows if "tail" not in name}
-    with pytest.raises(StoreError, match=r"lacks \['teacher_tail_logmass'\]"):
-        check_rows(form(without_tail), top_k_required=True)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -440,6 +440,15 @@ def test_end_tokens_that_the_tokenizer_lacks_are_drawn(tmp_path, padded, prompts
     assert {max(row["completion_ids"]) for row in rows_of(store)} <= set(range(67))
 
 
+def test_a_padding_token_without_a_row_of_the_model(student, prompts, tmp_path):
+    tokenizer = tiny_tokenizer()
+    plain = collect(tiny_model(), ["1", "1+1="], tmp_path / "plain", tokenizer, **SETTINGS)
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    assert tokenizer.pad_token_id == tiny_model().config.vocab_size
+    added = collect(tiny_model(), ["1", "1+1="], tmp_path / "added", tokenizer, **SETTINGS)
+    assert [row["completion_ids"] for row in rows_of(added)] == [row["completion_ids"] for row in rows_of(plain)]
+
+
 def test_a_model_without_numbers_is_said(student, tmp_path):
     model = tiny_model()
     with torch.no_grad():

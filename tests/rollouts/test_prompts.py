@@ -27,6 +27,13 @@ def prompts(tmp_path):
     return save_prompts(tmp_path / "prompts.jsonl", count=11)
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_that_are_read_as_tensors(form):
+    data = Dataset.from_dict({"prompt": [[USER], [USER]], "row_weight": [1.0, 2.0]})
+    loaded = load_prompts(data.with_format(form))
+    assert loaded.to_list() == data.to_list() and loaded[0] == data[0]
+
+
 def texts_of(rows, tokenizer=None, **settings):
     """What the rows are as text, after one scan of them."""
     tokenizer = tokenizer or tiny_tokenizer()
@@ -178,7 +185,7 @@ def test_where_prompts_may_come_from(tmp_path, prompts):
     assert load_prompts(["a", "b"])["prompt"] == ["a", "b"]
     assert load_prompts([{"prompt": "a", "answer": "b"}]).column_names == ["prompt", "answer"]
     dataset = Dataset.from_list([{"question": "a"}])
-    assert load_prompts(dataset, column="question") is dataset
+    assert load_prompts(dataset, column="question").to_list() == dataset.to_list()
     dataset.to_parquet(tmp_path / "x.parquet")
     assert load_prompts(str(tmp_path / "x.parquet"), column="question")["question"] == ["a"]
 

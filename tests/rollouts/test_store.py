@@ -52,7 +52,7 @@ def test_plain_datasets_open_it_and_agree(tmp_path, dtype, top_k):
         assert plain(opened) == rows
         assert opened.features["teacher_logps"].feature.dtype == dtype
         assert opened.features["completion_ids"].feature.dtype == "int32"
-    check_rows(by_folder["train"].data.table, vocab_size=VOCAB_SIZE, top_k_required=top_k)
+    check_rows(by_folder["train"].data.table, vocab_size=VOCAB_SIZE)
     assert len(store) == len(by_file) == 55
 
 

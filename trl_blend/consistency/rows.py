@@ -50,10 +50,6 @@ class SampledRows:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(ids) for ids in self.completion_ids)
-
     def first(self, num_rows: int) -> "SampledRows":
         """The first rows, which are as random as all of them."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -98,6 +94,8 @@ def _from_store(store: RolloutStore, num_rows: int, generator: np.random.Generat
 
 
 def _from_dataset(dataset: Any, num_rows: int, generator: np.random.Generator) -> pa.Table:
+    if dataset.column_names is not None:  # a stream may not know them
+        dataset = dataset.select_columns([name for name in dataset.column_names if name in (*_REQUIRED, *_OPTIONAL)])
     if hasattr(dataset, "__len__"):
         indices = np.sort(generator.permutation(len(dataset))[:num_rows])
         rows = dataset.select(indices).with_format(None).to_list()

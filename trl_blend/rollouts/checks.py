@@ -43,7 +43,6 @@ def check_rows(
     columns: Mapping[str, Sequence[Any]] | pa.Table,
     *,
     vocab_size: int | None = None,
-    top_k_required: bool = False,
     required: Sequence[str] = ("prompt_ids", "completion_ids", "teacher_logps"),
     where: str = "the dataset",
     first: int = 0,
@@ -56,8 +55,6 @@ def check_rows(
             The rows. See [`~trl_blend.rollouts.format`] for the columns.
         vocab_size (`int`, *optional*):
             Number of token ids of the student. Without it, only negative ids are refused.
-        top_k_required (`bool`, *optional*, defaults to `False`):
-            Whether the teacher's top-k columns have to be there.
         required (`Sequence[str]`, *optional*, defaults to `("prompt_ids", "completion_ids", "teacher_logps")`):
             Columns that have to be there.
         where (`str`, *optional*, defaults to `"the dataset"`):
@@ -78,7 +75,7 @@ def check_rows(
             columns = build_table({name: values for name, values in columns.items() if name in COLUMNS})
         except StoreError as error:
             raise StoreError(f"{where}: {error}") from None
-    _require(columns, required, top_k_required, where)
+    _require(columns, required, where)
     checks = _Checks(columns, vocab_size, where, first)
     for name in ("key", "truncated", "route"):
         if name in columns.column_names and columns[name].null_count:
@@ -117,19 +114,13 @@ def _are_logps(values: NDArray[Any], column: str) -> NDArray[np.bool_]:
     return good | (values == -np.inf) if column == "teacher_tail_logmass" else good
 
 
-def _require(table: pa.Table, required: Sequence[str], top_k_required: bool, where: str) -> None:
+def _require(table: pa.Table, required: Sequence[str], where: str) -> None:
     names = table.column_names
     missing = [name for name in required if name not in names]
     if missing:
         raise StoreError(
             f"{where} lacks the columns {missing}; it has {names}. Write it with `trl-blend rollouts` "
             "and `trl-blend score`, or rename your columns."
-        )
-    missing = [name for name in TOP_K_COLUMNS if name not in names]
-    if missing and top_k_required:
-        raise StoreError(
-            f"{where} lacks {missing}, which a top-k loss needs. Score the rollouts again with `--top_k 16` or so, or "
-            'train with `offline_loss="sampled_token"`.'
         )
 
 

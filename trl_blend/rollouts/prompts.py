@@ -61,6 +61,7 @@ def load_prompts(
         )
     if len(dataset) == 0:
         raise ConfigError(f"`{argument}` is empty. Pass at least one prompt.")
+    dataset = dataset.with_format(None)  # plain values, whatever its rows are read as
     check_prompts(dataset, column)
     return dataset
 

@@ -22,6 +22,7 @@ BELOW_ONE = math.nextafter(1.0, 0.0)
 _AT_LEAST_ONE = (1, math.inf, "at least 1")
 _NOT_NEGATIVE = (0.0, math.inf, "at least 0")
 _POSITIVE = (ABOVE_ZERO, math.inf, "positive")
+_DISTANCES = ("/reverse_kl", "/drift_kl", "/divergence", "/unlikely_share")
 # Settings of the parents that are refused late, in a traceback, or not at all
 _RANGES: dict[str, Range] = {
     "per_device_train_batch_size": _AT_LEAST_ONE,
@@ -111,6 +112,27 @@ def check_run(args: Any) -> None:
     if args.max_steps < 0:
         _check_range("num_train_epochs", args.num_train_epochs, *_POSITIVE)
     _check_reports(args.report_to)
+
+
+def set_direction(args: Any) -> None:
+    """Let less be better for a metric of ours that selects the best model and is a distance."""
+    if args.greater_is_better is None and (args.metric_for_best_model or "").endswith(_DISTANCES):
+        args.greater_is_better = False  # transformers knows that of names that end in "loss" only
+
+
+def refuse_selecting_by_loss(args: Any, loss: str, metric: str) -> None:
+    """
+    Refuse to select the best model by the value of a loss that is no divergence, where `metric` is one.
+
+    Raises:
+        [`~trl_blend.errors.ConfigError`]: With the metric to take.
+    """
+    selected = args.metric_for_best_model or ""  # the parent has set it where something selects by a metric
+    if selected == "loss" or selected.endswith("_loss"):
+        raise ConfigError(
+            f"`metric_for_best_model={selected!r}`: the {loss} loss is no divergence by value and can rise while the "
+            f"student comes closer to its teacher. Set `metric_for_best_model={metric!r}`."
+        )
 
 
 def check_ranges(args: Any, ranges: Mapping[str, Range]) -> None:

@@ -40,16 +40,28 @@ def test_the_reward_is_the_weighted_sum_that_is_logged(build):
     assert [0.6, 0.4] == weights(runs.train(trainer))
     trainer.model.eval()
     trainer._calculate_rewards([{"prompt": "a"}] * 8, ["a"] * 8, ["b"] * 8, [[5]] * 8)
-    assert trainer.rollout_reward == pytest.approx(0.7)
+    assert not trainer.step_rewards
+
+
+def test_the_reward_is_that_of_all_rollouts_of_a_step(build):
+    """Two generation batches for each step, or two steps for each generation batch."""
+    several = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "teacher_weight_min_reward": 0.4}
+    alternating = script(0.9, 0.0, 0.9, 0.0, 0.1, 0.6)
+    result = runs.train(build(**WAITS, **several, max_steps=3, reward_funcs=alternating))
+    assert result.logged("reward") == pytest.approx([0.45, 0.45, 0.35])
+    assert result.logged("mixing/teacher_weight") == pytest.approx([0.6, 0.4, 0.2])
+    trainer = build(**WAITS, steps_per_generation=2, max_steps=4, reward_funcs=script(0.9, 0.1))
+    runs.train(trainer)
+    assert trainer.weight_steps == 2
 
 
 def test_what_no_function_scores_is_left_out_as_in_the_metric(build):
     def rewards(completions, **kwargs):
         return [None if index % 4 == 0 else 0.6 + 0.1 * (index % 2) for index in range(len(completions))]
 
-    trainer = build(**WAITS, max_steps=1, reward_funcs=rewards)
+    trainer = build(**WAITS, teacher_weight_min_reward=0.63, max_steps=1, reward_funcs=rewards)
     (logged,) = runs.train(trainer).logged("reward")
-    assert trainer.rollout_reward == pytest.approx(logged) and logged > 0.6
+    assert logged > 0.63 and trainer.weight_steps == 1
 
 
 def test_a_resumed_run_goes_on_where_the_weight_stood(build):

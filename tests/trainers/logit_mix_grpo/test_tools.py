@@ -1,5 +1,7 @@
 """Tools come with the parent: both models decode every turn of a conversation, and tool output is not trained on."""
 
+from typing import Any
+
 import pytest
 import torch
 import trl.trainer.grpo_trainer as grpo
@@ -44,3 +46,35 @@ def test_log_probs_of_every_turn_are_those_of_the_behavior_policy(build, monkeyp
     torch.testing.assert_close(recorded[drawn], expected[drawn], atol=1e-4, rtol=0)
     if objective == "student":
         torch.testing.assert_close(inputs["old_per_token_logps"], inputs["sampling_per_token_logps"])
+
+
+class Sums:
+    """An environment that brings its own prompts."""
+
+    def reset(self, **kwargs: Any) -> str:
+        return "1+2=?"
+
+    def add(self, a: int, b: int) -> int:
+        """
+        Add two numbers.
+
+        Args:
+            a: First number.
+            b: Second number.
+        """
+        return a + b
+
+
+@pytest.mark.parametrize("rows", [{"level": [1, 2]}, {"prompt": [[{"role": "user", "content": ""}]] * 2}])
+def test_an_environment_may_bring_the_prompts(build, rows):
+    student, teacher = tools.models()
+    trainer = build(
+        student=student,
+        teacher=teacher,
+        train_dataset=Dataset.from_dict(rows),
+        trainer_kwargs={"processing_class": tools.tokenizer(), "environment_factory": Sums},
+        max_steps=1,
+    )
+    record = train(trainer)
+    assert "1+2=?" in trainer.processing_class.decode(record.calls[0].inputs["prompt_ids"][0])
+    trainer.save_model()

@@ -67,6 +67,13 @@ def test_a_ratio_to_an_unknown_policy(build_offline, monkeypatch, rows):
     refusal(build_offline, monkeypatch, ConfigError, "importance_correction='token'.*lacks rollout_logps", **settings)
 
 
+def test_prepared_rows_without_their_store(build_offline, rows):
+    prepared = build_offline().train_dataset
+    assert build_offline(train_dataset=prepared).train_dataset is prepared
+    with pytest.raises(ConfigError, match="rows that a trainer has prepared.*Pass their store as `rollout_store`"):
+        build_offline(train_dataset=prepared, teacher_consistency="warn")
+
+
 def test_a_ratio_to_an_unknown_policy_in_an_evaluation(build_offline, rows):
     data = rows.remove_columns("rollout_logps")
     trainer = build_offline(importance_correction="token", trainer_kwargs={"eval_dataset": {"known": rows}})

@@ -48,6 +48,12 @@ REFUSED = {
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
     },
+    "metric_for_best_model='eval_math_loss'": {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_math_loss",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+    },
     "importance_correction='token'": {"importance_correction": "token", "offline_loss": "top_k_reverse_kl"},
     "importance_cap=5": {"importance_cap": 5.0},
     "importance_correction='token'` has no effect": {"importance_correction": "token", "offline_loss": "auto"},

@@ -40,6 +40,16 @@ def test_inherited_settings_keep_their_defaults(tmp_path):
     assert {name: getattr(ours, name) for name in names} == {name: getattr(parent, name) for name in names}
 
 
+def test_the_best_model_is_the_closest(make):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    assert make(**best, metric_for_best_model="eval_blend/reverse_kl").greater_is_better is False
+    assert make(**best).metric_for_best_model == "loss"  # of TRL, which is a divergence
+    for settings in ({"kl_support": "student_top_k"}, {"distillation_objective": "iw_opd"}):
+        for metric in (None, "eval_loss", "eval_math_loss"):
+            with pytest.raises(ConfigError, match="no divergence.*Set `metric_for_best_model='eval_blend/reverse_kl'"):
+                make(**best, **settings, metric_for_best_model=metric)
+
+
 # What a method fills in, and what it refuses
 
 FILLED = {name: value for settings in METHODS.values() for name, value in settings.items()}

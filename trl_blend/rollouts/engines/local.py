@@ -285,7 +285,8 @@ class LocalEngine:
         self.sampling = sampling
         self.eos_token_ids = sampling.eos_token_ids
         pad = sampling.pad_token_id
-        self.pad_token_id = self.eos_token_ids[0] if pad is None else pad
+        # Some padding tokens were added without a row of the model
+        self.pad_token_id = self.eos_token_ids[0] if pad is None or pad >= vocabulary_rows(self.model) else pad
         ours = {"do_sample", *sampling.to_dict()}
         declared = self.model.generation_config.to_diff_dict()
         left_out = sorted(name for name in declared if name in GENERATION_SETTINGS and name not in ours)

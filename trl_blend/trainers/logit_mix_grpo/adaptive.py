@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -46,10 +47,14 @@ class RewardWeightCallback(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self._reward = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        # Every rank has the rewards of all
-        self.trainer.weight_steps += self.trainer.rollout_reward >= args.teacher_weight_min_reward
+        if self.trainer.step_rewards:  # else the step was made on earlier rollouts
+            # Every rank has the rewards of all
+            self._reward = torch.cat(self.trainer.step_rewards).nanmean().item()
+            self.trainer.step_rewards.clear()
+        self.trainer.weight_steps += self._reward >= args.teacher_weight_min_reward
 
 
 class AdaptiveWeightCallback(TrainerCallback):

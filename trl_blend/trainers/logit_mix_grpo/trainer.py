@@ -175,12 +175,14 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             rollout_func=kwargs.get("rollout_func"),
             uses_tools=bool(kwargs.get("tools")) or kwargs.get("environment_factory") is not None,
         )
-        check_prompt_columns(train_dataset, eval_dataset, processing_class)
+        if kwargs.get("environment_factory") is None:  # which may bring the prompts
+            check_prompt_columns(train_dataset, eval_dataset, processing_class)
         self.partners: list[nn.Module] = []
         self._plain_outputs: OutputLayers = []
         self._given_teachers = teachers
         self.adaptive_weights: tuple[float, ...] = tuple(args.teacher_weight)
-        self.rollout_reward, self.weight_steps = 0.0, 0
+        self.step_rewards: list[Tensor] = []
+        self.weight_steps = 0
         self._rule: BlendRule | None = None
         self._num_tokens: int | None = None
         self._generating = False
@@ -298,8 +300,8 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
             prompts_of_batch = total.view(-1, self.num_generations if training else self.num_generations_eval)
             share = (prompts_of_batch > 0).any(dim=1).float().mean().item()
             self._metrics["train" if training else "eval"]["mixing/rewarded_prompts"].append(share)
-            if training:
-                self.rollout_reward = total.nanmean().item()
+            if training and self.args.teacher_weight_schedule == "reward":
+                self.step_rewards.append(total)
         return rewards
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):

@@ -15,7 +15,9 @@ from trl_blend.trainers._options import (
     check_choices,
     check_ranges,
     check_run,
+    refuse_selecting_by_loss,
     refuse_unread,
+    set_direction,
     with_help,
 )
 from trl_blend.trainers._settings import TokensUnwritten
@@ -38,7 +40,6 @@ _RANGES: dict[str, Range] = {
     "rescore_num_rows": (0, math.inf, "at least 0 (which scores no row)"),
     "max_policy_drift": (ABOVE_ZERO, math.inf, "positive and finite (nats per token), or left out for no bound"),
 }
-_LOWER_IS_BETTER = tuple(f"offline/{name}" for name in ("reverse_kl", "drift_kl", "divergence", "unlikely_share"))
 
 
 @with_help
@@ -173,8 +174,7 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
         check_choices(self)
         check_run(self)
         check_ranges(self, _RANGES)
-        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LOWER_IS_BETTER):
-            self.greater_is_better = False  # transformers knows that of names that end in "loss" only
+        set_direction(self)
         super().__post_init__()
         self._check_parent_settings()
         self._check_rescoring()
@@ -210,14 +210,8 @@ class OfflineOPDConfig(TokensUnwritten, SFTConfig):
             )
 
     def _check_best_model(self):
-        # The parent has set it where something selects by a metric
-        metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if metric == "loss" and self.offline_loss == "sampled_token":
-            raise ConfigError(
-                f"`metric_for_best_model={self.metric_for_best_model!r}`: the sampled-token loss is no divergence by "
-                "value and can rise while the student comes closer to its teacher. Set "
-                "`metric_for_best_model='eval_offline/reverse_kl'`."
-            )
+        if self.offline_loss == "sampled_token":
+            refuse_selecting_by_loss(self, "sampled-token", "eval_offline/reverse_kl")
 
     def _check_parent_settings(self):
         if self.completion_only_loss is False:

@@ -113,14 +113,14 @@ def prepare(
         dataset = dataset.with_format("arrow").map(
             _training_rows,
             batched=True,
-            fn_kwargs={"columns": columns, "vocab_size": vocab_size, "max_length": max_length, "top_k": uses_top_k},
+            fn_kwargs={"columns": columns, "vocab_size": vocab_size, "max_length": max_length},
             # Not those that the function returns: a streaming dataset would drop them afterwards
             remove_columns=[name for name in names if name not in columns],
             features=_features(columns),
             **kwargs,
         )
     except StoreError:
-        _name_the_row(given, vocab_size, uses_top_k)
+        _name_the_row(given, vocab_size)
         raise
     dataset = dataset.with_format(None)
     if not isinstance(dataset, IterableDataset) and not len(dataset):
@@ -132,12 +132,12 @@ def prepare(
     return dataset
 
 
-def _name_the_row(dataset: Dataset, vocab_size: int, uses_top_k: bool) -> None:
+def _name_the_row(dataset: Dataset, vocab_size: int) -> None:
     """Raise for the first wrong row by its place in the data as given: they were shuffled, and in batches."""
     rows = dataset.with_format("arrow")
     for first in range(0, len(dataset), 1000):
         table = rows[first : first + 1000]
-        check_rows(table, vocab_size=vocab_size, top_k_required=uses_top_k, where="the training data", first=first)
+        check_rows(table, vocab_size=vocab_size, where="the training data", first=first)
 
 
 def _check_prepared(dataset: AnyDataset, columns: Sequence[str]) -> None:
@@ -180,10 +180,8 @@ def _features(columns: Sequence[str]) -> Features:
     return Features({"input_ids": ids, "labels": ids, **{name: nested.get(name, values) for name in columns}})
 
 
-def _training_rows(
-    table: pa.Table, columns: Sequence[str], vocab_size: int, max_length: int | None, top_k: bool
-) -> pa.Table:
-    check_rows(table, vocab_size=vocab_size, top_k_required=top_k, where="the training data")
+def _training_rows(table: pa.Table, columns: Sequence[str], vocab_size: int, max_length: int | None) -> pa.Table:
+    check_rows(table, vocab_size=vocab_size, where="the training data")
     (prompt_lengths, prompts), (lengths, completions) = flatten(table["prompt_ids"]), flatten(table["completion_ids"])
     lengths = np.stack([prompt_lengths, lengths], axis=1)
     is_completion = np.repeat(np.tile([False, True], len(table)), lengths.ravel())

@@ -27,7 +27,9 @@ from trl_blend.trainers._options import (
     check_ranges,
     check_run,
     is_default,
+    refuse_selecting_by_loss,
     refuse_unread,
+    set_direction,
     with_help,
 )
 from trl_blend.trainers._settings import TokensUnwritten
@@ -261,6 +263,7 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
         check_ranges(self, _RANGES)
         start = f"positive and at most `temperature={self.temperature}`"
         check_ranges(self, {"temperature_warmup_start": (ABOVE_ZERO, self.temperature, start)})
+        set_direction(self)
         super().__post_init__()  # also parses the dictionaries that the command line passes as strings
         self._check_sampling()
         self._check_divergence()
@@ -348,6 +351,9 @@ class TrustRegionOPDConfig(TokensUnwritten, DistillationConfig):
                     f"`forward_kl_entropy={self.forward_kl_entropy}` adds the KL of the whole teacher, but `{name}="
                     f"{getattr(self, name)!r}` compares the student with something else. Drop one of them."
                 )
+
+        if self.kl_support == "student_top_k" or self.distillation_objective == "iw_opd":
+            refuse_selecting_by_loss(self, "top-k" if self.kl_support != "full" else "IW-OPD", "eval_blend/reverse_kl")
 
     @property
     def uses_reference(self) -> bool:
