@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -55,6 +56,7 @@ _SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_atte
 _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, {"tie_word_embeddings": True}),
     "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    "mistral": (MistralConfig, {"tie_word_embeddings": False, "sliding_window": 4}),
     "gemma2": (
         Gemma2Config,
         {**_SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0, "attn_implementation": "eager"},

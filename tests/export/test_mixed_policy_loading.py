@@ -2,6 +2,7 @@
 
 import io
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.hub.server import WRITER, hub_endpoint  # noqa: F401
 from tests.tiny import PAD_ID, tiny_model, tiny_tokenizer
 from trl_blend import export_mixed_policy
 from trl_blend.errors import UnsupportedError
+from trl_blend.serving.folder import blend_of_folder
 
 
 INPUTS = left_padded_prompts(PAD_ID)
@@ -93,3 +95,18 @@ def test_a_saved_model_holds_no_token(policy, hub_endpoint, monkeypatch):  # noq
     expected = load(policy).generate(**INPUTS, **GREEDY)
     assert torch.equal(model.generate(**INPUTS, **GREEDY), expected)
     assert torch.equal(copied.generate(**INPUTS, **GREEDY, token=WRITER), expected)
+
+
+def test_a_reference_inside_of_a_repository_is_fetched_with_its_weights(hub_endpoint, tmp_path):  # noqa: F811
+    for seed, name in enumerate(("student", "teacher")):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    policy = export_mixed_policy(tmp_path / "student", tmp_path / "teacher", 0.4, tmp_path / "policy")
+    api = HfApi(token=WRITER)
+    api.create_repo("me/mixed")
+    api.upload_folder(repo_id="me/mixed", folder_path=policy)
+    again = export_mixed_policy("me/mixed", None, 0.2, tmp_path / "again")
+    expected = load(export_mixed_policy(policy, None, 0.2, tmp_path / "expected")).generate(**INPUTS, **GREEDY)
+    assert torch.equal(load(again).generate(**INPUTS, **GREEDY), expected)
+    (partner,), _ = blend_of_folder("me/mixed")
+    assert (Path(partner.model) / "model.safetensors").is_file()

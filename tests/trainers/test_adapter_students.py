@@ -11,7 +11,8 @@ from tests.models.checkpoints import hub_snapshot, save_model
 from tests.tiny import tiny_lora, tiny_model, tiny_tokenizer
 from tests.trainers import runs
 from tests.trainers.card_reading import metadata_of, run_of, write_card
-from trl_blend.errors import ConfigError
+from trl_blend import export_mixed_policy
+from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.trainers import _partners
 
 
@@ -59,6 +60,16 @@ def test_the_adapter_is_trained_on_its_own_tokens(make, adapter, kind, caplog):
     assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
     assert trainer.args.model_init_kwargs == {"dtype": "float32"}
     assert "model_init_kwargs" not in caplog.text
+
+
+def test_its_mixture_is_on_a_base_with_its_own_tokens(make, adapter, tmp_path):
+    trainer = make("grpo", student=adapter, teacher=None, teacher_weight=0.3)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir, trust_remote_code=True)
+    assert loaded.get_input_embeddings().weight.shape[0] == 66
+    with pytest.raises(UnsupportedError, match="an adapter with 66 vocabulary rows, its base has 64.*Merge it"):
+        export_mixed_policy(adapter, None, 0.3, tmp_path / "export")
 
 
 @pytest.mark.parametrize("kind", KINDS)

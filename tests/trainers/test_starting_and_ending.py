@@ -219,6 +219,12 @@ def test_a_resumed_run_says_what_has_changed_and_its_card_credits_the_steps(make
     third = make(kind, **{**other, "max_steps": 3}, train_dataset=runs.dataset(runs.PROMPTS[::-1]))
     third.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
     assert run_of(card_of(third))["steps 1 to 1"] == credited and "steps 2 to 2" not in run_of(card_of(third))
+    # What the optimizer keeps is what the next run is compared with, whatever was given in between
+    back = make(
+        kind, **{**other, "learning_rate": 5e-3, "max_steps": 3}, train_dataset=runs.dataset(runs.PROMPTS[::-1])
+    )
+    back.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert "steps 2 to 2" not in run_of(card_of(back))
 
 
 @pytest.mark.parametrize("kind", PARENTS)

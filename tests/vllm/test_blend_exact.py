@@ -48,6 +48,8 @@ PAIRS = {
     "narrower_vocabulary": [("qwen3", {"vocab_size": 80}), "llama"],
     "sliding_windows": ["gemma3", ("gemma3", {"head_dim": 64, "num_hidden_layers": 4})],
     "gemma3_beside_qwen3": ["qwen3", "gemma3"],
+    "window_of_the_student": ["mistral", ("llama", {"num_hidden_layers": 1})],
+    "window_of_the_partner": ["llama", "mistral"],
     "experts_beside_dense": ["qwen3", "qwen3_moe"],
     "dense_beside_experts": ["qwen3_moe", "qwen3"],
     "experts_beside_experts": ["qwen3_moe", ("qwen3_moe", {"num_experts": 6})],
@@ -121,6 +123,14 @@ def test_weights_that_are_sent_to_experts(pair):
         for key, tensor in sent.items():
             key = key.replace("gate_up_proj", "routed_experts.w13_weight")
             assert torch.equal(found[key.replace("down_proj", "routed_experts.w2_weight")], tensor)
+
+
+def test_a_prompt_with_a_token_that_a_partner_has_no_row_for_does_not_end_the_engine(tmp_path):
+    folders, models = write_pair(tmp_path, PAIRS["narrower_vocabulary"])
+    blend = Blend(LogitMixing(0.3))
+    with running(folders[0], folders[1:], blend) as llm:
+        generate(llm, [[10, models[0].config.vocab_size - 1, 12]])
+        assert worst_error(models, blend, generate(llm, prompts())) < TOLERANCE
 
 
 @pytest.fixture(scope="module")

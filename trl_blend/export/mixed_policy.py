@@ -15,7 +15,7 @@ from trl_blend.export import model_files
 from trl_blend.export.card import Part, write_policy_card
 from trl_blend.export.policy_folder import Student, Weights, pinned, write_policy
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource, check_mixture
-from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
+from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, inner_folder
 from trl_blend.models.compatibility import check_tokenizers, check_vocab_sizes
 from trl_blend.models.loading import find_config, find_tokenizer, model_class
 from trl_blend.models.wrappers import AdapterConfig, what_changes_the_base
@@ -190,6 +190,8 @@ def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, l
             "generate.py. Use a model that transformers knows."
         )
     _check_decodes(config, argument)
+    if checkpoint is not None and is_adapter:
+        _check_not_resized(checkpoint, argument, config, revision, load)
     if tokenizer is None:
         own = checkpoint is not None and (checkpoint.folder / "tokenizer_config.json").is_file()
         named = checkpoint if own else named  # an adapter may have been saved without one
@@ -198,6 +200,20 @@ def _described(item: Any, argument: str, revision: str | None, tokenizer: Any, l
     if base is not None and recorded is not None and recorded.base is not None:
         dtype = recorded.base.dtype or dtype
     return _Model(argument, config, tokenizer, dtype, is_adapter, checkpoint, model, base, recorded=recorded)
+
+
+def _check_not_resized(
+    adapter: Checkpoint, argument: str, base: Any, revision: str | None, load: dict[str, Any]
+) -> None:
+    """Refuse an adapter with other vocabulary rows than its base: whoever decodes the policy does not resize that."""
+    configs = find_config(adapter.name, argument, revision=revision, **load), base
+    own, rows = (config.get_text_config().vocab_size for config in configs)
+    if own != rows:
+        raise UnsupportedError(
+            f"`{argument}={adapter.name!r}` is an adapter with {own} vocabulary rows, its base has {rows}: whoever "
+            "decodes the policy puts it on the base as it is. Merge it (`merge_and_unload()`) and export the merged "
+            "model."
+        )
 
 
 def _check_decodes(config: Any, argument: str) -> None:
@@ -251,9 +267,9 @@ def _locate(source: ModelSource, student: Checkpoint, what: str, remedy: str) ->
     """Name and revision of a model that `mixing.json` in the student's folder names."""
     if source.repo_id is not None:
         return source.repo_id, source.commit
-    folder = (student.folder / (source.path or "")).resolve()
-    if source.path is None or not folder.is_dir():
-        where = "it was a model in memory" if source.path is None else f"{folder} is not there"
+    folder = None if source.path is None else inner_folder(student, source.path)
+    if folder is None or not folder.is_dir():
+        where = "it was a model in memory" if folder is None else f"{folder} is not there"
         raise ConfigError(
             f"`student={student.name!r}` was mixed with a {what} that its {SPEC_FILE} cannot lead to: {where}. Pass "
             f"{remedy}."

@@ -9,11 +9,10 @@ from typing import Any
 
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, read_json, weight_files, weight_tensors
+from trl_blend.models.limits import vocabulary_rows
 from trl_blend.models.loading import MIXED_POLICY, leads_to_policy
 from trl_blend.models.weights import fingerprint_tensors, hashable_state, layout_of, unhashable_reason
-from trl_blend.models.wrappers import (
-    AdapterConfig,
-)
+from trl_blend.models.wrappers import AdapterConfig
 
 
 logger = logging.getLogger(__name__)
@@ -161,9 +160,15 @@ def base_checkpoint(model: Any, revision: str | None = None, *, is_known: bool =
         checkpoint = find_checkpoint(settings.base_name, revision or settings.base_revision, local_files_only=True)
         if not (checkpoint.folder / "config.json").is_file():
             return None
+        is_known = is_known and _rows(checkpoint) in (None, vocabulary_rows(model))  # not resized for the adapter
         return checkpoint if is_known or _is_loaded_from(model, settings, checkpoint) else None
     except ConfigError:
         return None
+
+
+def _rows(checkpoint: Checkpoint) -> int | None:
+    config = read_json(checkpoint.folder / "config.json")
+    return config.get("text_config", config).get("vocab_size")
 
 
 def _is_loaded_from(model: Any, settings: AdapterConfig, checkpoint: Checkpoint) -> bool:

@@ -65,6 +65,13 @@ def find_checkpoint(name: str, revision: str | None = None, local_files_only: bo
     return Checkpoint(name, folder, folder.name if has_commit else None, in_hub, local_files_only)
 
 
+def inner_folder(checkpoint: Checkpoint, path: str) -> Path:
+    """A folder with a model of its own inside of a checkpoint; of a Hub repository it is fetched, with its weights."""
+    if checkpoint.in_hub:
+        _snapshot(checkpoint.name, checkpoint.commit, [f"{path}/*"], checkpoint.local_files_only)
+    return (checkpoint.folder / path).resolve()
+
+
 def _snapshot(name: str, revision: str | None, patterns: list[str], local_files_only: bool) -> str:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError

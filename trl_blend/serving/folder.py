@@ -9,7 +9,7 @@ from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.export.model_files import student_config
 from trl_blend.export.spec import SPEC_FILE, MixingSpec, ModelSource
 from trl_blend.generation.rules import mixing_rule
-from trl_blend.models.checkpoints import Checkpoint, find_checkpoint
+from trl_blend.models.checkpoints import Checkpoint, find_checkpoint, inner_folder
 from trl_blend.models.limits import eos_token_ids, num_token_ids
 from trl_blend.serving.arguments import overrides_of
 from trl_blend.serving.blend import Blend, Partner
@@ -93,4 +93,4 @@ def _partner(source: ModelSource, student: Checkpoint) -> Partner:
             f"{SPEC_FILE} of {student.name!r} leads to no reference: it was a model in memory. Export the policy with "
             "`reference`."
         )
-    return Partner(str((student.folder / source.path).resolve()), None, source.dtype)
+    return Partner(str(inner_folder(student, source.path)), None, source.dtype)

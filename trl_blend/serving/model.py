@@ -105,9 +105,9 @@ class BlendForCausalLM(nn.Module):
         # Which tokens end a completion. CUDA graphs read it where it is, so it is changed in place
         self.register_buffer("_stops", torch.zeros(sizes[0], dtype=torch.bool), persistent=False)
         self._source, self._loaded = _source(vllm_config), False
-        # A draft may be a token that a partner has no row for: it is refused, once all towers have read another one in
-        # its place, which CUDA graphs read where it is
-        clamps = vllm_config.speculative_config is not None and self._num_tokens < self._vocab_size
+        # A draft, or a request, may hold a token that a partner has no row for. It reads another one there, which
+        # CUDA graphs read where it is: the lookup would end the engine. Such a draft is then refused
+        clamps = self._num_tokens < self._vocab_size
         known = torch.zeros(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int32) if clamps else None
         self.register_buffer("_known", known, persistent=False)
         # In a list, whose modules are not this model's own
@@ -326,7 +326,17 @@ def _partner_config(vllm_config: VllmConfig, partner: Partner, name: str) -> Vll
     quantization = VllmConfig.get_quantization_config(model_config, load_config)
     if quantization is not None:  # it names layers as the checkpoint does
         quantization.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"": f"{name}."}))
-    return _submodel(vllm_config, model_config, quant_config=quantization, load_config=load_config)
+    cache_config = copy.copy(vllm_config.cache_config)  # whose window is that of layers that name none: the student's
+    cache_config.sliding_window = _window(model_config)
+    changes = {"quant_config": quantization, "load_config": load_config, "cache_config": cache_config}
+    return _submodel(vllm_config, model_config, **changes)
+
+
+def _window(model_config: ModelConfig) -> int | None:
+    """The sliding window of all layers of a model, as vLLM finds it for its own; `None` where a layer has none."""
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    every = kinds is None or all(kind == "sliding_attention" for kind in kinds)
+    return model_config.get_sliding_window() if every else None
 
 
 def _submodel(vllm_config: VllmConfig, model_config: ModelConfig, **changes: Any) -> VllmConfig:

@@ -122,11 +122,12 @@ class RunMixin(CardMixin):
     def record(self) -> dict[str, Any]:
         """What the run is made of, for its checkpoints: names without folders, digests, settings."""
         names = (*self._recorded, *_record.SETTINGS)
+        given = {name: getattr(self.args, name) for name in names}
         content = {
             "trainer": self._name,
             **self._fixed_parts,
             "reward": self.run_parts().reward,
-            "settings": {name: getattr(self.args, name) for name in names},
+            "settings": given | _record.kept_by_the_optimizer(self._stages),
         }
         return json.loads(json.dumps(content, default=str))
 
