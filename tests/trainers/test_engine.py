@@ -153,7 +153,7 @@ def test_greedy_decoding_blends_at_temperature_one(vllm, folder):
     engine = start(folder, temperature=0.7, top_p=0.9, generation_kwargs={"top_k": 5, "seed": 3, "temperature": 0.6})
     engine.set_rule(LogitMixing(0.3), [1])
     assert engine.blend.temperature == 0.6
-    with engine.greedy():
+    with _engine.greedy(engine):
         assert engine.generation_kwargs == {"seed": 3} and engine.top_p == 1.0
         engine.set_rule(LogitMixing(0.3), [1])
         assert engine.blend.temperature == 1.0 and draw(engine)[-1] == ("generate", 0.0)

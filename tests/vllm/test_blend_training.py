@@ -27,6 +27,7 @@ from trl_blend import (
 from trl_blend.errors import EngineError
 from trl_blend.ops.trust_region import acceptance_bound
 from trl_blend.serving.blend import Blend
+from trl_blend.trainers import _engine
 
 
 pytestmark = pytest.mark.vllm
@@ -102,7 +103,7 @@ def draw(trainer, rule):
 
 def assert_engine_has_the_weights_of(trainer, model):
     """The engine's greedy tokens are those of the student that training ended with."""
-    with trainer.engine.greedy():
+    with _engine.greedy(trainer.engine):
         rows = draw(trainer, None)
     for prompt, ids, _ in rows:
         tokens = torch.tensor([[*prompt, *ids]])
@@ -342,6 +343,14 @@ def test_greedy_decodes_and_evaluation_are_the_engines(cpu_engine, tmp_path):
     metrics = trainer.evaluate()
     assert {"eval_mixed/reward", "eval_student/reward"} <= metrics.keys()
     assert 0.0 < logged(trainer, "adaptive/next_teacher_weight")[0] < 1.0
+
+
+def test_greedy_decodes_without_a_teacher_are_those_of_the_engine_of_the_parent(cpu_engine, tmp_path):
+    rows = list(task.build_prompt_dataset("test", 8))
+    alone, plain = grpo(tmp_path / "engine", teacher_weight=0.0), grpo(tmp_path / "plain", use_vllm=False)
+    assert alone.engine is None and alone.use_vllm
+    one, other = alone.greedy_rewards(rows, (0.0,)), plain.greedy_rewards(rows, (0.0,))
+    assert torch.equal(one.rewards, other.rewards) and one.num_tokens == other.num_tokens
 
 
 def assert_the_draft_model_is_the_student(trainer):

@@ -235,11 +235,6 @@ class BlendedVLLMGeneration(VLLMGeneration):
                 f"policy with `VLLM_SERVER_DEV_MODE=1`, as the trainer's page says. {error}"
             ) from error
 
-    def greedy(self) -> AbstractContextManager[Any]:
-        """Decode greedily inside the context."""
-        plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        return patch.multiple(self, **plain, generation_kwargs=without_sampling(self.generation_kwargs))
-
 
 def _load_partner(model: Any, index: int, weight: tuple[str, Tensor]) -> None:
     model.load_partner_weights(index, [weight])
@@ -312,6 +307,12 @@ def blended_engine(
         draft_tokens=args.vllm_draft_tokens,
     )
     return _compat.vllm_generation(build)
+
+
+def greedy(engine: VLLMGeneration) -> AbstractContextManager[Any]:
+    """Let an engine, TRL's own or one that blends, decode greedily inside the context."""
+    plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return patch.multiple(engine, **plain, generation_kwargs=without_sampling(engine.generation_kwargs))
 
 
 def of_trainer(trainer: Any) -> BlendedVLLMGeneration | None:

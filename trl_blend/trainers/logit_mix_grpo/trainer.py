@@ -392,7 +392,7 @@ class LogitMixGRPOTrainer(MixedPolicySaving, RunMixin, GRPOTrainer):
         saved_generations, self.num_generations_eval = self.num_generations_eval, 1  # the prompts are all different
         self._metrics = {mode: defaultdict(list) for mode in saved_logs[0]}
         try:
-            with self._transformers_greedy() if self.engine is None else self.engine.greedy():
+            with _engine.greedy(self.vllm_generation) if self.use_vllm else self._transformers_greedy():
                 yield
         finally:
             self._metrics, self.state.num_input_tokens_seen = saved_logs

@@ -390,7 +390,7 @@ class TrustRegionOPDTrainer(RunMixin, DistillationTrainer):
         """
         if self.engine is None:
             raise ConfigError("No engine draws blended rollouts here. Decode with the model, or set `use_vllm=True`.")
-        with self.engine.greedy():
+        with _engine.greedy(self.engine):
             rule = LogitMixing(1.0) if teacher else None
             self.engine.set_rule(rule, self.eos_token_ids, eos=self.eos, vocab_size=self._num_tokens)
             return super()._generate_single_turn(prompt_ids, None, {})
