@@ -28,7 +28,7 @@ def build(folder, trainer_class=SFTTrainer, **settings):
     return trainer_class(tiny_model(), args, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer())
 
 
-@pytest.mark.parametrize("name", ["_metrics", "_total_train_tokens", "_signature_columns", "data_collator"])
+@pytest.mark.parametrize("name", ["_metrics", "_signature_columns", "data_collator"])
 def test_trainer_has_the_attribute(tmp_path, name):
     assert hasattr(build(tmp_path), name), f"`SFTTrainer.{name}` is gone: check trl_blend/trainers/offline_opd."
 
