@@ -94,7 +94,7 @@ def test_what_is_no_dataset_of_prompts(paths, name, tmp_path):
 def test_stores_of_the_other_kind(paths, tmp_path):
     with pytest.raises(StoreError, match="is a store of scored rollouts. Pass the output of `trl-blend rollouts`"):
         scores(paths / "scored")
-    with pytest.raises(StoreError, match="is a store of rollouts without teacher log-prob.*Score them first"):
+    with pytest.raises(ConfigError, match="is a store of rollouts without teacher log-prob.*Score them first"):
         trains(paths / "rollouts")
     store = load_rollouts(paths / "rollouts")
     with pytest.raises(ConfigError, match="`prompts=.*is a store of rollouts without.*pass the prompts that it was"):

@@ -14,8 +14,9 @@ from trl_blend.consistency.report import ConsistencyReport
 from trl_blend.errors import ConfigError, UnsupportedError
 from trl_blend.models.identity import ModelIdentity, compare_identities
 from trl_blend.rollouts.engines.base import nucleus_settings
+from trl_blend.rollouts.folders import describe
 from trl_blend.rollouts.processes import on_main_process
-from trl_blend.rollouts.store import RolloutStore, open_kind
+from trl_blend.rollouts.store import RolloutStore
 from trl_blend.trainers import _partners
 from trl_blend.trainers.offline_opd.config import OfflineOPDConfig
 from trl_blend.trainers.offline_opd.data import LOG_PROBS, ROW_WEIGHT, TOP_K, column_names, concatenate, is_prepared
@@ -196,8 +197,14 @@ def check_eval_teachers(
 
 
 def _open_one(value: Any, name: str, args: OfflineOPDConfig) -> tuple[RolloutStore | None, Any]:
-    if isinstance(value, str | RolloutStore):
-        value = open_kind(value, "scored_rollouts", name)
+    if isinstance(value, str):
+        value = RolloutStore.open(value)
+    if isinstance(value, RolloutStore):
+        if value.kind != "scored_rollouts":
+            raise ConfigError(
+                f"`{name}={value.name!r}` is {describe(value.folder)}. Score them first: "
+                f"`trl-blend score --teacher_model_name_or_path ... --rollouts {value.name} --output_dir ...`."
+            )
         # A flipped bit would only show in what the student learns
         on_main_process(args.distributed_state, value.verify)
         return value, value.dataset(streaming=args.stream_rollouts)
