@@ -1,7 +1,5 @@
 """Stand-ins for vLLM, which the default tier does not have: an engine for the trainers, and `LLM` for our engine."""
 
-from contextlib import contextmanager
-
 from trl_blend.serving.statistics import OF_DRAFTS, Statistic
 
 
@@ -13,6 +11,7 @@ class PlainEngine:
 
     def __init__(self, **kwargs):
         self.temperature, self.generation_kwargs = kwargs["temperature"], dict(kwargs["generation_kwargs"] or {})
+        self.top_p, self.top_k, self.min_p = kwargs["top_p"], kwargs["top_k"], kwargs["min_p"]
         self.calls, self.syncs = [], 0
 
     def sync_weights(self):
@@ -39,14 +38,6 @@ class Engine(PlainEngine):
     def set_rule(self, rule, stop_token_ids, **settings):
         self.rules.append(rule)
         self.settings.append({"stop_token_ids": list(stop_token_ids), **settings})
-
-    @contextmanager
-    def greedy(self):
-        saved, self.temperature = self.temperature, 0.0
-        try:
-            yield
-        finally:
-            self.temperature = saved
 
     def take_statistics(self):
         names = ["kl_behavior_student", "kl_behavior_teacher_0", "teacher_logp_0", "teacher_entropy_0"]

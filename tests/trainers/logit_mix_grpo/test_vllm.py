@@ -123,6 +123,8 @@ def test_a_prompt_without_a_row_is_refused(build_vllm):
 def test_without_teachers_the_engine_is_the_parents(build_vllm):
     trainer = build_vllm(teacher_weight=0.0)
     assert type(trainer.vllm_generation) is PlainEngine and trainer.engine is None
+    trainer.greedy_rewards(list(runs.dataset())[:4], (0.0,))
+    assert trainer.vllm_generation.calls == [(4, 1, 0.0)] and trainer.vllm_generation.temperature == 1.0
 
 
 def test_what_becomes_of_the_drafts_is_logged(build_vllm):
